@@ -1,0 +1,52 @@
+"""The BA-solver and its SideNet in plain torch. Start reading at `flow.py`."""
+
+from .baselines import BASELINES, Baseline, get_baseline, run_baseline
+from .checkpoint import (
+    CheckpointError,
+    SideNetCard,
+    load_official_sidenet,
+    load_sidenet,
+    load_sit,
+    save_sidenet,
+    save_sit,
+)
+from .flow import interpolate, velocity_to_noise, velocity_to_x0
+from .grids import time_grid, time_shift
+from .guidance import Field, Guidance, NonFiniteError, model_field
+from .quadrature import RULES, Rule, get_rule, symmetric_four_point
+from .sidenet import SideNet, SideNetConfig
+from .sit import SiT, SiTConfig
+from .solver import Step, solve
+
+__all__ = [
+    "BASELINES",
+    "RULES",
+    "Baseline",
+    "CheckpointError",
+    "Field",
+    "Guidance",
+    "NonFiniteError",
+    "Rule",
+    "SiT",
+    "SiTConfig",
+    "SideNet",
+    "SideNetCard",
+    "SideNetConfig",
+    "Step",
+    "get_baseline",
+    "get_rule",
+    "interpolate",
+    "load_official_sidenet",
+    "load_sidenet",
+    "load_sit",
+    "model_field",
+    "run_baseline",
+    "save_sidenet",
+    "save_sit",
+    "solve",
+    "symmetric_four_point",
+    "time_grid",
+    "time_shift",
+    "velocity_to_noise",
+    "velocity_to_x0",
+]

@@ -1,0 +1,188 @@
+"""Training-free solvers to compare with: each a short step `(velocity, x, t0, t1, history) -> (x at t1, history)`.
+
+`velocity(x, t)` is the guided velocity; `history` holds the (time, velocity) pairs of earlier steps, latest last.
+UniPC, and the converged reference, are taken from `diffusers` and `torchdiffeq` (see `training/evaluate.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .flow import velocity_to_x0
+from .grids import check_grid
+from .guidance import Field
+from .solver import Advance, Callback, check_state, run_steps, solve
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+History = tuple[tuple[Tensor, Tensor], ...]
+Stepper = Callable[[Velocity, Tensor, Tensor, Tensor, History], tuple[Tensor, History]]
+
+
+def _evaluate(velocity: Velocity, x: Tensor, t: Tensor, history: History, keep: int) -> tuple[Tensor, History]:
+    v = velocity(x, t)
+    return v, (*history, (t, v))[-keep:]
+
+
+def euler(velocity: Velocity, x: Tensor, t0: Tensor, t1: Tensor, history: History) -> tuple[Tensor, History]:
+    """Order 1."""
+    v, history = _evaluate(velocity, x, t0, history, 1)
+    return x + (t1 - t0) * v, history
+
+
+def heun(velocity: Velocity, x: Tensor, t0: Tensor, t1: Tensor, history: History) -> tuple[Tensor, History]:
+    """Explicit trapezoid, order 2."""
+    v0, history = _evaluate(velocity, x, t0, history, 1)
+    v1 = velocity(x + (t1 - t0) * v0, t1)
+    return x + (t1 - t0) / 2 * (v0 + v1), history
+
+
+def midpoint(velocity: Velocity, x: Tensor, t0: Tensor, t1: Tensor, history: History) -> tuple[Tensor, History]:
+    """Explicit midpoint, order 2."""
+    v0, history = _evaluate(velocity, x, t0, history, 1)
+    half = (t1 - t0) / 2
+    return x + (t1 - t0) * velocity(x + half * v0, t0 + half), history
+
+
+def rk4(velocity: Velocity, x: Tensor, t0: Tensor, t1: Tensor, history: History) -> tuple[Tensor, History]:
+    """The classical Runge-Kutta method, order 4."""
+    step, half = t1 - t0, (t1 - t0) / 2
+    a, history = _evaluate(velocity, x, t0, history, 1)
+    b = velocity(x + half * a, t0 + half)
+    c = velocity(x + half * b, t0 + half)
+    d = velocity(x + step * c, t1)
+    return x + step / 6 * (a + 2 * b + 2 * c + d), history
+
+
+def adams_weights(times: list[float], t0: float, t1: float) -> list[float]:
+    """Weights that integrate over [t0, t1] the polynomial through velocities at `times`."""
+    # Powers of (t - t0) / (t1 - t0): well scaled whatever the step.
+    s = (np.asarray(times) - t0) / (t1 - t0)
+    powers = np.arange(len(s))
+    return list(np.linalg.solve(s[None] ** powers[:, None], (t1 - t0) / (powers + 1.0)))
+
+
+def _adams_bashforth(order: int) -> Stepper:
+    def step(velocity: Velocity, x: Tensor, t0: Tensor, t1: Tensor, history: History) -> tuple[Tensor, History]:
+        _, history = _evaluate(velocity, x, t0, history, order)
+        weights = adams_weights([float(t) for t, _ in history], float(t0), float(t1))
+        for weight, (_, v) in zip(weights, history, strict=True):
+            x = torch.add(x, v, alpha=weight)
+        return x, history
+
+    step.__name__ = f"adams_bashforth{order}"
+    step.__doc__ = f"Adams-Bashforth with variable steps, order {order}; lower while the history is short."
+    return step
+
+
+def _half_log_snr(t: Tensor) -> Tensor:
+    """log((1 - t) / t), kept finite at the ends."""
+    # 1e-4 from either end, as ComfyUI offsets the first sigma of flow models.
+    t = t.double().clamp(1e-4, 1 - 1e-4)
+    return torch.log1p(-t) - torch.log(t)
+
+
+def dpmpp_2m(velocity: Velocity, x: Tensor, t0: Tensor, t1: Tensor, history: History) -> tuple[Tensor, History]:
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2) on the flow path: alpha = 1 - t, sigma = t; data prediction.
+
+    The last step, onto t = 0, is of first order, as in the authors' code for few steps; so is the first.
+    """
+    data = velocity_to_x0(x, velocity(x, t0), t0)
+    lam, lam_next = _half_log_snr(t0), _half_log_snr(t1)
+    guess = data
+    if history and float(t1) > 0:
+        earlier, previous = history[-1]
+        ratio = (lam - _half_log_snr(earlier)) / (lam_next - lam)
+        guess = data + ((data - previous) / (2 * ratio)).to(x.dtype)
+    # exp(-(lam_next - lam)) times alpha, written so that it is exact at both ends.
+    shrink = (1 - t1) - (1 - t0) * t1 / t0
+    return t1 / t0 * x + shrink * guess, ((t0, data),)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A training-free solver.
+
+    Attributes:
+        name: what users call it.
+        label: what tables and plots call it.
+        order: of convergence.
+        calls_per_step: backbone calls a step.
+        step: see the module's docstring; None for the one that is `solve` without a SideNet.
+    """
+
+    name: str
+    label: str
+    order: int
+    calls_per_step: int
+    step: Stepper | None
+
+
+BASELINES: dict[str, Baseline] = {
+    b.name: b
+    for b in (
+        Baseline("euler", "Euler", 1, 1, euler),
+        Baseline("heun", "Heun", 2, 2, heun),
+        Baseline("midpoint", "midpoint", 2, 2, midpoint),
+        Baseline("rk4", "RK4", 4, 4, rk4),
+        Baseline("adams_bashforth2", "Adams-Bashforth 2", 2, 1, _adams_bashforth(2)),
+        Baseline("adams_bashforth3", "Adams-Bashforth 3", 3, 1, _adams_bashforth(3)),
+        Baseline("adams_bashforth4", "Adams-Bashforth 4", 4, 1, _adams_bashforth(4)),
+        Baseline("predictor_corrector", "AB2 + trapezoid", 2, 1, None),
+        Baseline("dpmpp_2m", "DPM-Solver++(2M)", 2, 1, dpmpp_2m),
+    )
+}
+
+
+def get_baseline(name: str) -> Baseline:
+    """A baseline by name.
+
+    Raises:
+        ValueError: unknown name; the message lists the valid ones.
+    """
+    if name not in BASELINES:
+        raise ValueError(f"Unknown solver {name!r}. Valid solvers: {', '.join(BASELINES)}.")
+    return BASELINES[name]
+
+
+def run_baseline(
+    solver: Baseline | str, field: Field, x: Tensor, times: Tensor, callback: Callback | None = None
+) -> Tensor:
+    """Integrate the field over a time grid with a training-free solver.
+
+    Args:
+        solver: a baseline or its name.
+        field: the velocity field.
+        x: [B, C, *spatial] state at `times[0]`.
+        times: [N + 1] strictly descending or ascending, within [0, 1].
+        callback: sees every finished step; may raise to stop.
+
+    Returns:
+        [B, C, *spatial] state at `times[-1]`.
+
+    Raises:
+        ValueError: an argument does not fit.
+        NonFiniteError: the backbone returned NaN or infinity.
+    """
+    solver = get_baseline(solver) if isinstance(solver, str) else solver
+    if solver.step is None:
+        return solve(field, None, x, times, callback=callback)
+    x = check_state(x)
+    grid = [t.to(x.dtype) for t in check_grid(times)]
+    take = solver.step
+
+    def step(index: int, x: Tensor, t0: Tensor, t1: Tensor, state: History | None) -> Advance:
+        seen: list[Tensor] = []
+
+        def velocity(at: Tensor, t: Tensor) -> Tensor:
+            seen.append(field.velocity(at, t))
+            return seen[-1]
+
+        x_next, history = take(velocity, x, t0, t1, state or ())
+        return Advance(x_next, seen[0], history)
+
+    return run_steps(step, field, x, grid, callback)

@@ -1,0 +1,63 @@
+"""Time grids: 1-D tensors of N + 1 times for N intervals, descending to sample, ascending to invert."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def time_shift(t: Tensor, shift: float) -> Tensor:
+    """The resolution shift of SD3 and FLUX, s t / (1 + (s - 1) t): s > 1 spends more steps near the noise.
+
+    Raises:
+        ValueError: shift is not positive.
+    """
+    if not shift > 0:
+        raise ValueError(f"shift must be positive; got {shift}.")
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def time_grid(intervals: int, shift: float = 1.0, cosine: float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A descending grid from the family (time shift, cosine blend); the defaults give the paper's uniform grid.
+
+    Args:
+        intervals: N, the number of intervals and, for one-call solvers, of backbone calls.
+        shift: see `time_shift`.
+        cosine: 0 = as it is, 1 = half a cosine, which gathers times at both ends; -1 = the reverse, gathering
+            them in the middle.
+        dtype: of the result.
+
+    Returns:
+        [N + 1] times, 1 first and 0 last.
+
+    Raises:
+        ValueError: fewer than one interval, or parameters out of range.
+    """
+    if intervals < 1:
+        raise ValueError(f"intervals must be at least 1; got {intervals}.")
+    if not -1 <= cosine <= 1:
+        raise ValueError(f"cosine must lie in [-1, 1]; got {cosine}.")
+    t = torch.linspace(1, 0, intervals + 1, dtype=dtype)
+    if cosine:
+        t = (1 - cosine) * t + cosine * (1 - torch.cos(math.pi * t)) / 2
+    return t if shift == 1 else time_shift(t, shift)
+
+
+def check_grid(times: Tensor) -> Tensor:
+    """Return the grid on the CPU if it can be integrated over.
+
+    Raises:
+        ValueError: it is not 1-D, has fewer than two times, leaves [0, 1], or does not strictly descend or ascend.
+    """
+    if not isinstance(times, Tensor) or times.ndim != 1 or times.numel() < 2 or not times.is_floating_point():
+        what = f"{times.dtype} of shape {tuple(times.shape)}" if isinstance(times, Tensor) else type(times).__name__
+        raise ValueError(f"times must be a 1-D float tensor of at least two times; got {what}.")
+    values = times.detach().cpu()
+    if not values.isfinite().all() or values.min() < 0 or values.max() > 1:
+        raise ValueError(f"times must lie in [0, 1], 1 = noise; got {values.tolist()}.")
+    steps = values.diff()
+    if not ((steps < 0).all() or (steps > 0).all()):
+        raise ValueError(f"times must strictly descend (to sample) or ascend (to invert); got {values.tolist()}.")
+    return times.cpu()
