@@ -6,11 +6,12 @@ import hashlib
 import json
 import os
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -52,6 +53,15 @@ def write_atomically(path: Path | str, write: Callable[[Path], None]) -> None:
             temporary.unlink()
 
 
+def write_text(path: Path | str, text: str) -> None:
+    """Write a text file, atomically."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)
+
+
 def write_safetensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write tensors and metadata strings, atomically."""
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -70,7 +80,8 @@ def read_safetensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str
         raise FileNotFoundError(f"There is no file {path}. Check the path.")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+            names = list(file.keys())
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except SafetensorError as error:
         raise CheckpointError(
             f"{path} cannot be read as safetensors ({error}). It may be truncated (copy or download it again) or of "
@@ -94,9 +105,11 @@ def read_pickled_tensors(path: Path | str) -> dict[str, Any]:
         with torch.serialization.safe_globals([(SimpleNamespace, "argparse.Namespace")]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"it refers to {refused[1]}" if refused else "it is damaged"
         raise CheckpointError(
-            f"{path} is refused: it is damaged, or it holds more than tensors and plain values, which is how a "
-            f"pickle runs code ({str(error).splitlines()[0]}). Nothing of it was executed."
+            f"{path} is refused: {what}. Only tensors and plain values are read; anything else in a pickle can run "
+            "code. Nothing of it was executed."
         ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a dictionary of tensors; got {type(content).__name__}.")
@@ -167,17 +180,20 @@ def load_sit(
     path: Path | str,
     convention: str | None = None,
     num_heads: int | None = None,
+    weights: Literal["ema", "model"] = "ema",
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> SiT:
     """Load a SiT: our safetensors, or a public SiT or REPA checkpoint (`.pt`, `.pth` or safetensors).
 
-    Public files may hold `ema`, `model` or a bare state dict, with or without `module.` prefixes; EMA is preferred
-    and REPA's `projectors.*` are ignored.
+    Public files may hold `ema`, `model` or a bare state dict, with or without `module.` prefixes; REPA's
+    `projectors.*` are ignored.
 
     Args:
         path: the file.
         convention, num_heads: what a public file does not say, see `sit_config_from_state_dict`.
+        weights: which of them to take from a file that holds both. The official SideNets were trained beside
+            `model`.
         device, dtype: where and in what to hold the weights.
 
     Raises:
@@ -190,7 +206,7 @@ def load_sit(
         content, metadata = read_safetensors(path)
     else:
         content = read_pickled_tensors(path)
-    state = state_dict_of(content, ("ema", "model"), str(path))
+    state = state_dict_of(content, (weights, "ema", "model"), str(path))
     state = {name: value for name, value in state.items() if not name.startswith("projectors.")}
     try:
         if metadata.get("format") == SIT_FORMAT:
@@ -292,7 +308,7 @@ def _read_card(metadata: Mapping[str, str], path: Path | str) -> SideNetCard:
         name: parse_json(metadata, name, path)
         for name in ("guidance_range", "backbone", "time_grids", "training", "evaluation")
     }
-    velocity = metadata.get("velocity")
+    velocity: Any = metadata.get("velocity")
     if velocity not in ("branch", "guided"):
         raise CheckpointError(f"{path}: velocity must be 'branch' or 'guided'; got {velocity!r}.")
     low, high = values.pop("guidance_range")

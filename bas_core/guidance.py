@@ -22,7 +22,7 @@ class Guidance:
     """Classifier-free guidance v = v_u + scale (v_c - v_u) where lo < t <= hi, and v = v_c elsewhere.
 
     Attributes:
-        scale: 1 = none.
+        scale: 1 = none. Below 1 the unconditional branch has a share too (the official sampler ignores such scales).
         interval: (lo, hi) in flow time; the paper samples SiT with (0, 0.7).
     """
 

@@ -208,7 +208,7 @@ class SiT(nn.Module):
         self.t_embedder = TimestepEmbedder(config.hidden_size, operations, **factory)
         self.y_embedder = LabelEmbedder(config.num_classes, config.hidden_size, operations, **factory)
         table = sincos_position_table(config.hidden_size, config.input_size // config.patch_size)
-        self.pos_embed = nn.Parameter(table.to(**factory), requires_grad=False)
+        self.pos_embed = nn.Parameter(table.to(device=device, dtype=dtype), requires_grad=False)
         self.blocks = nn.ModuleList([Block(config, operations, **factory) for _ in range(config.depth)])
         self.final_layer = FinalLayer(config, operations, **factory)
 
@@ -225,8 +225,9 @@ class SiT(nn.Module):
         patches = self.x_embedder.proj
         nn.init.xavier_uniform_(patches.weight.view(patches.out_channels, -1))
         nn.init.zeros_(patches.bias)
-        for weight in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(weight.weight, std=0.02)
+        embedders: list[Any] = [self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]]
+        for layer in embedders:
+            nn.init.normal_(layer.weight, std=0.02)
         for block in [*self.blocks, self.final_layer]:
             nn.init.zeros_(block.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)

@@ -33,14 +33,13 @@ DEFAULT_RULES = {"bi_anchor": "lobatto4", "single_anchor": "legendre3"}
 
 
 class Predictor(Protocol):
-    """What the solver needs of a SideNet; `SideNet` is one, and so is any function of this signature.
+    """What the solver needs of a SideNet: `SideNet` is one, and so is any function that takes its arguments by name.
 
-    An attribute `anchors` of 2 asks for `slope` and `span`; `config.guidance_input` asks for `scale`.
+    It is called with `x, v, t, h, cond`; an attribute `anchors` of 2 asks for `slope` and `span` too, and
+    `config.guidance_input` for `scale`. It returns the change of velocity from t to t - h.
     """
 
-    def __call__(self, x: Tensor, v: Tensor, t: Tensor, h: Tensor, cond: Tensor | None, **two_anchor: Tensor) -> Tensor:
-        """The change of velocity from t to t - h."""
-        ...
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor: ...
 
 
 class StraightLine:
@@ -51,10 +50,8 @@ class StraightLine:
 
     anchors = 2
 
-    def __call__(
-        self, x: Tensor, v: Tensor, t: Tensor, h: Tensor, cond: Tensor | None, *, slope: Tensor, span: Tensor
-    ) -> Tensor:
-        return slope * per_sample(h, x)
+    def __call__(self, *, h: Tensor, slope: Tensor, **_: Any) -> Tensor:
+        return slope * per_sample(h, slope)
 
 
 class Anchor(NamedTuple):
@@ -335,7 +332,7 @@ def solve(
         raise ValueError(f"Unknown method {method!r}. Valid methods: {', '.join(METHODS)}.")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1 sample, or None; got {chunk}.")
-    plan = Plan(field, sidenet or StraightLine(), get_rule(rule or DEFAULT_RULES[method]), chunk)
+    plan = Plan(field, StraightLine() if sidenet is None else sidenet, get_rule(rule or DEFAULT_RULES[method]), chunk)
     if method == "bi_anchor" and not plan.rule.has_both_ends:
         raise ValueError(f"bi_anchor needs a rule whose nodes include 0 and 1, such as lobatto4; got {plan.rule.name}.")
     steps = _bi_anchor_steps(plan, grid) if method == "bi_anchor" else _single_anchor_steps(plan)

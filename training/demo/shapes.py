@@ -122,9 +122,9 @@ def draw_shapes(generator: torch.Generator, count: int, labels: Tensor | None = 
     """
     if labels is None:
         labels = torch.randint(len(CLASS_NAMES), (count,), generator=generator)
-    radius = 0.38 + 0.26 * torch.rand(count, generator=generator)
+    radius = 0.5 + 0.2 * torch.rand(count, generator=generator)
     centres = (torch.rand(count, 2, generator=generator) * 2 - 1) * (0.94 - radius)[:, None]
-    angle = (torch.rand(count, generator=generator) * 2 - 1) * 0.35
+    angle = (torch.rand(count, generator=generator) * 2 - 1) * 0.2
     colours = _saturated_colours(generator, count)
     grounds = torch.stack([0.85 * _saturated_colours(generator, count) for _ in range(2)], dim=1)
     # A shape of its ground's colour cannot be seen: move such a one half the range away in every channel.

@@ -1,0 +1,289 @@
+"""The project's figures on the demo model, in one run: errors on uniform and best grids, cost, memory, accuracy.
+
+    python -m ba_solver.training.demo.benchmark --out runs/benchmark            # about ten minutes on two cores
+    python -m ba_solver.training.demo.benchmark --out runs/benchmark --search   # first search every solver's grids
+
+The search uses noises of its own and writes `weights/demo_grids.json`; the reported noises are never searched on.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from ...bas_core.baselines import run_baseline
+from ...bas_core.checkpoint import save_sidenet, write_text
+from ...bas_core.grids import time_grid
+from ...bas_core.guidance import Field
+from ...bas_core.sidenet import SideNet, SideNetConfig
+from ...bas_core.sit import SiT, SiTConfig
+from ...bas_core.solver import StraightLine, solve
+from ..evaluate import (
+    UNIFORM,
+    Sampler,
+    baseline_sampler,
+    converged_reference,
+    endpoint_errors,
+    measure,
+    rivals,
+    search_grid,
+    sidenet_sampler,
+)
+from ..progress import progress
+from .assets import (
+    CLASSIFIER_FILE,
+    DEMO_CFG,
+    GRIDS_FILE,
+    SIDENET_FILE,
+    Demo,
+    Grids,
+    demo_noise,
+    guided_field,
+    load_demo,
+)
+from .classifier import accuracy, load_classifier
+
+SEARCH_SEED = 2_000_000
+REPORT_SEED = 4_000_000
+
+
+@dataclass(frozen=True)
+class BenchmarkSettings:
+    """What is measured.
+
+    Attributes:
+        out: folder for `benchmark.json` and `benchmark.md`.
+        search: search the best grids anew and store them with the package.
+        nfe: numbers of backbone calls.
+        noises: noises a seed.
+        seeds: independent sets of noises that are reported.
+        search_noises: noises that the grids are searched on.
+        large: also time a random SiT-XL/2 with a paper-sized SideNet (wants a GPU).
+        device: where to run.
+    """
+
+    out: Path = Path("runs/benchmark")
+    search: bool = False
+    nfe: tuple[int, ...] = (4, 5, 7, 10, 15)
+    noises: int = 64
+    seeds: int = 3
+    search_noises: int = 32
+    large: bool = False
+    device: str = "cpu"
+
+
+def search_grids(settings: BenchmarkSettings, demo: Demo, samplers: list[Sampler]) -> Grids:
+    """Every sampler's best grid for every number of calls, on the search noises."""
+    noise, labels = (part.to(settings.device) for part in demo_noise(SEARCH_SEED, settings.search_noises))
+    field = demo.field(labels)
+    grids: Grids = {}
+    with torch.inference_mode():
+        reference = converged_reference(field, noise)
+        jobs = [(sampler, calls) for sampler in samplers for calls in settings.nfe]
+        for sampler, calls in progress(jobs, "grid search"):
+            grids.setdefault(sampler.name, {})[calls] = search_grid(sampler, field, noise, reference, calls)
+    return grids
+
+
+def store_grids(grids: Grids, demo: Demo, samplers: list[Sampler]) -> Demo:
+    """Write the grids beside the weights, and BA-solver's into the SideNet's file."""
+    text = json.dumps({"cfg": DEMO_CFG, "grids": grids}, indent=1)
+    write_text(GRIDS_FILE, text)
+    ours = next(sampler for sampler in samplers if sampler.name == "ba_solver")
+    learned = {calls: ours.times(calls, shape).tolist() for calls, shape in grids["ba_solver"].items()}
+    card = replace(demo.card, time_grids=learned)
+    save_sidenet(SIDENET_FILE, demo.sidenet, card)
+    return replace(demo, grids=grids, card=card)
+
+
+def error_tables(settings: BenchmarkSettings, demo: Demo, samplers: list[Sampler]) -> dict[str, Any]:
+    """Mean end-point error of every sampler by grid and calls, with the spread over seeds."""
+    jobs = [(sampler, calls, grid) for sampler in samplers for calls in settings.nfe for grid in ("uniform", "best")]
+    jobs.append((baseline_sampler("euler"), 100, "uniform"))
+    found: dict[str, list[float]] = {}
+    convergence: list[float] = []
+    with torch.inference_mode():
+        for seed in range(settings.seeds):
+            noise, labels = (part.to(settings.device) for part in demo_noise(REPORT_SEED + seed, settings.noises))
+            field = demo.field(labels)
+            reference = converged_reference(field, noise)
+            tighter = converged_reference(field, noise, 1e-6)
+            convergence.append(endpoint_errors(reference, tighter).mean().item())
+            for sampler, calls, grid in progress(jobs, f"seed {seed}"):
+                shape = UNIFORM if grid == "uniform" else demo.grid(sampler.name, calls)
+                row, _ = measure(sampler, field, noise, reference, calls, shape, grid)
+                found.setdefault(f"{grid}/{sampler.label}/{calls}", []).append(row.error)
+    return {
+        "reference_error": max(convergence),
+        "errors": {k: {"mean": statistics.fmean(v), "sd": statistics.pstdev(v)} for k, v in found.items()},
+    }
+
+
+def compute_share(demo: Demo) -> dict[str, float]:
+    """Parameters and multiply-adds of the SideNet over the backbone's."""
+    noise, labels = demo_noise(0, 8)
+    field = guided_field(demo.sit, labels)
+    with torch.inference_mode():
+        call = _flops(lambda: field.velocity(noise, 0.5))
+        t = torch.full((8,), 0.5)
+        one = _flops(lambda: demo.sidenet(noise, noise, t, t / 5, labels))
+        run = _flops(lambda: solve(field, demo.sidenet, noise, time_grid(7)))
+    return {
+        "parameters": count_parameters(demo.sidenet) / count_parameters(demo.sit),
+        "backbone_parameters": count_parameters(demo.sit),
+        "sidenet_parameters": count_parameters(demo.sidenet),
+        "one_sidenet_call_over_one_guided_call": one / call,
+        "all_sidenet_calls_of_7_steps_over_7_guided_calls": (run - 7 * call) / (7 * call),
+    }
+
+
+def count_parameters(module: torch.nn.Module) -> int:
+    """Numbers in a module's parameters."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def _flops(work: Callable[[], Any]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def median_seconds(work: Callable[[], Any], device: torch.device, repeats: int = 7) -> float:
+    """Median wall time of `work`, after one run to warm up."""
+    times = []
+    for _ in range(repeats + 1):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
+    """Largest sum of live tensor memory that `work` adds at any one time."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    live = peak = 0
+    for _, change in changes:
+        live += change
+        peak = max(peak, live)
+    return peak
+
+
+def cost(field: Field, sidenet: SideNet, noise: Tensor, calls: int = 7) -> dict[str, float]:
+    """Wall time and peak memory of BA-solver beside Euler's, on the same batch."""
+    times, device = time_grid(calls), noise.device
+    with torch.inference_mode():
+        euler = median_seconds(lambda: run_baseline("euler", field, noise, times), device)
+        backbone = median_seconds(lambda: [field.velocity(noise, t) for t in times[:-1]], device)
+        ours = median_seconds(lambda: solve(field, sidenet, noise, times), device)
+        bare = median_seconds(lambda: solve(field, StraightLine(), noise, times), device)
+        memory_euler = peak_bytes(lambda: run_baseline("euler", field, noise, times), device)
+        memory_ours = peak_bytes(lambda: solve(field, sidenet, noise, times), device)
+        memory_chunked = peak_bytes(lambda: solve(field, sidenet, noise, times, chunk=len(noise)), device)
+    return {
+        "calls": calls,
+        "batch": len(noise),
+        "seconds_euler": euler,
+        "seconds_ba_solver": ours,
+        "share_of_sidenet_and_integration": 1 - backbone / ours,
+        "share_of_integration_alone": 1 - backbone / bare,
+        "peak_memory_over_euler": memory_ours / memory_euler,
+        "peak_memory_over_euler_chunked": memory_chunked / memory_euler,
+        "peak_mib_euler": memory_euler / 2**20,
+    }
+
+
+def large_cost(device: torch.device) -> dict[str, float]:
+    """The same for a random SiT-XL/2 at 256x256 with the published SideNet, in bfloat16, CFG in both branches."""
+    sit = SiT(SiTConfig.named("XL/2"), device=device, dtype=torch.bfloat16).eval().requires_grad_(False)
+    sidenet = SideNet(SideNetConfig(), device=device, dtype=torch.bfloat16).eval().requires_grad_(False)
+    batch = 64
+    labels = torch.arange(batch, device=device)
+    noise = torch.randn(batch, 4, 32, 32, device=device)
+    return cost(guided_field(sit, labels, 1.5), sidenet, noise)
+
+
+def sample_accuracy(demo: Demo, device: torch.device, count: int = 1000) -> dict[str, float]:
+    """Share of samples that the classifier takes for the asked class: many Euler-like calls, and few of ours."""
+    classifier = load_classifier(CLASSIFIER_FILE).to(device)
+    noise, labels = (part.to(device) for part in demo_noise(REPORT_SEED + 1000, count))
+    parts: dict[str, list[Tensor]] = {"rk4_40_steps": [], "ba_solver_5": [], "ba_solver_7": [], "euler_7": []}
+    with torch.inference_mode():
+        for x, y in progress(list(zip(noise.split(100), labels.split(100), strict=True)), "accuracy"):
+            field = demo.field(y)
+            ours = sidenet_sampler(demo.sidenet)
+            parts["rk4_40_steps"].append(run_baseline("rk4", field, x, time_grid(40)))
+            parts["euler_7"].append(run_baseline("euler", field, x, time_grid(7)))
+            for calls in (5, 7):
+                parts[f"ba_solver_{calls}"].append(ours.sample(field, x, calls, demo.grid("ba_solver", calls)))
+    return {name: accuracy(classifier, torch.cat(images), labels) for name, images in parts.items()}
+
+
+def markdown(result: dict[str, Any], settings: BenchmarkSettings) -> str:
+    """The tables as Markdown."""
+    errors = result["tables"]["errors"]
+    labels = list(dict.fromkeys(key.split("/")[1] for key in errors))
+    lines = []
+    for grid in ("uniform", "best"):
+        lines += [f"\n### {grid} grid\n", "| solver | " + " | ".join(map(str, settings.nfe)) + " |"]
+        lines.append("|---" * (len(settings.nfe) + 1) + "|")
+        for label in labels:
+            cells = [errors[f"{grid}/{label}/{calls}"] for calls in settings.nfe]
+            lines.append(f"| {label} | " + " | ".join(f"{c['mean']:.4f} ± {c['sd']:.4f}" for c in cells) + " |")
+    long = errors["uniform/Euler/100"]
+    lines.append(f"\nEuler, 100 calls: {long['mean']:.4f} ± {long['sd']:.4f}")
+    lines += [
+        f"\n### {name}\n\n```json\n{json.dumps(result[name], indent=1)}\n```" for name in result if name != "tables"
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def run_benchmark(settings: BenchmarkSettings) -> dict[str, Any]:
+    """Measure everything, and write it as JSON and Markdown."""
+    device = torch.device(settings.device)
+    demo = load_demo(device)
+    samplers = [*rivals(), sidenet_sampler(demo.sidenet)]
+    if settings.search:
+        demo = store_grids(search_grids(settings, demo, samplers), demo, samplers)
+    noise, labels = (part.to(device) for part in demo_noise(REPORT_SEED, settings.noises))
+    result: dict[str, Any] = {
+        "settings": {k: str(v) for k, v in asdict(settings).items()},
+        "tables": error_tables(settings, demo, samplers),
+        "size": compute_share(load_demo()),
+        "cost": cost(demo.field(labels), demo.sidenet, noise),
+        "accuracy": sample_accuracy(demo, device),
+    }
+    if settings.large:
+        result["cost_sit_xl_2"] = large_cost(device)
+    text = markdown(result, settings)
+    write_text(settings.out / "benchmark.json", json.dumps(result, indent=1))
+    write_text(settings.out / "benchmark.md", text)
+    print(text)
+    return result
+
+
+if __name__ == "__main__":
+    import tyro
+
+    run_benchmark(tyro.cli(BenchmarkSettings))

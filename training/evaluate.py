@@ -1,0 +1,173 @@
+"""How far a sampler ends from the exact end of the same path: rivals, converged reference, grid search."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..bas_core.baselines import BASELINES, run_baseline
+from ..bas_core.grids import time_grid
+from ..bas_core.guidance import Field
+from ..bas_core.solver import Predictor, solve
+
+Run = Callable[[Field, Tensor, Tensor], Tensor]
+GridShape = tuple[float, float]
+UNIFORM: GridShape = (1.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A competitor.
+
+    Attributes:
+        name, label: for files and for people.
+        run: (field, noise [B, ...], times) to the end state.
+        calls_per_step: backbone calls a step; an odd budget ends with an Euler step where this is 2.
+    """
+
+    name: str
+    label: str
+    run: Run
+    calls_per_step: int = 1
+
+    def times(self, calls: int, shape: GridShape = UNIFORM) -> Tensor:
+        """The grid of the family (shift, cosine) that spends exactly `calls` backbone calls."""
+        return time_grid(math.ceil(calls / self.calls_per_step), *shape)
+
+    def sample(self, field: Field, noise: Tensor, calls: int, shape: GridShape = UNIFORM) -> Tensor:
+        """Run on `calls` backbone calls."""
+        times = self.times(calls, shape)
+        if calls % self.calls_per_step == 0:
+            return self.run(field, noise, times)
+        x = self.run(field, noise, times[:-1]) if len(times) > 2 else noise
+        return run_baseline("euler", field, x, times[-2:])
+
+
+def baseline_sampler(name: str) -> Sampler:
+    """A training-free solver of `bas_core.baselines` as a competitor."""
+    solver = BASELINES[name]
+    return Sampler(name, solver.label, lambda field, x, t: run_baseline(solver, field, x, t), solver.calls_per_step)
+
+
+def sidenet_sampler(sidenet: Predictor, name: str = "ba_solver", label: str = "BA-solver", **options: str) -> Sampler:
+    """The bi-anchor solver with a SideNet as a competitor; `options` go to `solve`."""
+    return Sampler(name, label, lambda field, x, t: solve(field, sidenet, x, t, **options))  # type: ignore[arg-type]
+
+
+def unipc(field: Field, x: Tensor, times: Tensor) -> Tensor:
+    """UniPC (Zhao et al. 2023) as `diffusers` has it, order 2, bh2, on flow sigmas."""
+    from diffusers import UniPCMultistepScheduler
+
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0)
+    scheduler.set_timesteps(sigmas=times[:-1].double().numpy(), device=x.device)
+    for sigma, step in zip(times[:-1], scheduler.timesteps, strict=True):
+        x = scheduler.step(field.velocity(x, sigma), step, x, return_dict=False)[0]
+    return x
+
+
+def rivals() -> list[Sampler]:
+    """The training-free solvers that BA-solver is measured against."""
+    return [
+        baseline_sampler("euler"),
+        baseline_sampler("heun"),
+        baseline_sampler("adams_bashforth2"),
+        baseline_sampler("dpmpp_2m"),
+        Sampler("unipc", "UniPC", unipc),
+        baseline_sampler("predictor_corrector"),
+    ]
+
+
+def converged_reference(field: Field, noise: Tensor, tolerance: float = 1e-5) -> Tensor:
+    """The end of the path by adaptive Dormand-Prince 5 of `torchdiffeq`, relative and absolute tolerance alike."""
+    from torchdiffeq import odeint
+
+    ends = torch.tensor([1.0, 0.0], device=noise.device)
+    return odeint(lambda t, x: field.velocity(x, t), noise, ends, rtol=tolerance, atol=tolerance, method="dopri5")[-1]
+
+
+def endpoint_errors(x: Tensor, reference: Tensor) -> Tensor:
+    """[B] root-mean-square differences."""
+    return (x - reference).square().flatten(1).mean(1).sqrt()
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One line of a table.
+
+    Attributes:
+        sampler, label: which.
+        grid: "uniform" or "best".
+        shape: (shift, cosine) of the grid.
+        calls: backbone calls, counted.
+        error: mean over the noises of the end-point RMSE.
+        spread: standard error of that mean.
+        seconds: per image.
+    """
+
+    sampler: str
+    label: str
+    grid: str
+    shape: GridShape
+    calls: int
+    error: float
+    spread: float
+    seconds: float
+
+
+def measure(
+    sampler: Sampler, field: Field, noise: Tensor, reference: Tensor, calls: int, shape: GridShape, grid: str
+) -> tuple[Measurement, Tensor]:
+    """Sample, compare with the reference, and time it.
+
+    Returns:
+        The table's line, and the samples [B, C, *spatial].
+    """
+    before = field.calls
+    start = time.perf_counter()
+    x = sampler.sample(field, noise, calls, shape)
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    seconds = (time.perf_counter() - start) / len(noise)
+    errors = endpoint_errors(x, reference)
+    spread = (errors.std() / len(noise) ** 0.5).item() if len(noise) > 1 else 0.0
+    line = Measurement(
+        sampler.name, sampler.label, grid, shape, field.calls - before, errors.mean().item(), spread, seconds
+    )
+    return line, x
+
+
+SEARCH_SHIFTS = (0.7, 1.0, 1.4, 1.9, 2.6, 3.6)
+SEARCH_COSINES = (-0.3, 0.0, 0.35, 0.7)
+SEARCH_REFINEMENTS = 3
+
+
+def search_grid(sampler: Sampler, field: Field, noise: Tensor, reference: Tensor, calls: int) -> GridShape:
+    """The (shift, cosine) of least end-point error: a coarse lattice, then a pattern search of halving step."""
+    known: dict[GridShape, float] = {}
+
+    def error(shape: GridShape) -> float:
+        if shape not in known:
+            known[shape] = endpoint_errors(sampler.sample(field, noise, calls, shape), reference).mean().item()
+        return known[shape]
+
+    best = min(itertools.product(SEARCH_SHIFTS, SEARCH_COSINES), key=error)
+    ratio, step = 1.17, 0.17
+    for _ in range(SEARCH_REFINEMENTS):
+        shift, cosine = best
+        near: Sequence[GridShape] = [
+            best,
+            (round(shift * ratio, 4), cosine),
+            (round(shift / ratio, 4), cosine),
+            (shift, round(min(1.0, cosine + step), 4)),
+            (shift, round(max(-1.0, cosine - step), 4)),
+        ]
+        best = min(near, key=error)
+        if best == (shift, cosine):
+            ratio, step = ratio**0.5, step / 2
+    return best

@@ -1,0 +1,150 @@
+"""Training examples from chains: what the sampler will ask of the SideNet, with the recorded velocity as the answer.
+
+All ordered pairs (or triples, with a second anchor) of a chain's points are usable, in both directions. Those are
+drawn that the sampler asks for: a number of calls, a grid and an interval of it are drawn at random, and each of its
+queries (forward probe, backward refinement) is snapped to the nearest recorded points.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..bas_core.flow import per_sample
+from ..bas_core.grids import time_grid
+from ..bas_core.quadrature import Rule
+from .chains import Chains
+
+KINDS = ("between", "beyond", "first", "last")
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A batch of SideNet queries.
+
+    Attributes:
+        x, v: [B, C, *spatial] at the near anchor.
+        t: [B] its time.
+        h: [B] step to the target, positive toward the data.
+        slope: [B, C, *spatial] change of velocity per unit of h between the anchors; 0 without a second anchor.
+        span: [B] step to the second anchor; 0 without one.
+        target: [B, C, *spatial] recorded velocity at t - h.
+        labels: [B].
+        kinds: [B] indices into `KINDS`.
+    """
+
+    x: Tensor
+    v: Tensor
+    t: Tensor
+    h: Tensor
+    slope: Tensor
+    span: Tensor
+    target: Tensor
+    labels: Tensor
+    kinds: Tensor
+
+    def straight_line(self) -> Tensor:
+        """What the multistep method predicts: the line through the anchors."""
+        return self.v + self.slope * per_sample(self.h, self.v)
+
+
+@dataclass(frozen=True)
+class QueryRange:
+    """Which queries to draw.
+
+    Attributes:
+        calls: fewest and most backbone calls.
+        shift: lowest and highest time shift of the grids (drawn log-uniformly).
+        cosine: lowest and highest cosine blend.
+        ascending: share of examples in the other direction (noise-ward), for inversion.
+    """
+
+    calls: tuple[int, int] = (4, 12)
+    shift: tuple[float, float] = (0.8, 3.5)
+    cosine: tuple[float, float] = (-0.3, 0.6)
+    ascending: float = 0.1
+
+
+def draw_queries(
+    rule: Rule, anchors: int, count: int, ranges: QueryRange, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Draw queries as times.
+
+    Returns:
+        [count, 3] times of (near anchor, second anchor, target); the second anchor's time is the first's where
+        there is none. [count] kinds.
+    """
+    uniform = torch.rand(count, 5, generator=generator)
+    rows: list[tuple[float, float, float]] = []
+    kinds: list[int] = []
+    ahead = [c for c in rule.nodes if c > 0]
+    inner = [c for c in rule.nodes if 0 < c < 1]
+    for a, b, c, d, e in uniform.tolist():
+        low, high = ranges.calls
+        calls = low + int(a * (high - low + 1))
+        shift = ranges.shift[0] * (ranges.shift[1] / ranges.shift[0]) ** b
+        grid = time_grid(calls, shift, ranges.cosine[0] + c * (ranges.cosine[1] - ranges.cosine[0])).tolist()
+        last = calls - 1
+        # Every query of the run is equally likely; one in `ascending` is read off the reversed run.
+        queries = [(i, node, True) for i in range(calls) for node in ahead]
+        queries += [(i, node, False) for i in range(last) for node in inner if anchors == 2 or node > 0.5]
+        i, node, forward = queries[int(d * len(queries))]
+        if e < ranges.ascending:
+            grid = grid[::-1]
+        left, right = grid[i], grid[i + 1]
+        target = left + node * (right - left)
+        if forward:
+            near, far = left, (grid[i - 1] if i and anchors == 2 else left)
+            kind = "last" if i == last else "first" if i == 0 else "beyond"
+        else:
+            near, far = (left, right) if node <= 0.5 else (right, left)
+            far, kind = (far if anchors == 2 else near), "between"
+        rows.append((near, far, target))
+        kinds.append(KINDS.index(kind))
+    return torch.tensor(rows), torch.tensor(kinds)
+
+
+def draw_examples(
+    chains: Chains, rule: Rule, anchors: int, count: int, ranges: QueryRange, generator: torch.Generator
+) -> Examples:
+    """Draw a batch of training examples; see the module's docstring."""
+    wanted, kinds = draw_queries(rule, anchors, count, ranges, generator)
+    rows = torch.randint(len(chains), (count,), generator=generator)
+    times = chains.times[rows]
+    near, far, target = (nearest(times, wanted[:, i]) for i in range(3))
+    # Snapping must not let the target fall on an anchor, nor the second anchor on the first.
+    target = step_off(target, near, wanted[:, 2] < wanted[:, 0], times.shape[1])
+    alone = (wanted[:, 0] == wanted[:, 1]) | (near == far)
+
+    def at(values: Tensor, index: Tensor) -> Tensor:
+        return values[rows, index]
+
+    t = at(chains.times, near)
+    span = torch.where(alone, 0.0, t - at(chains.times, far))
+    v = at(chains.velocities, near)
+    per_step = torch.where(alone, 0.0, 1 / torch.where(alone, 1.0, span))
+    slope = (at(chains.velocities, far) - v) * per_sample(per_step, v)
+    return Examples(
+        x=at(chains.states, near),
+        v=v,
+        t=t,
+        h=t - at(chains.times, target),
+        slope=slope,
+        span=span,
+        target=at(chains.velocities, target),
+        labels=chains.labels[rows],
+        kinds=kinds,
+    )
+
+
+def nearest(times: Tensor, wanted: Tensor) -> Tensor:
+    """Index of the point of each chain nearest to the wanted time: [B, P], [B] -> [B]."""
+    return (times - wanted[:, None]).abs().argmin(dim=1)
+
+
+def step_off(index: Tensor, near: Tensor, toward_data: Tensor, points: int) -> Tensor:
+    """Move an index that equals the anchor's by one, in the direction that it should lie in."""
+    moved = torch.where(toward_data, near + 1, near - 1).clamp(0, points - 1)
+    return torch.where(index == near, moved, index)
