@@ -46,7 +46,7 @@ def write_atomically(path: Path | str, write: Callable[[Path], None]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         raise OSError(f"Cannot write {path}: {error}. Choose a folder that can be written and has room.") from error
     finally:
         if temporary.exists():

@@ -39,10 +39,12 @@ def time_grid(intervals: int, shift: float = 1.0, cosine: float = 0.0, dtype: to
         raise ValueError(f"intervals must be at least 1; got {intervals}.")
     if not -1 <= cosine <= 1:
         raise ValueError(f"cosine must lie in [-1, 1]; got {cosine}.")
-    t = torch.linspace(1, 0, intervals + 1, dtype=dtype)
-    if cosine:
-        t = (1 - cosine) * t + cosine * (1 - torch.cos(math.pi * t)) / 2
-    return t if shift == 1 else time_shift(t, shift)
+    if shift == 1 and not cosine:
+        return torch.linspace(1, 0, intervals + 1, dtype=dtype)
+    t = torch.linspace(1, 0, intervals + 1, dtype=torch.float64)
+    t = time_shift((1 - cosine) * t + cosine * (1 - torch.cos(math.pi * t)) / 2, shift)
+    t[0], t[-1] = 1, 0  # rounding must not move the ends
+    return t.to(dtype)
 
 
 def check_grid(times: Tensor) -> Tensor:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -80,6 +83,22 @@ def make_optimizers(model: nn.Module, settings: LoopSettings) -> list[torch.opti
     ]
 
 
+@contextmanager
+def interrupts_deferred() -> Iterator[None]:
+    """Hold Ctrl-C back until the block is done (in the main thread, where Python delivers it)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pending: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, frame: pending.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if pending:
+        raise KeyboardInterrupt
+
+
 class Run(Generic[Model]):
     """Everything that changes during a training, so that it can be saved and gone on with."""
 
@@ -106,15 +125,16 @@ class Run(Generic[Model]):
         return result
 
     def advance(self, loss: Tensor) -> None:
-        """One optimizer step."""
+        """One optimizer step; Ctrl-C waits for its end, so that what is saved is never half a step."""
         self.model.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
-            optimizer.step()
-            schedule.step()
-        self.average.update_parameters(self.model)
-        self.done += 1
+        with interrupts_deferred():
+            for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
+                optimizer.step()
+                schedule.step()
+            self.average.update_parameters(self.model)
+            self.done += 1
 
     def save(self) -> None:
         """Write the run's state, atomically."""

@@ -1,0 +1,264 @@
+"""Damaged solvers must fail the checks that the other files make: a check that cannot fail shows nothing."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from checks import (
+    check_baseline_order,
+    check_calls,
+    check_chunking,
+    check_independence,
+    check_matches_naive,
+    check_oracle_order,
+)
+from problems import Oracle, small_sidenet
+
+from ba_solver.bas_core import BASELINES, Guidance, solver, time_grid
+
+
+def rk4_with_equal_weights(velocity, x, t0, t1, history):
+    step, half = t1 - t0, (t1 - t0) / 2
+    a = velocity(x, t0)
+    b = velocity(x + half * a, t0 + half)
+    c = velocity(x + half * b, t0 + half)
+    d = velocity(x + step * c, t1)
+    return x + step / 4 * (a + b + c + d), history
+
+
+def heun_with_lopsided_weights(velocity, x, t0, t1, history):
+    v0 = velocity(x, t0)
+    v1 = velocity(x + (t1 - t0) * v0, t1)
+    return x + (t1 - t0) * (0.6 * v0 + 0.4 * v1), history
+
+
+def adams_bashforth2_for_constant_steps(velocity, x, t0, t1, history):
+    v = velocity(x, t0)
+    slope = 1.5 * v - 0.5 * history[-1] if history else v
+    return x + (t1 - t0) * slope, (v,)
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        ("rk4", rk4_with_equal_weights),
+        ("heun", heun_with_lopsided_weights),
+        ("adams_bashforth2", adams_bashforth2_for_constant_steps),
+        ("midpoint", BASELINES["euler"].step),
+        ("adams_bashforth4", BASELINES["adams_bashforth3"].step),
+    ],
+)
+def test_the_order_check_finds_a_damaged_baseline(name, step):
+    with pytest.raises(AssertionError, match="order"):
+        check_baseline_order(dataclasses.replace(BASELINES[name], step=step))
+
+
+# --- damages to the solver: each a function of monkeypatch ------------------------------------------------------------
+
+
+def swap_first_two_velocities(patch):
+    """The velocity at the anchor is taken for the one at the first inner node, and the other way round."""
+    intact = solver.integrate
+
+    def integrate(rule, velocities, x, t0, t1):
+        first, second = rule.nodes[:2]
+        return intact(rule, velocities | {first: velocities[second], second: velocities[first]}, x, t0, t1)
+
+    patch.setattr(solver, "integrate", integrate)
+
+
+def look_the_wrong_way_back(patch):
+    """Backward refinement with h of the wrong sign."""
+    intact = solver.predict
+
+    def predict(sidenet, queries, *rest):
+        turned = [q._replace(time=2 * q.near.t - q.time) if q.time > q.near.t else q for q in queries]
+        return intact(sidenet, turned, *rest)
+
+    patch.setattr(solver, "predict", predict)
+
+
+def right_anchor_at_the_left_state(patch):
+    """The backbone is called at the end's time but at the start's state."""
+    intact = solver.probe
+
+    def probe(plan, left, previous, t1):
+        end, velocities = intact(plan, left, previous, t1)
+        return (left.x if float(t1) > 0 else end), velocities
+
+    patch.setattr(solver, "probe", probe)
+
+
+def refine_the_left_half(patch):
+    """The nodes nearer to the left anchor are predicted anew instead of those nearer to the right one."""
+    patch.setattr(solver.Plan, "seen_again", lambda plan: tuple(c for c in plan.rule.nodes if 0 < c < 0.5))
+
+
+def keep_the_forward_nodes(patch):
+    """No backward refinement at all."""
+    patch.setattr(solver.Plan, "seen_again", lambda self: ())
+
+
+def accept_the_probe(patch):
+    """No second integration."""
+    intact = solver.refine
+    patch.setattr(solver, "refine", lambda plan, left, right, v: (right.x, intact(plan, left, right, v)[1]))
+
+
+def call_the_backbone_at_the_end(patch):
+    """The last interval too gets a right anchor."""
+    intact = solver.probe
+
+    def probe(plan, left, previous, t1):
+        end, velocities = intact(plan, left, previous, t1)
+        if float(t1) == 0:
+            plan.field(end, t1)
+        return end, velocities
+
+    patch.setattr(solver, "probe", probe)
+
+
+def forget_the_right_anchor(patch):
+    """v_end is not reused: each interval calls the backbone at its corrected start."""
+    intact = solver.probe
+
+    def probe(plan, left, previous, t1):
+        fresh = left if float(left.t) == 1 else left._replace(v=plan.field(left.x, left.t, len(left.v)))
+        return intact(plan, fresh, previous, t1)
+
+    patch.setattr(solver, "probe", probe)
+
+
+def mix_the_batch(patch):
+    """A little of the batch's mean gets into every sample."""
+    intact = solver.integrate
+
+    def integrate(rule, velocities, x, t0, t1):
+        return intact(rule, velocities, torch.lerp(x, x.mean(0, keepdim=True), 1e-6), t0, t1)
+
+    patch.setattr(solver, "integrate", integrate)
+
+
+def mix_the_conditions(patch):
+    """The classes are laid out sample by sample, where the states lie branch by branch."""
+
+    def conditions(field, branches, queries):
+        return torch.stack(field.conditions[:branches], 1).flatten().repeat(queries)
+
+    patch.setattr(solver, "_conditions", conditions)
+
+
+def guide_by_the_anchors_time(patch):
+    """Every node of an interval is guided as its left anchor is."""
+    intact = solver.probe
+
+    def probe(plan, left, previous, t1):
+        field = copy.copy(plan.field)
+        scale = field.guidance.scale if field.guidance.active(left.t) and len(left.v) > 1 else 1.0
+        field.guidance = Guidance(scale)
+        return intact(plan._replace(field=field), left, previous, t1)
+
+    patch.setattr(solver, "probe", probe)
+
+
+def drop_the_remainder(patch):
+    """What is left over after the last whole chunk is predicted as no change."""
+    intact = solver.predict
+
+    def predict(sidenet, queries, field, branches, chunk=None):
+        def partly(x, **inputs):
+            return torch.zeros_like(x) if chunk and len(x) < chunk else sidenet(x, **inputs)
+
+        return intact(partly, queries, field, branches, chunk)
+
+    patch.setattr(solver, "predict", predict)
+
+
+def cut_only_the_states(patch):
+    """Every chunk of the states meets the first chunk's steps."""
+    intact = solver.predict
+
+    def predict(sidenet, queries, field, branches, chunk=None):
+        first = {}
+
+        def partly(x, h, **inputs):
+            return sidenet(x, h=first.setdefault("h", h)[: len(x)], **inputs)
+
+        return intact(partly, queries, field, branches, chunk)
+
+    patch.setattr(solver, "predict", predict)
+
+
+def skip_the_unconditional_branch(patch):
+    """Calls outside the CFG interval never evaluate it, though nodes ahead may need it."""
+    patch.setattr(
+        solver,
+        "branches_needed",
+        lambda plan, times: [2 if plan.field.guidance.active(t) else 1 for t in times[:-1]],
+    )
+    intact = solver.predict
+
+    def predict(sidenet, queries, field, branches, chunk=None):
+        whole = [q._replace(near=q.near._replace(v=q.near.v.expand(branches, *q.near.v.shape[1:]))
+                            if len(q.near.v) < branches else q.near) for q in queries]  # fmt: skip
+        return intact(sidenet, whole, field, branches, chunk)
+
+    patch.setattr(solver, "predict", predict)
+
+
+GUIDED = Guidance(2.0, (0.3, 0.75))
+GRID = time_grid(5, 1.3, dtype=torch.float64)
+
+
+def paper_check():
+    check_matches_naive("lobatto4", 1, GRID, GUIDED)
+
+
+def order_check():
+    check_oracle_order("lobatto4", 6, (8, 16))
+
+
+def calls_check():
+    check_calls(Oracle(), "bi_anchor", 5)
+
+
+def independence_check():
+    check_independence(small_sidenet())
+
+
+def chunking_check():
+    check_chunking(small_sidenet(), 4)
+
+
+CHECKS = [paper_check, order_check, calls_check, independence_check, chunking_check]
+DAMAGES = [
+    (swap_first_two_velocities, [order_check, paper_check]),
+    (look_the_wrong_way_back, [order_check, paper_check]),
+    (right_anchor_at_the_left_state, [order_check, paper_check]),
+    (refine_the_left_half, [paper_check]),
+    (keep_the_forward_nodes, [paper_check]),
+    (accept_the_probe, [paper_check]),
+    (call_the_backbone_at_the_end, [calls_check]),
+    (forget_the_right_anchor, [calls_check, paper_check]),
+    (mix_the_batch, [independence_check, paper_check]),
+    (mix_the_conditions, [independence_check, paper_check]),
+    (guide_by_the_anchors_time, [paper_check]),
+    (drop_the_remainder, [chunking_check]),
+    (cut_only_the_states, [chunking_check]),
+    (skip_the_unconditional_branch, [paper_check]),
+]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_the_checks_pass_when_nothing_is_damaged(check):
+    check()
+
+
+@pytest.mark.parametrize(
+    ("damage", "check"), [pytest.param(d, c, id=f"{d.__name__}-{c.__name__}") for d, checks in DAMAGES for c in checks]
+)
+def test_a_damaged_solver_fails_the_check(damage, check, monkeypatch):
+    damage(monkeypatch)
+    with pytest.raises(AssertionError):
+        check()

@@ -1,0 +1,83 @@
+"""The house rules of DESIGN: rooms, relative imports, lazy entry point, shipped files."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = [ROOT / "__init__.py", *(p for room in ("bas_core", "nodes", "training") for p in (ROOT / room).rglob("*.py"))]
+CORE_MAY_IMPORT = {"torch", "safetensors", "numpy", "einops"}
+
+
+def imports(path):
+    """(level, dotted name) of every import in a file, also inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            yield node.level, node.module or ""
+        elif isinstance(node, ast.Import):
+            yield from ((0, alias.name) for alias in node.names)
+
+
+def room_reached(path, level, name):
+    """The room that a relative import of `path` ends in."""
+    folder = path.parent
+    for _ in range(level - 1):
+        folder = folder.parent
+    target = folder.joinpath(*name.split(".")) if name else folder
+    return target.relative_to(ROOT).parts[:1]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_arrows_between_rooms_run_one_way(path):
+    """nodes -> training -> bas_core; the core imports only what ComfyUI users have; comfy is for nodes alone."""
+    room = path.relative_to(ROOT).parts[0]
+    forbidden = {"bas_core": {"training", "nodes"}, "training": {"nodes"}}.get(room, set())
+    for level, name in imports(path):
+        top = name.split(".")[0]
+        if level:
+            assert not forbidden & set(room_reached(path, level, name)), f"{path} reaches into {name}"
+            continue
+        assert top != "ba_solver", f"{path} imports its own package absolutely"
+        if room != "nodes":
+            assert top not in ("comfy", "comfy_api", "comfy_extras", "folder_paths", "nodes"), path
+        if room == "bas_core":
+            assert top in CORE_MAY_IMPORT or top in sys.stdlib_module_names, f"{path} imports {name}"
+            assert top not in ("argparse", "tkinter"), path
+
+
+def test_no_v1_mappings_anywhere():
+    """NODE_CLASS_MAPPINGS would silently disable the V3 entry point."""
+    assert not [p for p in SOURCES if "NODE_CLASS_MAPPINGS" in p.read_text()]
+
+
+def test_imports_without_comfyui_or_extras():
+    """The package and the core import where only torch, numpy, einops and safetensors are."""
+    blocked = ["matplotlib", "tyro", "tqdm", "diffusers", "torchdiffeq", "comfy", "comfy_api", "scipy"]
+    code = f"""
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Block())
+import ba_solver, ba_solver.bas_core, ba_solver.nodes, ba_solver.training
+print(callable(ba_solver.comfy_entrypoint), ba_solver.bas_core.get_rule("lobatto4").exactness)
+from ba_solver.training.cli import main
+sys.exit(main(["demo"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=False)
+    assert done.stdout.split() == ["True", "5"], done.stderr
+    assert done.returncode == 1 and "pip install 'ba-solver[bench]'" in done.stderr
+
+
+def test_ci_runs_the_very_test_command_of_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    command = next(line for line in readme.splitlines() if line.startswith("python3 -m venv") and "pytest" in line)
+    assert command in (ROOT / ".ci" / "run").read_text()
+
+
+def test_shipped_weights_are_small():
+    assert sum(p.stat().st_size for p in (ROOT / "weights").iterdir()) <= 12e6
