@@ -91,6 +91,8 @@ def dpmpp_2m(velocity: Velocity, x: Tensor, t0: Tensor, t1: Tensor, history: His
 
     The last step, onto t = 0, is of first order, as in the authors' code for few steps; so is the first.
     """
+    if float(t0) == 0:
+        raise ValueError("DPM-Solver++ predicts the data and cannot leave t = 0; start the time grid above 0.")
     data = velocity_to_x0(x, velocity(x, t0), t0)
     lam, lam_next = _half_log_snr(t0), _half_log_snr(t1)
     guess = data

@@ -104,7 +104,9 @@ def read_pickled_tensors(path: Path | str) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals([(SimpleNamespace, "argparse.Namespace")]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except PermissionError:
+        raise
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, TypeError, OSError) as error:
         refused = re.search(r"GLOBAL (\S+)", str(error))
         what = f"it refers to {refused[1]}" if refused else "it is damaged"
         raise CheckpointError(
@@ -132,7 +134,7 @@ def check_format(metadata: Mapping[str, str], expected: str, path: Path | str) -
         what = f"its format is {found!r}" if found else "it has no 'format' in its metadata"
         raise CheckpointError(f"{path} is no {expected} file: {what}.")
     version = metadata.get("format_version", "")
-    if not version.isdigit() or int(version) > FORMAT_VERSION:
+    if not version.isdecimal() or int(version) > FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format version {version!r}; this code reads up to {FORMAT_VERSION}. Update ba-solver."
         )
@@ -296,11 +298,12 @@ def load_sidenet(
     try:
         config = SideNetConfig(**parse_json(metadata, "config", path))
         card = _read_card(metadata, path)
-    except (TypeError, ValueError) as error:
+        expected = SideNet(config, device="meta")
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{path}: its metadata do not describe a SideNet: {error}") from error
     if metadata.get("latent_channels", str(config.in_channels)) != str(config.in_channels):
         raise CheckpointError(f"{path} contradicts itself: latent_channels and config name different channels.")
-    return _sidenet_from(state, config, path, device, dtype), card
+    return _fill(expected, state, path, device, dtype), card
 
 
 def _read_card(metadata: Mapping[str, str], path: Path | str) -> SideNetCard:
@@ -333,10 +336,10 @@ def load_official_sidenet(path: Path | str) -> SideNet:
     for name in ("input_conv.weight", "output_conv.weight", "y_embedder.embedding_table.weight"):
         if name not in state:
             raise CheckpointError(f"{path} is no official SideNet: tensor {name!r} is missing.")
-    width, inputs = state["input_conv.weight"].shape[:2]
-    classes, embedding = state["y_embedder.embedding_table.weight"].shape
-    blocks = [int(name.split(".")[1]) for name in state if name.startswith("blocks.")]
     try:
+        width, inputs = state["input_conv.weight"].shape[:2]
+        classes, embedding = state["y_embedder.embedding_table.weight"].shape
+        blocks = [int(name.split(".")[1]) for name in state if name.startswith("blocks.")]
         config = SideNetConfig(
             in_channels=inputs // 2,
             base_channels=width,
@@ -346,17 +349,16 @@ def load_official_sidenet(path: Path | str) -> SideNet:
         )
     except ValueError as error:
         raise CheckpointError(f"{path} is no official SideNet: {error}") from error
-    return _sidenet_from(state, config, path, "cpu", None)
+    return _fill(SideNet(config, device="meta"), state, path, "cpu", None)
 
 
-def _sidenet_from(
+def _fill(
+    sidenet: SideNet,
     state: dict[str, Tensor],
-    config: SideNetConfig,
     path: Path | str,
     device: torch.device | str,
     dtype: torch.dtype | None,
 ) -> SideNet:
-    sidenet = SideNet(config, device="meta")
     check_tensors(state, sidenet.state_dict(), path)
     sidenet.load_state_dict({k: v.to(device, dtype or v.dtype) for k, v in state.items()}, assign=True)
     return sidenet.eval().requires_grad_(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -31,6 +32,8 @@ class Guidance:
 
     def __post_init__(self) -> None:
         lo, hi = self.interval
+        if not math.isfinite(self.scale):
+            raise ValueError(f"The guidance scale must be finite; got {self.scale}.")
         if not 0 <= lo <= hi <= 1:
             raise ValueError(f"The CFG interval (lo, hi) must satisfy 0 <= lo <= hi <= 1; got {self.interval}.")
 
@@ -48,6 +51,16 @@ class Guidance:
 
 
 NO_GUIDANCE = Guidance()
+
+
+def just_inside(t: Tensor | float) -> Tensor:
+    """t, or the smallest time above 0: what guidance is decided by where the whole field is wanted at t = 0.
+
+    The interval's lower end is excluded (lo < t, as published), which would make a field guided with (0, 1] jump at
+    t = 0, where some solvers evaluate it. The field's value there is its limit.
+    """
+    t = torch.as_tensor(t, dtype=torch.promote_types(torch.as_tensor(t).dtype, torch.float32))
+    return t.clamp_min(torch.finfo(t.dtype).tiny)
 
 
 class Field:
@@ -98,7 +111,8 @@ class Field:
 
     def velocity(self, x: Tensor, t: Tensor | float) -> Tensor:
         """The guided velocity [B, C, ...]; the unconditional branch is evaluated only where guidance is active."""
-        return self.guidance.combine(self(x, t, 2 if self.guidance.active(t) else 1), t)
+        time = just_inside(t)
+        return self.guidance.combine(self(x, t, 2 if self.guidance.active(time) else 1), time)
 
 
 def model_field(
@@ -124,19 +138,24 @@ def model_field(
         raise ValueError(f"mode must be 'branch' or 'guided'; got {mode!r}.")
     if guidance.scale != 1 and uncond is None:
         raise ValueError("guidance with a scale other than 1 needs uncond, the unconditional branch's condition.")
+    if uncond is not None and cond is None:
+        raise ValueError("uncond was given without cond; give both, or neither.")
 
     def branches(x: Tensor, t: Tensor, count: int) -> Tensor:
         given = [c for c in (cond, uncond)[:count] if c is not None]
         if any(c.shape[0] != x.shape[0] for c in given):
             raise ValueError(f"Conditions must have x's batch size {x.shape[0]}; got {[c.shape[0] for c in given]}.")
         arguments = (torch.cat(given),) if given else ()
-        return model(torch.cat([x] * count), torch.cat([t] * count), *arguments).unflatten(0, (count, -1))
+        v = model(torch.cat([x] * count), torch.cat([t] * count), *arguments)
+        if v.shape != (count * x.shape[0], *x.shape[1:]):
+            raise ValueError(f"The backbone must return {(count * x.shape[0], *x.shape[1:])}; got {tuple(v.shape)}.")
+        return v.unflatten(0, (count, -1))
 
     if mode == "branch":
         return Field(branches, (cond,) if uncond is None else (cond, uncond), guidance, guidance.scale)
 
     def guided(x: Tensor, t: Tensor, count: int) -> Tensor:
-        time = t[0]
+        time = just_inside(t[0])
         return guidance.combine(branches(x, t, 2 if guidance.active(time) else 1), time)[None]
 
     return Field(guided, (cond,), NO_GUIDANCE, guidance.scale)

@@ -38,7 +38,7 @@ class Rule:
             raise ValueError(f"The nodes of rule {self.name!r} must ascend within [0, 1]; got {self.nodes}.")
         for degree in range(self.exactness + 1):
             moment = sum(w * c**degree for c, w in zip(self.nodes, self.weights, strict=True))
-            if abs(moment * (degree + 1) - 1) > TOLERANCE:
+            if not abs(moment * (degree + 1) - 1) <= TOLERANCE:  # so that NaN is refused too
                 raise ValueError(f"Rule {self.name!r} is not exact for degree {degree}, as it claims to be.")
 
     @property

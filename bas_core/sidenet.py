@@ -64,8 +64,8 @@ class SideNetConfig:
             raise ValueError(f"SideNetConfig.num_classes must not be negative; got {self.num_classes}.")
         if self.anchors not in (1, 2):
             raise ValueError(f"SideNetConfig.anchors must be 1 or 2; got {self.anchors}.")
-        if self.kernel_size % 2 == 0:
-            raise ValueError(f"SideNetConfig.kernel_size must be odd; got {self.kernel_size}.")
+        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise ValueError(f"SideNetConfig.kernel_size must be odd and positive; got {self.kernel_size}.")
         if self.base_channels % self.num_heads:
             raise ValueError(
                 f"SideNetConfig.base_channels must be a multiple of num_heads {self.num_heads}; "

@@ -152,6 +152,11 @@ def predict(
         for i in range(0, len(x), size)
     ]
     change = changes[0] if len(changes) == 1 else torch.cat(changes)
+    if not torch.isfinite(change).all():
+        raise NonFiniteError(
+            "The SideNet returned NaN or infinity. Run it in float32 or bfloat16, and check that it was made for "
+            "this model."
+        )
     return (v + change).unflatten(0, (len(queries), branches, batch))
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from ba_solver.bas_core import Baseline, Guidance, get_rule, model_field, run_baseline, solve
 from problems import (
     Oracle,
     class_velocity,
@@ -19,8 +20,6 @@ from problems import (
 )
 from reference import naive_bi_anchor
 from torch import Tensor
-
-from ba_solver.bas_core import Baseline, Guidance, get_rule, model_field, run_baseline, solve
 
 TOLERANCE = 0.15
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
@@ -84,9 +83,7 @@ def check_independence(sidenet) -> None:
 def check_chunking(sidenet, chunk: int) -> None:
     """The result does not depend on how the SideNet calls are cut up."""
     x, guidance = noise(3, 2, 4, 4), Guidance(2.0, (0.0, 0.7))
-    whole, cut = (
-        solve(guided_field(3, guidance), sidenet, x, smooth_grid(3), chunk=size) for size in (None, chunk)
-    )
+    whole, cut = (solve(guided_field(3, guidance), sidenet, x, smooth_grid(3), chunk=size) for size in (None, chunk))
     torch.testing.assert_close(cut, whole, **TIGHT)
 
 

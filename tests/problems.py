@@ -2,11 +2,14 @@
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
+from ba_solver.bas_core import Field, SideNet, SideNetConfig, SiT, SiTConfig, model_field, run_baseline, time_grid
 from torch import Tensor
 
-from ba_solver.bas_core import Field, SideNet, SideNetConfig, SiT, SiTConfig, model_field, run_baseline, time_grid
+# Two threads on a busy machine wait for each other longer than these small tensors take: minutes instead of seconds.
+torch.set_num_threads(1)
 
 RATE = 3.0
 NULL = 3
@@ -127,4 +130,4 @@ def small_sit(seed: int = 0, dtype: torch.dtype = torch.float64, **changes) -> S
 
 def observed_order(errors: list[float]) -> list[float]:
     """Slopes of the error between successive halvings of the step."""
-    return [math.log2(coarse / fine) for coarse, fine in zip(errors[:-1], errors[1:], strict=True)]
+    return [math.log2(coarse / fine) for coarse, fine in pairwise(errors)]

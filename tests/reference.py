@@ -4,6 +4,7 @@ Written from the text and not from `bas_core`, with which the tests compare them
 """
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -16,45 +17,47 @@ def combine(pair: list[Tensor], time: float, scale: float, interval: tuple[float
     return pair[1] + scale * (pair[0] - pair[1]) if low < time <= high else pair[0]
 
 
+def look(sidenet, near, far, time: float, classes) -> list[Tensor]:
+    """The velocity of each branch at `time`, seen from one anchor (state, velocities, time) or from two."""
+    x, pair, t = near
+    out = []
+    for branch, (v, y) in enumerate(zip(pair, classes, strict=True)):
+        second = {}
+        if sidenet.anchors == 2 and far is not None:
+            span = t - far[2]
+            second = {"slope": (far[1][branch] - v) / span, "span": x.new_full((len(x),), span)}
+        now, step = x.new_full((len(x),), t), x.new_full((len(x),), t - time)
+        out.append(v + sidenet(x, v, now, step, y, **second))
+    return out
+
+
 def naive_bi_anchor(model, sidenet, x: Tensor, times: list[float], rule, classes, guidance) -> Tensor:
     """PAPER.md section 2; a two-anchor SideNet as FEASIBILITY.md has it. Both branches are always evaluated."""
     nodes, weights = rule
 
-    def full(value: float) -> Tensor:
-        return torch.full((len(x),), value, dtype=x.dtype)
-
     def backbone(x: Tensor, t: float):
-        return x, [model(x, full(t), y) for y in classes], t
-
-    def predict(near, far, time: float) -> list[Tensor]:
-        x, pair, t = near
-        out = []
-        for branch, (v, y) in enumerate(zip(pair, classes, strict=True)):
-            second = {}
-            if sidenet.anchors == 2 and far is not None:
-                span = t - far[2]
-                second = {"slope": (far[1][branch] - v) / span, "span": full(span)}
-            out.append(v + sidenet(x, v, full(t), full(t - time), y, **second))
-        return out
+        return x, [model(x, x.new_full((len(x),), t), y) for y in classes], t
 
     def integrate(x: Tensor, pairs, at: list[float]) -> Tensor:
         total = sum(w * combine(pair, t, *guidance) for w, pair, t in zip(weights, pairs, at, strict=True))
         return x + (at[-1] - at[0]) * total
 
     previous, left = None, backbone(x, times[0])
-    for t, s in zip(times[:-1], times[1:], strict=True):
+    for t, s in pairwise(times):
         at = [t + c * (s - t) for c in nodes[:-1]] + [s]
-        forward = [left[1]] + [predict(left, previous, time) for time in at[1:]]
+        forward = [left[1]] + [look(sidenet, left, previous, time, classes) for time in at[1:]]
         x_pred = integrate(left[0], forward, at)
         if s == times[-1]:
             return x_pred
         right = backbone(x_pred, s)
         refined = [left[1]]
         for c, time, early in zip(nodes[1:-1], at[1:-1], forward[1:-1], strict=True):
-            if sidenet.anchors == 2:
-                refined.append(predict(left, right, time) if c <= 0.5 else predict(right, left, time))
+            if c > 0.5:
+                refined.append(look(sidenet, right, left, time, classes))
+            elif sidenet.anchors == 2:
+                refined.append(look(sidenet, left, right, time, classes))
             else:
-                refined.append(early if c <= 0.5 else predict(right, None, time))
+                refined.append(early)
         refined.append(right[1])
         previous = left
         left = (integrate(left[0], refined, at), right[1], s)
@@ -64,7 +67,7 @@ def naive_bi_anchor(model, sidenet, x: Tensor, times: list[float], rule, classes
 def naive_single_anchor(model, sidenet, x: Tensor, times: list[float], rule, classes, guidance) -> Tensor:
     """PAPER.md section 2, single-anchor variant; guidance is decided by the anchor's time, as in the official files."""
     nodes, weights = rule
-    for t, s in zip(times[:-1], times[1:], strict=True):
+    for t, s in pairwise(times):
         now = torch.full((len(x),), t, dtype=x.dtype)
         pair = [model(x, now, y) for y in classes]
         total = torch.zeros_like(x)
@@ -79,7 +82,7 @@ def naive_single_anchor(model, sidenet, x: Tensor, times: list[float], rule, cla
 def naive_predictor_corrector(velocity, x: Tensor, times: list[float]) -> Tensor:
     """Adams-Bashforth 2 with variable steps predicts, one call, the trapezoid corrects; the last step only predicts."""
     v, earlier, earlier_step = velocity(x, times[0]), None, None
-    for t, s in zip(times[:-1], times[1:], strict=True):
+    for t, s in pairwise(times):
         step = s - t
         if earlier is None:
             predicted = x + step * v
@@ -93,7 +96,7 @@ def naive_predictor_corrector(velocity, x: Tensor, times: list[float]) -> Tensor
     raise AssertionError("unreachable")
 
 
-# --- networks, from a state dict alone (PAPER.md section 5) ---------------------------------------------------------
+# --- networks, from a state dict alone (PAPER.md section 5) -----------------------------------------------------------
 
 
 def embed_scalar(w: dict[str, Tensor], name: str, t: Tensor) -> Tensor:
@@ -114,7 +117,11 @@ def rms(x: Tensor) -> Tensor:
 
 def naive_sidenet(w: dict[str, Tensor], x: Tensor, v: Tensor, t: Tensor, h: Tensor, y: Tensor, heads: int) -> Tensor:
     """The official SideNet."""
-    parts = [embed_scalar(w, "t_embedder", t), embed_scalar(w, "h_embedder", h), w["y_embedder.embedding_table.weight"][y]]
+    parts = [
+        embed_scalar(w, "t_embedder", t),
+        embed_scalar(w, "h_embedder", h),
+        w["y_embedder.embedding_table.weight"][y],
+    ]
     emb = perceptron(w, "emb_fusion", torch.cat(parts, 1))
     layers = 1 + max(int(name.split(".")[1]) for name in w if name.startswith("blocks."))
     f = F.conv2d(torch.cat([x, v], 1), w["input_conv.weight"], padding=1)

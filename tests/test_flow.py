@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from problems import noise, spread
-
 from ba_solver.bas_core import flow, time_grid, time_shift
+from problems import noise, spread
 
 TIMES = torch.tensor([0.05, 0.3, 0.5, 0.7, 0.95], dtype=torch.float64)
 SHAPES = [(5, 2, 3, 4), (5, 2, 2, 3, 4)]

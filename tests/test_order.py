@@ -1,7 +1,10 @@
 """Convergence orders, cost, sensitivity to the predictor's error, and the step callback."""
 
+from itertools import pairwise
+
 import pytest
 import torch
+from ba_solver.bas_core import BASELINES, run_baseline, solve
 from checks import (
     check_baseline_calls,
     check_baseline_order,
@@ -11,8 +14,6 @@ from checks import (
     run_oracle,
 )
 from problems import Oracle, exact_field, flow_map, run_named, smooth_grid, state, uneven_grid, velocity
-
-from ba_solver.bas_core import BASELINES, run_baseline, solve
 
 # Steps are as fine as float64 allows: the last error stays above 1e-13.
 BI_ANCHOR = [
@@ -101,7 +102,7 @@ def test_excess_error_is_proportional_to_the_predictors_error(rule, anchors):
     exact = run_oracle(rule, anchors)(x, times)
     injected = [10.0**-k for k in range(7, 1, -1)]
     moved = [(run_oracle(rule, anchors, error=e)(x, times) - exact).norm().log10().item() for e in injected]
-    slopes = [after - before for before, after in zip(moved[:-1], moved[1:], strict=True)]
+    slopes = [after - before for before, after in pairwise(moved)]
     assert slopes == pytest.approx([1.0] * len(slopes), abs=0.1)
 
 
@@ -122,7 +123,7 @@ def test_the_callback_sees_every_step(run, calls):
     assert [(s.index, s.total, s.calls) for s in steps] == [(i, 4, calls[i]) for i in range(4)]
     assert [s.time for s in steps] == times[:-1].tolist() and [s.next_time for s in steps] == times[1:].tolist()
     assert torch.equal(steps[0].x, x) and torch.equal(steps[-1].x_next, end)
-    for before, after in zip(steps[:-1], steps[1:], strict=True):
+    for before, after in pairwise(steps):
         assert torch.equal(before.x_next, after.x)
     for step in steps:
         torch.testing.assert_close(step.velocity, velocity(step.x, step.time), rtol=0.05, atol=0)
@@ -130,8 +131,11 @@ def test_the_callback_sees_every_step(run, calls):
     assert torch.equal(steps[0].velocity, velocity(x, 1.0))
 
 
-@pytest.mark.parametrize("run", [lambda f, *a: solve(f, None, *a[:2], callback=a[2]), 
-                                 lambda f, *a: run_baseline("euler", f, *a)], ids=["solve", "euler"])  # fmt: skip
+@pytest.mark.parametrize(
+    "run",
+    [lambda f, x, t, c: solve(f, None, x, t, callback=c), lambda f, x, t, c: run_baseline("euler", f, x, t, c)],
+    ids=["solve", "euler"],
+)
 def test_the_callback_may_raise_to_stop(run):
     """The exception arrives as it was raised, and the backbone is not called again."""
 

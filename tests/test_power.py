@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from ba_solver.bas_core import BASELINES, Guidance, solver, time_grid
 from checks import (
     check_baseline_order,
     check_calls,
@@ -14,8 +15,6 @@ from checks import (
     check_oracle_order,
 )
 from problems import Oracle, small_sidenet
-
-from ba_solver.bas_core import BASELINES, Guidance, solver, time_grid
 
 
 def rk4_with_equal_weights(velocity, x, t0, t1, history):

@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 import pytest
-
 from ba_solver.bas_core import RULES, Rule, get_rule, symmetric_four_point
 
 

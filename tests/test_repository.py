@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = [ROOT / "__init__.py", *(p for room in ("bas_core", "nodes", "training") for p in (ROOT / room).rglob("*.py"))]
+SOURCES = [
+    ROOT / "__init__.py",
+    *(p for room in ("bas_core", "nodes", "training") for p in (ROOT / room).rglob("*.py")),
+]
 CORE_MAY_IMPORT = {"torch", "safetensors", "numpy", "einops"}
 
 

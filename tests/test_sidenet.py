@@ -3,10 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from ba_solver.bas_core import SideNet, SideNetConfig
 from problems import NULL, labels, noise, randomise, small_sidenet, spread
 from reference import naive_sidenet
-
-from ba_solver.bas_core import SideNet, SideNetConfig
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
 
@@ -14,7 +13,13 @@ EXACT = {"rtol": 1e-11, "atol": 1e-11}
 def inputs(batch: int = 2, *, channels: int = 2, size: tuple[int, ...] = (4, 6), dtype=torch.float64):
     """x, v, t, h and cond for a one-anchor SideNet; steps of both directions."""
     x, v = (noise(batch, channels, *size, seed=seed, dtype=dtype) for seed in (0, 1))
-    return x, v, torch.linspace(0.3, 0.9, batch, dtype=dtype), torch.linspace(-0.2, 0.3, batch, dtype=dtype), labels(batch)[0]
+    return (
+        x,
+        v,
+        torch.linspace(0.3, 0.9, batch, dtype=dtype),
+        torch.linspace(-0.2, 0.3, batch, dtype=dtype),
+        labels(batch)[0],
+    )
 
 
 def second_anchor(x):
@@ -22,7 +27,7 @@ def second_anchor(x):
     return {"slope": noise(*x.shape, seed=2, dtype=x.dtype), "span": torch.linspace(0.25, -0.15, len(x), dtype=x.dtype)}
 
 
-# --- the official network --------------------------------------------------------------------------------------------
+# --- the official network ---------------------------------------------------------------------------------------------
 
 
 def official_shapes(channels: int, width: int, embedding: int, layers: int, classes: int) -> dict[str, tuple[int, ...]]:
@@ -57,7 +62,8 @@ def test_the_default_network_has_the_official_names_and_sizes():
 
 
 @pytest.mark.parametrize(
-    ("channels", "width", "embedding", "layers", "heads"), [(4, 16, 12, 4, 4), (2, 8, 8, 3, 2), (3, 12, 6, 1, 3), (4, 8, 8, 5, 4)]
+    ("channels", "width", "embedding", "layers", "heads"),
+    [(4, 16, 12, 4, 4), (2, 8, 8, 3, 2), (3, 12, 6, 1, 3), (4, 8, 8, 5, 4)],
 )
 def test_it_computes_what_the_official_network_computes(channels, width, embedding, layers, heads):
     config = SideNetConfig(channels, width, embedding, layers, num_classes=NULL, num_heads=heads)
@@ -88,7 +94,7 @@ def test_every_input_matters():
         assert (changed - base).abs().amax((1, 2, 3)).min() > 1e-5, name
 
 
-# --- the factor h, and the second anchor -------------------------------------------------------------------------------
+# --- the factor h, and the second anchor ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("anchors", [1, 2])
@@ -143,7 +149,7 @@ def test_zero_output_silences_the_network(anchors):
     assert torch.equal(small_sidenet(anchors=anchors).zero_output()(x, v, t, h, y, **second), line)
 
 
-# --- sizes, video, conditions, precision --------------------------------------------------------------------------------
+# --- sizes, video, conditions, precision ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [(4, 6), (5, 7), (3, 4), (1, 1)], ids=str)
@@ -218,7 +224,7 @@ def test_the_answer_has_the_states_precision_whatever_the_weights(weights):
         ({"num_classes": -1}, "num_classes must not be negative; got -1"),
         ({"anchors": 3}, "anchors must be 1 or 2; got 3"),
         ({"anchors": 0}, "anchors must be 1 or 2; got 0"),
-        ({"kernel_size": 2}, "kernel_size must be odd; got 2"),
+        ({"kernel_size": 2}, "kernel_size must be odd and positive; got 2"),
         ({"kernel_size": -1}, "kernel_size must be"),
         ({"base_channels": 10, "num_heads": 4}, "base_channels must be a multiple of num_heads 4; got 10"),
     ],
@@ -231,7 +237,10 @@ def test_impossible_configurations_are_refused(changes, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": noise(2, 4, 4, 6), "v": noise(2, 4, 4, 6)}, r"takes x of \[B, 2, H, W\].*got \(2, 4, 4, 6\).*made for this model"),
+        (
+            {"x": noise(2, 4, 4, 6), "v": noise(2, 4, 4, 6)},
+            r"takes x of \[B, 2, H, W\].*got \(2, 4, 4, 6\).*made for this model",
+        ),
         ({"x": noise(2, 2, 4), "v": noise(2, 2, 4)}, r"got \(2, 2, 4\)"),
         ({"v": noise(2, 2, 4, 4)}, r"v must have x's shape \(2, 2, 4, 6\); got \(2, 2, 4, 4\)"),
         ({"t": torch.zeros(3)}, r"t must be \[2\], one value a sample; got \(3,\)"),

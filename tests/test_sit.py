@@ -4,12 +4,11 @@ import argparse
 
 import pytest
 import torch
+from ba_solver.bas_core import CheckpointError, SiT, SiTConfig, load_sit, save_sit
+from ba_solver.bas_core.sit import SIT_SIZES, sincos_position_table, sit_config_from_state_dict
 from problems import NULL, noise, small_sit
 from reference import naive_position_table, naive_sit
 from safetensors.torch import save_file
-
-from ba_solver.bas_core import CheckpointError, SiT, SiTConfig, load_sit, save_sit
-from ba_solver.bas_core.sit import SIT_SIZES, sincos_position_table, sit_config_from_state_dict
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
 
@@ -19,7 +18,7 @@ def inputs(config: SiTConfig, dtype=torch.float64):
     return x, torch.tensor([0.0, 0.4, 1.0], dtype=dtype), torch.tensor([0, 2, NULL])
 
 
-# --- the network ---------------------------------------------------------------------------------------------------
+# --- the network ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,12 @@
 """The solver against plain re-implementations of the paper, and its invariants."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
+from ba_solver.bas_core import BASELINES, Field, Guidance, get_rule, model_field, run_baseline, solve, time_grid
+from ba_solver.bas_core.solver import Anchor, Plan, Query, StraightLine, predict, probe, refine, single_anchor_step
 from checks import (
     TIGHT,
     check_chunking,
@@ -26,9 +29,6 @@ from problems import (
 )
 from reference import naive_predictor_corrector, naive_single_anchor
 
-from ba_solver.bas_core import BASELINES, Field, Guidance, get_rule, model_field, run_baseline, solve, time_grid
-from ba_solver.bas_core.solver import Anchor, Plan, Query, StraightLine, predict, probe, refine, single_anchor_step
-
 UNIFORM, SHIFTED = time_grid(5, dtype=torch.float64), time_grid(4, 2.0, dtype=torch.float64)
 WITHOUT_SIDENET = "predictor_corrector"
 GUIDANCES = [(1.0, (0.0, 1.0)), (2.0, (0.0, 1.0)), (2.0, (0.0, 0.7)), (1.5, (0.3, 0.8)), (2.0, (0.45, 0.5))]
@@ -40,10 +40,12 @@ def as_tensor(t: float) -> torch.Tensor:
 
 def random_anchors(*times: float) -> list[Anchor]:
     """Anchors of two samples and two branches."""
-    return [Anchor(noise(2, 2, 4, 4, seed=s), noise(2, 2, 2, 4, 4, seed=s + 9), as_tensor(t)) for s, t in enumerate(times)]
+    return [
+        Anchor(noise(2, 2, 4, 4, seed=s), noise(2, 2, 2, 4, 4, seed=s + 9), as_tensor(t)) for s, t in enumerate(times)
+    ]
 
 
-# --- against the paper, written out --------------------------------------------------------------------------------
+# --- against the paper, written out -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("anchors", [1, 2])
@@ -87,7 +89,7 @@ def test_a_zero_one_anchor_sidenet_predicts_with_euler_and_corrects_with_both_en
     """Every forward node then holds v(left) and every backward node v(right): Euler, and after it the trapezoid."""
     x, expected, times = state(), state(), SHIFTED.tolist()
     v = velocity(x, times[0])
-    for t, s in zip(times[:-2], times[1:-1], strict=True):
+    for t, s in pairwise(times[:-1]):
         right = velocity(expected + (s - t) * v, s)
         expected, v = expected + (s - t) / 2 * (v + right), right
     expected = expected + (times[-1] - times[-2]) * v
@@ -100,7 +102,7 @@ def test_single_anchor_without_a_sidenet_is_euler():
     torch.testing.assert_close(got, run_baseline("euler", exact_field(), state(), SHIFTED), **TIGHT)
 
 
-# --- guidance ------------------------------------------------------------------------------------------------------
+# --- guidance ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sidenet", [None, small_sidenet(anchors=1), small_sidenet(anchors=2)], ids=["none", "1", "2"])
@@ -121,14 +123,19 @@ def test_guided_mode_integrates_the_combined_velocity(guidance, sidenet):
 @pytest.mark.parametrize(
     ("name", "mode"),
     # Without a SideNet the solver, in branch mode, decides on guidance at every quadrature node and not at every call.
-    [(name, mode) for name in BASELINES for mode in ("branch", "guided") if (name, mode) != (WITHOUT_SIDENET, "branch")],
+    [
+        (name, mode)
+        for name in BASELINES
+        for mode in ("branch", "guided")
+        if (name, mode) != (WITHOUT_SIDENET, "branch")
+    ],
 )
 def test_baselines_integrate_the_guided_velocity(name, mode):
     cond, uncond = labels(2)
 
     def combined(x, t):
         c, u = class_velocity(x, t, cond), class_velocity(x, t, uncond)
-        return u + 2 * (c - u) if 0 < t[0] <= 0.7 else c
+        return u + 2 * (c - u) if t[0] <= 0.7 else c  # at t = 0 the limit of the guided field
 
     x, guidance = noise(2, 2, 4, 4), Guidance(2.0, (0.0, 0.7))
     got = run_baseline(name, guided_field(2, guidance, mode), x, UNIFORM)
@@ -148,9 +155,9 @@ def test_both_modes_agree_without_a_sidenet_where_guidance_applies_throughout():
 def test_the_unconditional_branch_is_evaluated_only_where_a_node_needs_it(anchors, needed):
     """CFG in (0.35, 0.65], ten uniform steps, nodes at 0.28 and 0.72 of each.
 
-    The calls at 0.7 ... 0.4 predict guided nodes. With two anchors the call at 0.8 helps to predict the nodes
-    of (0.7, 0.6), and the one at 0.3 those of (0.4, 0.3), of which the one at 0.372 is guided. The values are the same as
-    if both branches were always evaluated (see the tests against the paper).
+    The calls at 0.7 ... 0.4 predict guided nodes. With two anchors the call at 0.8 helps to predict the nodes of
+    (0.7, 0.6), and the one at 0.3 those of (0.4, 0.3), of which the one at 0.372 is guided. The tests against the
+    paper show that the result is as if both branches were always evaluated.
     """
     seen = []
 
@@ -175,7 +182,7 @@ def test_the_guidance_scale_reaches_a_sidenet_that_asks_for_it():
     assert not torch.allclose(other, results[0], **TIGHT)
 
 
-# --- invariants ----------------------------------------------------------------------------------------------------
+# --- invariants -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("anchors", [1, 2])
@@ -284,7 +291,7 @@ def test_nothing_given_is_changed_and_nothing_is_remembered():
     assert torch.equal(first, solve(field, net, x, times))
 
 
-# --- predictions ----------------------------------------------------------------------------------------------------
+# --- predictions ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("swap", [False, True], ids=["toward data", "toward noise"])
@@ -327,5 +334,7 @@ def test_each_query_is_told_its_own_step_time_and_condition():
                 return spread(inputs[told].to(x.dtype), x).expand_as(x) - v
 
         got = predict(Echo(), queries, field, 2)
-        wanted = torch.stack([torch.stack([torch.as_tensor(b, dtype=got.dtype).expand(2) for b in q]) for q in expected])
+        wanted = torch.stack(
+            [torch.stack([torch.as_tensor(b, dtype=got.dtype).expand(2) for b in q]) for q in expected]
+        )
         torch.testing.assert_close(got[..., 0, 0, 0], wanted)

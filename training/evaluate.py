@@ -142,8 +142,8 @@ def measure(
     return line, x
 
 
-SEARCH_SHIFTS = (0.7, 1.0, 1.4, 1.9, 2.6, 3.6)
-SEARCH_COSINES = (-0.3, 0.0, 0.35, 0.7)
+SEARCH_SHIFTS = (0.7, 1.0, 1.4, 2.0, 2.8)
+SEARCH_COSINES = (-0.2, 0.15, 0.5)
 SEARCH_REFINEMENTS = 3
 
 

@@ -30,7 +30,7 @@ class TrainSettings:
     """
 
     loop: LoopSettings = field(
-        default_factory=lambda: LoopSettings(steps=3000, batch=128, learning_rate=2e-3, weight_decay=0.01, ema=0.998)
+        default_factory=lambda: LoopSettings(steps=2500, batch=128, learning_rate=2e-3, weight_decay=0.01, ema=0.998)
     )
     rule: str = "lobatto4"
     ranges: QueryRange = field(default_factory=QueryRange)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...bas_core.checkpoint import save_sit
+from ...bas_core.checkpoint import load_sit, save_sit
 from ...bas_core.flow import interpolate
 from ...bas_core.sit import SiT, SiTConfig
 from ..loop import LoopSettings, train
@@ -33,6 +33,7 @@ class BackboneSettings:
         out: folder for the weights and the state of an unfinished run.
         loop: steps, batch, learning rate.
         class_dropout: share of samples that see the null class, for guidance.
+        start_from: weights to start from instead of fresh ones.
         compile: use torch.compile (needs a C++ compiler on a CPU).
         device: where to train.
     """
@@ -44,6 +45,7 @@ class BackboneSettings:
         )
     )
     class_dropout: float = 0.1
+    start_from: Path | None = None
     compile: bool = False
     device: str = "cpu"
 
@@ -65,6 +67,8 @@ def train_backbone(settings: BackboneSettings) -> Path:
     torch.manual_seed(settings.loop.seed)
     device = torch.device(settings.device)
     model = SiT(DEMO_CONFIG).initialize_weights().to(device)
+    if settings.start_from:
+        model.load_state_dict(load_sit(settings.start_from).state_dict())
     network = torch.compile(model) if settings.compile else model
     path = settings.out / "demo_sit.safetensors"
 

@@ -73,10 +73,10 @@ class BenchmarkSettings:
 
     out: Path = Path("runs/benchmark")
     search: bool = False
-    nfe: tuple[int, ...] = (4, 5, 7, 10, 15)
+    nfe: tuple[int, ...] = (4, 5, 7, 10)
     noises: int = 64
     seeds: int = 3
-    search_noises: int = 32
+    search_noises: int = 24
     large: bool = False
     device: str = "cpu"
 
@@ -110,20 +110,21 @@ def error_tables(settings: BenchmarkSettings, demo: Demo, samplers: list[Sampler
     jobs = [(sampler, calls, grid) for sampler in samplers for calls in settings.nfe for grid in ("uniform", "best")]
     jobs.append((baseline_sampler("euler"), 100, "uniform"))
     found: dict[str, list[float]] = {}
-    convergence: list[float] = []
+    convergence = 0.0
     with torch.inference_mode():
         for seed in range(settings.seeds):
             noise, labels = (part.to(settings.device) for part in demo_noise(REPORT_SEED + seed, settings.noises))
             field = demo.field(labels)
             reference = converged_reference(field, noise)
-            tighter = converged_reference(field, noise, 1e-6)
-            convergence.append(endpoint_errors(reference, tighter).mean().item())
+            if seed == 0:
+                tighter = converged_reference(field, noise, 1e-6)
+                convergence = endpoint_errors(reference, tighter).mean().item()
             for sampler, calls, grid in progress(jobs, f"seed {seed}"):
                 shape = UNIFORM if grid == "uniform" else demo.grid(sampler.name, calls)
                 row, _ = measure(sampler, field, noise, reference, calls, shape, grid)
                 found.setdefault(f"{grid}/{sampler.label}/{calls}", []).append(row.error)
     return {
-        "reference_error": max(convergence),
+        "reference_error": convergence,
         "errors": {k: {"mean": statistics.fmean(v), "sd": statistics.pstdev(v)} for k, v in found.items()},
     }
 
@@ -224,16 +225,16 @@ def large_cost(device: torch.device) -> dict[str, float]:
     return cost(guided_field(sit, labels, 1.5), sidenet, noise)
 
 
-def sample_accuracy(demo: Demo, device: torch.device, count: int = 1000) -> dict[str, float]:
-    """Share of samples that the classifier takes for the asked class: many Euler-like calls, and few of ours."""
+def sample_accuracy(demo: Demo, device: torch.device, count: int = 500) -> dict[str, float]:
+    """Share of samples that the classifier takes for the asked class, by the solver that made them."""
     classifier = load_classifier(CLASSIFIER_FILE).to(device)
     noise, labels = (part.to(device) for part in demo_noise(REPORT_SEED + 1000, count))
-    parts: dict[str, list[Tensor]] = {"rk4_40_steps": [], "ba_solver_5": [], "ba_solver_7": [], "euler_7": []}
+    parts: dict[str, list[Tensor]] = {"converged": [], "ba_solver_5": [], "ba_solver_7": [], "euler_7": []}
     with torch.inference_mode():
         for x, y in progress(list(zip(noise.split(100), labels.split(100), strict=True)), "accuracy"):
             field = demo.field(y)
             ours = sidenet_sampler(demo.sidenet)
-            parts["rk4_40_steps"].append(run_baseline("rk4", field, x, time_grid(40)))
+            parts["converged"].append(converged_reference(field, x, 1e-3))
             parts["euler_7"].append(run_baseline("euler", field, x, time_grid(7)))
             for calls in (5, 7):
                 parts[f"ba_solver_{calls}"].append(ours.sample(field, x, calls, demo.grid("ba_solver", calls)))

@@ -30,7 +30,7 @@ class ClassifierSettings:
 
     out: Path = Path("runs/demo_classifier")
     loop: LoopSettings = field(
-        default_factory=lambda: LoopSettings(steps=1500, batch=96, learning_rate=3e-3, weight_decay=0.01, ema=0.99)
+        default_factory=lambda: LoopSettings(steps=900, batch=96, learning_rate=3e-3, weight_decay=0.01, ema=0.99)
     )
 
 

@@ -62,12 +62,12 @@ def _disc(x: Tensor, y: Tensor, radius: float = 0.9) -> Tensor:
 
 
 def _ring(x: Tensor, y: Tensor) -> Tensor:
-    return (torch.hypot(x, y) - 0.72).abs() - 0.23
+    return (torch.hypot(x, y) - 0.68).abs() - 0.28
 
 
 def _cross(x: Tensor, y: Tensor) -> Tensor:
     a, b = x.abs(), y.abs()
-    return torch.minimum(torch.maximum(a - 0.95, b - 0.3), torch.maximum(a - 0.3, b - 0.95))
+    return torch.minimum(torch.maximum(a - 0.95, b - 0.36), torch.maximum(a - 0.36, b - 0.95))
 
 
 def _heart(x: Tensor, y: Tensor) -> Tensor:
@@ -88,11 +88,11 @@ def _triangle(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _star(x: Tensor, y: Tensor) -> Tensor:
-    return _polygon(x, y, _regular_star(5, 1.08, 0.45))
+    return _polygon(x, y, _regular_star(5, 1.1, 0.55))
 
 
 def _hourglass(x: Tensor, y: Tensor) -> Tensor:
-    return _polygon(x, y, [(-0.8, -0.9), (0.8, -0.9), (0.12, 0.0), (0.8, 0.9), (-0.8, 0.9), (-0.12, 0.0)])
+    return _polygon(x, y, [(-0.8, -0.9), (0.8, -0.9), (0.2, 0.0), (0.8, 0.9), (-0.8, 0.9), (-0.2, 0.0)])
 
 
 def _arrow(x: Tensor, y: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def draw_shapes(generator: torch.Generator, count: int, labels: Tensor | None = 
     """
     if labels is None:
         labels = torch.randint(len(CLASS_NAMES), (count,), generator=generator)
-    radius = 0.5 + 0.2 * torch.rand(count, generator=generator)
+    radius = 0.56 + 0.2 * torch.rand(count, generator=generator)
     centres = (torch.rand(count, 2, generator=generator) * 2 - 1) * (0.94 - radius)[:, None]
     angle = (torch.rand(count, generator=generator) * 2 - 1) * 0.2
     colours = _saturated_colours(generator, count)

@@ -86,7 +86,7 @@ def recorded(settings: DemoSideNetSettings, sit: SiT) -> Chains:
     return chains
 
 
-def rollout_errors(sit: SiT, sidenet: SideNet, count: int = 48) -> dict[str, dict[str, float]]:
+def rollout_errors(sit: SiT, sidenet: SideNet, count: int = 24) -> dict[str, dict[str, float]]:
     """End-point errors of the sampler on validation noises, on the uniform grid and on the best of the family."""
     noise, labels = demo_noise(VALIDATION_SEED, count)
     sampler = sidenet_sampler(sidenet)

@@ -1,0 +1,153 @@
+"""The shipped demo: a good little model, a SideNet that earns its calls, and the command that shows both."""
+
+import csv
+
+import pytest
+import torch
+from ba_solver.bas_core import run_baseline, solve, time_grid
+from ba_solver.bas_core.checkpoint import fingerprint
+from ba_solver.training.cli import main
+from ba_solver.training.demo import show
+from ba_solver.training.demo.assets import CLASSIFIER_FILE, demo_noise, load_demo
+from ba_solver.training.demo.benchmark import compute_share
+from ba_solver.training.demo.classifier import accuracy, load_classifier
+from ba_solver.training.demo.shapes import CLASS_NAMES, draw_shapes
+from ba_solver.training.evaluate import baseline_sampler, converged_reference, endpoint_errors, search_grid, unipc
+from matplotlib.image import imread
+
+SEED = 8_000_000
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load_demo()
+
+
+@pytest.fixture(scope="module")
+def run(demo):
+    """Sixteen noises, their field and the converged ends."""
+    noise, labels = demo_noise(SEED, 16)
+    with torch.inference_mode():
+        return noise, labels, converged_reference(demo.field(labels), noise, 1e-4)
+
+
+def test_shapes_are_drawn_alike_everywhere_and_differ():
+    first = draw_shapes(torch.Generator().manual_seed(5), 40)
+    again = draw_shapes(torch.Generator().manual_seed(5), 40)
+    other = draw_shapes(torch.Generator().manual_seed(6), 40)
+    assert torch.equal(first.images, again.images) and not torch.equal(first.images, other.images)
+    assert first.images.min() >= -1 and first.images.max() <= 1
+    # The stated colour is what is seen at the stated centre of a disc, up to its shading.
+    discs = draw_shapes(torch.Generator().manual_seed(1), 30, torch.zeros(30, dtype=torch.long))
+    column, row = ((discs.centres + 1) / 2 * 32).long().clamp(0, 31).unbind(1)
+    seen = discs.images[torch.arange(30), :, row, column]
+    assert (seen - discs.colours).abs().max() < 0.15
+
+
+def test_classifier_knows_drawn_shapes():
+    shapes = draw_shapes(torch.Generator().manual_seed(SEED), 500)
+    classifier = load_classifier(CLASSIFIER_FILE)
+    assert accuracy(classifier, shapes.images, shapes.labels) > 0.97
+    assert accuracy(classifier, shapes.images, shapes.labels.roll(1)) < 0.3
+
+
+def test_samples_show_the_asked_class(demo):
+    """A converged solver's samples at CFG 2; 0.95 over 500 noises in the benchmark, with slack for few here."""
+    noise, labels = demo_noise(SEED + 1, 60)
+    with torch.inference_mode():
+        images = run_baseline("adams_bashforth3", demo.field(labels), noise, time_grid(30, 1.5))
+    assert accuracy(load_classifier(CLASSIFIER_FILE), images, labels) >= 0.9
+
+
+def test_sidenet_belongs_to_the_backbone_and_is_small(demo):
+    assert demo.card.backbone["fingerprint"] == fingerprint(demo.sit.state_dict())
+    assert demo.card.velocity == "guided" and demo.card.training["backbone_calls"] <= 50_000
+    share = compute_share(demo)
+    assert share["parameters"] <= 0.1
+    assert share["one_sidenet_call_over_one_guided_call"] <= 0.1
+
+
+@pytest.mark.parametrize("calls", [5, 7, 10])
+def test_sidenet_earns_its_calls_on_the_uniform_grid(demo, run, calls):
+    """Against Adams-Bashforth 2 on the same grid, and against the same solver without the SideNet."""
+    noise, labels, reference = run
+    field, grid = demo.field(labels), time_grid(calls)
+    with torch.inference_mode():
+        ours = endpoint_errors(solve(field, demo.sidenet, noise, grid), reference).mean()
+        adams = endpoint_errors(run_baseline("adams_bashforth2", field, noise, grid), reference).mean()
+        without = endpoint_errors(solve(field, None, noise, grid), reference).mean()
+    assert field.calls == 3 * calls
+    assert ours < adams / 3 and ours < without
+
+
+def test_odd_budgets_are_spent_exactly(demo):
+    noise, labels = demo_noise(SEED, 2)
+    for calls in (1, 4, 5):
+        field = demo.field(labels)
+        baseline_sampler("heun").sample(field, noise, calls)
+        assert field.calls == calls
+
+
+def test_unipc_of_diffusers_runs_on_our_field_and_converges(demo, run):
+    noise, labels, reference = run
+    with torch.inference_mode():
+        errors = [
+            endpoint_errors(unipc(demo.field(labels[:4]), noise[:4], time_grid(n)), reference[:4]).mean()
+            for n in (8, 32)
+        ]
+    assert errors[1] < errors[0] / 3
+
+
+def test_grid_search_finds_a_better_grid(demo, run):
+    noise, labels, reference = (part[:4] for part in run)
+    sampler, field = baseline_sampler("adams_bashforth2"), demo.field(labels)
+    with torch.inference_mode():
+        best = search_grid(sampler, field, noise, reference, 5)
+        errors = [endpoint_errors(sampler.sample(field, noise, 5, s), reference).mean() for s in ((1.0, 0.0), best)]
+    assert errors[1] < errors[0]
+
+
+def test_demo_command_writes_table_and_pictures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(show, "IMAGES", 10)
+    assert main(["demo", "--out", str(tmp_path / "out"), "--nfe", "5"]) == 0
+    printed = capsys.readouterr().out
+    for label in ("BA-solver", "Euler", "Heun", "Adams-Bashforth 2", "DPM-Solver++(2M)", "UniPC"):
+        assert label in printed
+    with (tmp_path / "out" / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {int(row["calls"]) for row in rows} == {5, 100}
+    uniform = {row["sampler"]: float(row["error"]) for row in rows if row["grid"] == "uniform" and row["calls"] == "5"}
+    assert min(uniform, key=uniform.get) == "ba_solver"
+    for name in ("images.png", "errors.png"):
+        assert imread(tmp_path / "out" / name).std() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--nfe", "5,x"], "--nfe must be whole numbers"),
+        (["--nfe", ""], "--nfe must be whole numbers"),
+        (["--device", "nonsense"], "--device nonsense cannot be used"),
+        (["--cfg", "-1"], "--cfg must lie between"),
+    ],
+)
+def test_bad_options_are_refused_in_words_before_any_work(arguments, message, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["demo", "--out", str(out), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_unwritable_folder_is_refused_before_any_work(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert main(["demo", "--out", str(tmp_path / "file" / "out")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_unknown_command_lists_the_commands(capsys):
+    assert main(["paint"]) == 2
+    assert "demo" in capsys.readouterr().err
+
+
+def test_class_names_match_the_model(demo):
+    assert demo.sit.config.num_classes == len(CLASS_NAMES)
