@@ -18,6 +18,8 @@ from .progress import progress
 
 CHAINS_FORMAT = "ba-solver-chains"
 TEACHER = "adams_bashforth3"
+# Chains end here: at t = 0 itself a network's velocity means little, and the integral does not depend on it.
+LAST_TIME = 0.01
 FieldOf = Callable[[Tensor], Field]
 
 
@@ -26,7 +28,7 @@ class Chains:
     """M recorded runs of N + 1 points each, from noise (point 0) to data (point N).
 
     Attributes:
-        times: [M, N + 1], descending from 1 to 0; each batch of chains has times of its own.
+        times: [M, N + 1], descending from 1 to `LAST_TIME`; each batch of chains has times of its own.
         states, velocities: [M, N + 1, C, *spatial]; the guided velocity.
         labels: [M] class indices.
     """
@@ -48,8 +50,8 @@ class Chains:
 
 
 def random_times(points: int, generator: torch.Generator) -> Tensor:
-    """[points] descending times from 1 to 0: evenly spread, then jittered, so that batches cover all times."""
-    t = torch.linspace(1, 0, points)
+    """[points] descending times from 1 to almost 0: evenly spread, then jittered, so that batches cover all times."""
+    t = torch.linspace(1, LAST_TIME, points)
     t[1:-1] += (torch.rand(points - 2, generator=generator) - 0.5) * 0.8 / (points - 1)
     return t
 

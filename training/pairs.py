@@ -87,8 +87,9 @@ def draw_queries(
         shift = ranges.shift[0] * (ranges.shift[1] / ranges.shift[0]) ** b
         grid = time_grid(calls, shift, ranges.cosine[0] + c * (ranges.cosine[1] - ranges.cosine[0])).tolist()
         last = calls - 1
-        # Every query of the run is equally likely; one in `ascending` is read off the reversed run.
-        queries = [(i, node, True) for i in range(calls) for node in ahead]
+        # Every query of the run is equally likely, but for those of the first interval, where one anchor must do:
+        # they come three times as often. One in `ascending` is read off the reversed run.
+        queries = [(i, node, True) for i in (0, 0, *range(calls)) for node in ahead]
         queries += [(i, node, False) for i in range(last) for node in inner if anchors == 2 or node > 0.5]
         i, node, forward = queries[int(d * len(queries))]
         if e < ranges.ascending:
@@ -145,6 +146,7 @@ def nearest(times: Tensor, wanted: Tensor) -> Tensor:
 
 
 def step_off(index: Tensor, near: Tensor, toward_data: Tensor, points: int) -> Tensor:
-    """Move an index that equals the anchor's by one, in the direction that it should lie in."""
-    moved = torch.where(toward_data, near + 1, near - 1).clamp(0, points - 1)
+    """Move an index that equals the anchor's by one, in the direction that it should lie in, or back at an end."""
+    moved = torch.where(toward_data, near + 1, near - 1)
+    moved = torch.where(moved == points, near - 1, moved).abs()
     return torch.where(index == near, moved, index)

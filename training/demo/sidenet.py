@@ -58,7 +58,7 @@ def demo_sidenet_config(anchors: int) -> SideNetConfig:
         num_layers=4,
         num_classes=10,
         patch_size=4,
-        kernel_size=1,
+        kernel_size=3,
         anchors=anchors,
     )
 
