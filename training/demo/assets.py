@@ -45,8 +45,10 @@ class Demo:
         """The guided velocity field for class labels [B]."""
         return guided_field(self.sit, labels, cfg)
 
-    def grid(self, sampler: str, calls: int) -> GridShape:
-        """A solver's best grid for a number of calls; that of the nearest number that was searched."""
+    def grid(self, sampler: str, calls: int, kind: str = "best") -> GridShape:
+        """A solver's "best" grid for a number of calls (that of the nearest number searched), or the "uniform" one."""
+        if kind == "uniform":
+            return UNIFORM
         known = self.grids.get(sampler)
         return known[min(known, key=lambda n: abs(n - calls))] if known else UNIFORM
 

@@ -28,11 +28,10 @@ from ...bas_core.sidenet import SideNet, SideNetConfig
 from ...bas_core.sit import SiT, SiTConfig
 from ...bas_core.solver import StraightLine, solve
 from ..evaluate import (
-    UNIFORM,
     Sampler,
-    baseline_sampler,
     converged_reference,
     endpoint_errors,
+    line_up,
     measure,
     rivals,
     search_grid,
@@ -107,8 +106,7 @@ def store_grids(grids: Grids, demo: Demo, samplers: list[Sampler]) -> Demo:
 
 def error_tables(settings: BenchmarkSettings, demo: Demo, samplers: list[Sampler]) -> dict[str, Any]:
     """Mean end-point error of every sampler by grid and calls, with the spread over seeds."""
-    jobs = [(sampler, calls, grid) for sampler in samplers for calls in settings.nfe for grid in ("uniform", "best")]
-    jobs.append((baseline_sampler("euler"), 100, "uniform"))
+    jobs = line_up(samplers, settings.nfe)
     found: dict[str, list[float]] = {}
     convergence = 0.0
     with torch.inference_mode():
@@ -120,7 +118,7 @@ def error_tables(settings: BenchmarkSettings, demo: Demo, samplers: list[Sampler
                 tighter = converged_reference(field, noise, 1e-6)
                 convergence = endpoint_errors(reference, tighter).mean().item()
             for sampler, calls, grid in progress(jobs, f"seed {seed}"):
-                shape = UNIFORM if grid == "uniform" else demo.grid(sampler.name, calls)
+                shape = demo.grid(sampler.name, calls, grid)
                 row, _ = measure(sampler, field, noise, reference, calls, shape, grid)
                 found.setdefault(f"{grid}/{sampler.label}/{calls}", []).append(row.error)
     return {
@@ -216,7 +214,7 @@ def cost(field: Field, sidenet: SideNet, noise: Tensor, calls: int = 7) -> dict[
 
 
 def large_cost(device: torch.device) -> dict[str, float]:
-    """The same for a random SiT-XL/2 at 256x256 with the published SideNet, in bfloat16, CFG in both branches."""
+    """The same for a random SiT-XL/2 at 256x256 with the published SideNet, in bfloat16, in guided mode."""
     sit = SiT(SiTConfig.named("XL/2"), device=device, dtype=torch.bfloat16).eval().requires_grad_(False)
     sidenet = SideNet(SideNetConfig(), device=device, dtype=torch.bfloat16).eval().requires_grad_(False)
     batch = 64
@@ -234,7 +232,7 @@ def sample_accuracy(demo: Demo, device: torch.device, count: int = 500) -> dict[
         for x, y in progress(list(zip(noise.split(100), labels.split(100), strict=True)), "accuracy"):
             field = demo.field(y)
             ours = sidenet_sampler(demo.sidenet)
-            parts["converged"].append(converged_reference(field, x, 1e-3))
+            parts["converged"].append(converged_reference(field, x, 1e-4))
             parts["euler_7"].append(run_baseline("euler", field, x, time_grid(7)))
             for calls in (5, 7):
                 parts[f"ba_solver_{calls}"].append(ours.sample(field, x, calls, demo.grid("ba_solver", calls)))

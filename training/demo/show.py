@@ -14,12 +14,11 @@ from torch import Tensor
 
 from ...bas_core.checkpoint import write_atomically
 from ..evaluate import (
-    UNIFORM,
     Measurement,
     Sampler,
-    baseline_sampler,
     converged_reference,
     endpoint_errors,
+    line_up,
     measure,
     rivals,
     sidenet_sampler,
@@ -113,10 +112,7 @@ def run_demo(settings: DemoSettings) -> list[Measurement]:
     noise, labels = (part.to(device) for part in demo_noise(SEED_OFFSET + settings.seed, IMAGES))
     field = demo.field(labels, settings.cfg)
     samplers = [*rivals(), sidenet_sampler(demo.sidenet)]
-    jobs: list[tuple[Sampler, int, str]] = [
-        (sampler, n, grid) for n in calls for sampler in samplers for grid in ("uniform", "best")
-    ]
-    jobs.append((baseline_sampler("euler"), 100, "uniform"))
+    jobs = line_up(samplers, calls)
 
     rows: list[Measurement] = []
     images: dict[tuple[str, int, str], Tensor] = {}
@@ -125,8 +121,7 @@ def run_demo(settings: DemoSettings) -> list[Measurement]:
         reference = converged_reference(field, noise)
         for sampler, n, grid in bar:
             bar.set_description(f"{sampler.label}, {n} calls")
-            shape = UNIFORM if grid == "uniform" else demo.grid(sampler.name, n)
-            row, samples = measure(sampler, field, noise, reference, n, shape, grid)
+            row, samples = measure(sampler, field, noise, reference, n, demo.grid(sampler.name, n, grid), grid)
             rows.append(row)
             images[sampler.name, n, grid] = samples.cpu()
 
