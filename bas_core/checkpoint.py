@@ -44,7 +44,10 @@ def write_atomically(path: Path | str, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        temporary.chmod(mode)  # some writers keep their files to themselves, which a shared models folder must not
         os.replace(temporary, path)
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         raise OSError(f"Cannot write {path}: {error}. Choose a folder that can be written and has room.") from error

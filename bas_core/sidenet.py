@@ -7,12 +7,14 @@ One anchor (the paper): v(t - h) = v + h S(x, v, t, h). Two anchors: with v_b kn
 exact at both anchors, and with S = 0 the straight line through them, so that the solver is then a multistep method.
 
 The default network is the official one (github.com/HKUST-LongGroup/BA-solver, `models/side_net.py`), made
-configurable; with the default configuration official weights load by name.
+configurable; with the default configuration official weights load by name. `body="tokens"` puts transformer blocks
+in the place of its convolutions, which sees the whole image from the first block on.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,9 +23,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .flow import per_sample
-from .sit import LabelEmbedder, TimestepEmbedder
+from .sit import LabelEmbedder, TimestepEmbedder, sincos_position_table
 
 NORM_EPSILON = 1e-5
+BODIES = ("convolution", "tokens")
+FEED_FORWARD_RATIO = 2
 
 
 @dataclass(frozen=True)
@@ -34,14 +38,15 @@ class SideNetConfig:
         in_channels: latent channels.
         base_channels: width.
         embedding_dim: width of the time, step, class and scale embeddings.
-        num_layers: blocks; number `num_layers // 2` is attention, the others are residual convolutions.
+        num_layers: blocks.
         num_classes: 0 = takes no class; index `num_classes` is the null class.
         num_heads: attention heads.
         patch_size: the network works on a grid this much coarser (pixel-unshuffle).
         kernel_size: of the first and the last convolution.
         anchors: 1 (the paper) or 2.
         guidance_input: takes the CFG scale as an input.
-        time_scale: times are multiplied by this before they are embedded (the official network: 1).
+        body: "convolution" (the official network: block number `num_layers // 2` is attention, the others are
+            residual convolutions) or "tokens" (transformer blocks).
     """
 
     in_channels: int = 4
@@ -54,7 +59,7 @@ class SideNetConfig:
     kernel_size: int = 3
     anchors: int = 1
     guidance_input: bool = False
-    time_scale: float = 1.0
+    body: str = "convolution"
 
     def __post_init__(self) -> None:
         for name in ("in_channels", "base_channels", "embedding_dim", "num_layers", "num_heads", "patch_size"):
@@ -62,6 +67,10 @@ class SideNetConfig:
                 raise ValueError(f"SideNetConfig.{name} must be at least 1; got {getattr(self, name)}.")
         if self.num_classes < 0:
             raise ValueError(f"SideNetConfig.num_classes must not be negative; got {self.num_classes}.")
+        if self.body not in BODIES:
+            raise ValueError(f"SideNetConfig.body must be one of {', '.join(BODIES)}; got {self.body!r}.")
+        if self.body == "tokens" and self.base_channels % 4:
+            raise ValueError(f"SideNetConfig.base_channels must be a multiple of 4; got {self.base_channels}.")
         if self.anchors not in (1, 2):
             raise ValueError(f"SideNetConfig.anchors must be 1 or 2; got {self.anchors}.")
         if self.kernel_size < 1 or self.kernel_size % 2 == 0:
@@ -120,6 +129,46 @@ class AttentionBlock(nn.Module):
         return x + self.proj(rearrange(h, "b n (y x) d -> b (n d) y x", y=x.shape[2]))
 
 
+@lru_cache(maxsize=8)
+def positions(channels: int, height: int, width: int) -> Tensor:
+    """Fixed sine-cosine positions [1, channels, height, width], for a grid of any size."""
+    with torch.inference_mode(False):  # a cached inference tensor would break a later training
+        return rearrange(sincos_position_table(channels, height, width), "b (y x) c -> b c y x", y=height)
+
+
+class TokenBlock(nn.Module):
+    """A modulated transformer block over all positions: [B, C, H, W], embedding [B, E]."""
+
+    def __init__(self, config: SideNetConfig, operations: Any, **factory: Any) -> None:
+        super().__init__()
+        c = config.base_channels
+        self.num_heads = config.num_heads
+        self.emb_proj = operations.Linear(config.embedding_dim, 4 * c, **factory)
+        self.qkv = operations.Linear(c, 3 * c, bias=False, **factory)
+        self.proj = operations.Linear(c, c, **factory)
+        self.fc1 = operations.Linear(c, FEED_FORWARD_RATIO * c, **factory)
+        self.fc2 = operations.Linear(FEED_FORWARD_RATIO * c, c, **factory)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        height = x.shape[2]
+        for_attention, for_mlp = self.emb_proj(embedding).chunk(2, dim=1)
+        tokens = rearrange(modulate(channel_norm(x), for_attention), "b c y x -> b (y x) c")
+        q, k, v = rearrange(self.qkv(tokens), "b p (three n d) -> three b n p d", three=3, n=self.num_heads)
+        mixed = rearrange(F.scaled_dot_product_attention(q, k, v), "b n p d -> b p (n d)")
+        x = x + rearrange(self.proj(mixed), "b (y x) c -> b c y x", y=height)
+        tokens = rearrange(modulate(channel_norm(x), for_mlp), "b c y x -> b (y x) c")
+        hidden = F.gelu(self.fc1(tokens), approximate="tanh")
+        return x + rearrange(self.fc2(hidden), "b (y x) c -> b c y x", y=height)
+
+
+def make_blocks(config: SideNetConfig, operations: Any, **factory: Any) -> nn.ModuleList:
+    """The blocks of the configured body."""
+    kinds: list[Any] = [TokenBlock if config.body == "tokens" else ResidualBlock] * config.num_layers
+    if config.body == "convolution":
+        kinds[config.num_layers // 2] = AttentionBlock
+    return nn.ModuleList(kind(config, operations, **factory) for kind in kinds)
+
+
 class SideNet(nn.Module):
     """The network of the module's docstring.
 
@@ -155,10 +204,7 @@ class SideNet(nn.Module):
         inputs = (1 + config.anchors) * config.in_channels * p * p
         k = config.kernel_size
         self.input_conv = operations.Conv2d(inputs, c, k, padding=k // 2, bias=False, **factory)
-        self.blocks = nn.ModuleList(
-            (AttentionBlock if i == config.num_layers // 2 else ResidualBlock)(config, operations, **factory)
-            for i in range(config.num_layers)
-        )
+        self.blocks = make_blocks(config, operations, **factory)
         self.output_conv = operations.Conv2d(c, config.in_channels * p * p, k, padding=k // 2, **factory)
 
     @property
@@ -217,12 +263,11 @@ class SideNet(nn.Module):
         self, t: Tensor, h: Tensor, cond: Tensor | None, span: Tensor | None, scale: Tensor | None
     ) -> Tensor:
         dtype = self.input_conv.weight.dtype
-        factor = self.config.time_scale
-        parts = [self.t_embedder(t * factor, dtype), self.h_embedder(h * factor, dtype)]
+        parts = [self.t_embedder(t, dtype), self.h_embedder(h, dtype)]
         if self.config.num_classes and cond is not None:
             parts.append(self.y_embedder(cond).to(dtype))
         if self.config.anchors == 2 and span is not None:
-            parts.append(self.d_embedder(span * factor, dtype))
+            parts.append(self.d_embedder(span, dtype))
         if self.config.guidance_input and scale is not None:
             parts.append(self.g_embedder(scale, dtype))
         return self.emb_fusion(torch.cat(parts, dim=-1))
@@ -240,6 +285,8 @@ class SideNet(nn.Module):
         if any(padding):
             stacked = F.pad(stacked, padding, mode="replicate")
         feature = self.input_conv(F.pixel_unshuffle(stacked.to(self.input_conv.weight.dtype), p))
+        if self.config.body == "tokens":
+            feature = feature + positions(*feature.shape[1:]).to(feature)
         for block in self.blocks:
             feature = block(feature, embedding)
         out = F.pixel_shuffle(self.output_conv(F.silu(channel_norm(feature))), p)[..., :height, :width]

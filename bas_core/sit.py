@@ -83,10 +83,10 @@ def sinusoidal_features(t: Tensor, count: int = FREQUENCY_FEATURES) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def sincos_position_table(hidden_size: int, side: int) -> Tensor:
-    """The fixed two-dimensional sine-cosine table of MAE: [1, side * side, hidden_size]; columns vary fastest."""
+def sincos_position_table(hidden_size: int, height: int, width: int) -> Tensor:
+    """The fixed two-dimensional sine-cosine table of MAE: [1, height * width, hidden_size]; columns vary fastest."""
     omega = 1.0 / 10000 ** (torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size / 4))
-    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     angles = [position.reshape(-1, 1).double() * omega for position in (columns, rows)]
     return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1).float()[None]
 
@@ -207,7 +207,8 @@ class SiT(nn.Module):
         self.x_embedder = PatchEmbed(config, operations, **factory)
         self.t_embedder = TimestepEmbedder(config.hidden_size, operations, **factory)
         self.y_embedder = LabelEmbedder(config.num_classes, config.hidden_size, operations, **factory)
-        table = sincos_position_table(config.hidden_size, config.input_size // config.patch_size)
+        side = config.input_size // config.patch_size
+        table = sincos_position_table(config.hidden_size, side, side)
         self.pos_embed = nn.Parameter(table.to(device=device, dtype=dtype), requires_grad=False)
         self.blocks = nn.ModuleList([Block(config, operations, **factory) for _ in range(config.depth)])
         self.final_layer = FinalLayer(config, operations, **factory)

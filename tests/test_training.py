@@ -1,9 +1,12 @@
 """Recording, training examples and the training loop, on fields whose truth is known."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from ba_solver.bas_core import RULES, CheckpointError, Field, SideNetConfig, model_field
 from ba_solver.training.chains import LAST_TIME, Chains, load_chains, record_chains, save_chains
+from ba_solver.training.evaluate import converged_reference
 from ba_solver.training.loop import LoopSettings, train
 from ba_solver.training.pairs import KINDS, QueryRange, draw_examples, draw_queries
 from ba_solver.training.train import TrainSettings, residual_variance, squared_errors, train_sidenet
@@ -48,6 +51,17 @@ def test_chains_hold_the_field_along_its_path():
     steps = chains.times.diff()[:, :, None, None, None]
     trapezoid = steps * (chains.velocities[:, 1:] + chains.velocities[:, :-1]) / 2
     torch.testing.assert_close(chains.states[:, 1:] - chains.states[:, :-1], trapezoid, atol=2e-3, rtol=0)
+
+
+def test_chains_may_end_early_and_know_where_their_paths_end():
+    """Openings end where they are told to; whole chains end at their images."""
+    labels = torch.zeros(3, dtype=torch.long)
+    opening = record_chains(lambda y: model_field(swirl, y), labels, SHAPE, 12, seed=3, until=0.7)
+    assert (opening.times[:, -1] == torch.tensor(0.7)).all() and (opening.times.diff() < 0).all()
+    whole = record_chains(lambda y: model_field(swirl, y), labels, SHAPE, 200, seed=3)
+    expected = converged_reference(model_field(swirl, labels), whole.states[:, 0])
+    missing = (whole.states[:, -1] - expected).norm()
+    assert (whole.ends() - expected).norm() < 0.05 * missing
 
 
 def test_recording_is_reproducible_and_shards_round_trip(tmp_path):
@@ -112,6 +126,24 @@ def test_examples_are_read_off_the_chains_and_lines_are_exact_for_linear_velocit
     truth = start[rows, 0] + slope[rows, 0] * (e.t - e.h)[:, None, None, None]
     torch.testing.assert_close(e.target, truth, atol=1e-5, rtol=0)
     assert (e.h != 0).all() and (e.h != e.span).float().mean() > 0.95
+
+
+def test_openings_answer_the_first_interval_and_chains_the_rest():
+    """Where an opening reaches it is asked; queries beyond its end, and all others, go to the whole chains."""
+    chains, openings = (
+        record(count=12),
+        record_chains(lambda y: model_field(swirl, y), torch.full((8,), 1), SHAPE, 10, seed=9, until=0.8),
+    )
+    marked = replace(openings, labels=torch.full((8,), 7))
+    e = draw_examples(chains, RULE, 2, 600, QueryRange(), generator(1), marked)
+    from_opening = e.labels == 7
+    first = (e.t == 1) & (e.span == 0)
+    assert from_opening.sum() > 30 and first[from_opening].all()
+    assert ((e.t - e.h)[from_opening] >= 0.8 - 1e-6).all()
+    assert ((e.t - e.h)[first & ~from_opening] < 0.8 + 0.02).all() and (first & ~from_opening).any()
+    # Whatever the source, the target is the field at a recorded state that follows from the near anchor's.
+    labels = torch.where(from_opening, 1, e.labels)
+    torch.testing.assert_close(e.v, swirl(e.x, e.t, labels))
 
 
 @pytest.mark.parametrize("anchors", [1, 2])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..bas_core.baselines import run_baseline
 from ..bas_core.checkpoint import CheckpointError, parse_json, read_safetensors, write_safetensors
+from ..bas_core.flow import velocity_to_x0
 from ..bas_core.guidance import Field
 from ..bas_core.solver import Step
 from .progress import progress
@@ -28,7 +29,8 @@ class Chains:
     """M recorded runs of N + 1 points each, from noise (point 0) to data (point N).
 
     Attributes:
-        times: [M, N + 1], descending from 1 to `LAST_TIME`; each batch of chains has times of its own.
+        times: [M, N + 1], descending from 1 to `LAST_TIME`, or to an earlier end; each batch of chains has times of
+            its own.
         states, velocities: [M, N + 1, C, *spatial]; the guided velocity.
         labels: [M] class indices.
     """
@@ -41,18 +43,23 @@ class Chains:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def ends(self) -> Tensor:
+        """[M, C, *spatial] ends of the paths at t = 0, the last stretch taken on a straight line."""
+        return velocity_to_x0(self.states[:, -1], self.velocities[:, -1], self.times[:, -1])
+
     def split(self, held_out: int) -> tuple[Chains, Chains]:
         """All but the last `held_out` chains, and those."""
-        return self._slice(slice(None, -held_out)), self._slice(slice(-held_out, None))
+        return self.rows(slice(None, -held_out)), self.rows(slice(-held_out, None))
 
-    def _slice(self, rows: slice) -> Chains:
+    def rows(self, rows: slice | Tensor) -> Chains:
+        """Some of the chains."""
         return Chains(self.times[rows], self.states[rows], self.velocities[rows], self.labels[rows])
 
 
-def random_times(points: int, generator: torch.Generator) -> Tensor:
-    """[points] descending times from 1 to almost 0: evenly spread, then jittered, so that batches cover all times."""
-    t = torch.linspace(1, LAST_TIME, points)
-    t[1:-1] += (torch.rand(points - 2, generator=generator) - 0.5) * 0.8 / (points - 1)
+def random_times(points: int, generator: torch.Generator, until: float = LAST_TIME) -> Tensor:
+    """[points] descending times from 1 to `until`: evenly spread, then jittered, so that batches cover all times."""
+    t = torch.linspace(1, until, points)
+    t[1:-1] += (torch.rand(points - 2, generator=generator) - 0.5) * 0.8 * (1 - until) / (points - 1)
     return t
 
 
@@ -75,6 +82,7 @@ def record_chains(
     shape: tuple[int, ...],
     points: int,
     seed: int,
+    until: float = LAST_TIME,
     batch: int = 64,
     device: torch.device | str = "cpu",
 ) -> Chains:
@@ -86,13 +94,14 @@ def record_chains(
         shape: [C, *spatial] of a state.
         points: N + 1 points a chain, and as many backbone calls.
         seed: of noise and times; every batch draws from its own generator.
+        until: time of the last point.
         batch: chains recorded together.
         device: where the backbone is.
     """
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for index, rows in enumerate(progress(labels.split(batch), "record")):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-        times = random_times(points, generator)
+        times = random_times(points, generator, until)
         noise = torch.randn((len(rows), *shape), generator=generator)
         with torch.inference_mode():
             states, velocities = record_chain(field_of(rows.to(device)), noise.to(device), times)

@@ -149,7 +149,7 @@ def measure(
     return line, x
 
 
-SEARCH_SHIFTS = (0.7, 1.0, 1.4, 2.0, 2.8)
+SEARCH_SHIFTS = (0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6)
 SEARCH_COSINES = (-0.2, 0.15, 0.5)
 SEARCH_REFINEMENTS = 3
 

@@ -108,11 +108,42 @@ def draw_queries(
 
 
 def draw_examples(
-    chains: Chains, rule: Rule, anchors: int, count: int, ranges: QueryRange, generator: torch.Generator
+    chains: Chains,
+    rule: Rule,
+    anchors: int,
+    count: int,
+    ranges: QueryRange,
+    generator: torch.Generator,
+    openings: Chains | None = None,
 ) -> Examples:
-    """Draw a batch of training examples; see the module's docstring."""
+    """Draw a batch of training examples; see the module's docstring.
+
+    Args:
+        chains: whole runs.
+        rule, anchors: whose queries are drawn.
+        count: B.
+        ranges: see `QueryRange`.
+        generator: of the draws.
+        openings: runs that were recorded from noise for a stretch only; they answer the first interval's queries
+            within it. At t = 1 the velocity says next to nothing of the path, the SideNet must see it in the noise
+            itself, and that takes more different noises than anything else.
+    """
     wanted, kinds = draw_queries(rule, anchors, count, ranges, generator)
-    rows = torch.randint(len(chains), (count,), generator=generator)
+    if openings is None:
+        return read_examples(chains, wanted, kinds, generator)
+    early = (wanted[:, 0] == 1) & (wanted[:, 1] == 1) & (wanted[:, 2] >= openings.times[:, -1].max())
+    parts = [
+        read_examples(source, wanted[rows], kinds[rows], generator)
+        for source, rows in ((openings, early), (chains, ~early))
+        if rows.any()
+    ]
+    columns = zip(*(vars(part).values() for part in parts), strict=True)
+    return Examples(*(torch.cat(column) for column in columns))
+
+
+def read_examples(chains: Chains, wanted: Tensor, kinds: Tensor, generator: torch.Generator) -> Examples:
+    """Answer queries [B, 3] (see `draw_queries`) from randomly drawn chains."""
+    rows = torch.randint(len(chains), (len(wanted),), generator=generator)
     times = chains.times[rows]
     near, far, target = (nearest(times, wanted[:, i]) for i in range(3))
     # Snapping must not let the target fall on an anchor, nor the second anchor on the first.

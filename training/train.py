@@ -30,7 +30,9 @@ class TrainSettings:
     """
 
     loop: LoopSettings = field(
-        default_factory=lambda: LoopSettings(steps=2500, batch=128, learning_rate=2e-3, weight_decay=0.01, ema=0.998)
+        default_factory=lambda: LoopSettings(
+            steps=4500, batch=128, learning_rate=3e-3, weight_decay=0.01, warmup=100, muon=True, ema=0.995
+        )
     )
     rule: str = "lobatto4"
     ranges: QueryRange = field(default_factory=QueryRange)
@@ -60,6 +62,20 @@ def relative_loss(sidenet: nn.Module, e: Examples, anchors: int) -> Tensor:
     ).mean()
 
 
+def pair_loss(
+    sidenet: SideNet,
+    chains: Chains,
+    settings: TrainSettings,
+    generator: torch.Generator,
+    openings: Chains | None = None,
+) -> Tensor:
+    """The relative loss of a freshly drawn batch."""
+    e = draw_examples(
+        chains, get_rule(settings.rule), sidenet.anchors, settings.loop.batch, settings.ranges, generator, openings
+    )
+    return relative_loss(sidenet, e, sidenet.anchors)
+
+
 @torch.inference_mode()
 def residual_variance(
     sidenet: nn.Module, anchors: int, chains: Chains, settings: TrainSettings, batches: int = 16
@@ -75,7 +91,12 @@ def residual_variance(
 
 
 def train_sidenet(
-    config: SideNetConfig, chains: Chains, held_out: Chains, settings: TrainSettings, state_path: Path | None = None
+    config: SideNetConfig,
+    chains: Chains,
+    held_out: Chains,
+    settings: TrainSettings,
+    state_path: Path | None = None,
+    openings: Chains | None = None,
 ) -> tuple[SideNet, dict[str, float]]:
     """Train a SideNet on chains.
 
@@ -85,6 +106,7 @@ def train_sidenet(
         held_out: to validate on.
         settings: see there.
         state_path: where to keep the unfinished run; the same call goes on from it. None = keep nothing.
+        openings: first stretches of more runs; see `draw_examples`.
 
     Returns:
         The SideNet with averaged weights, and its held-out residual variance by kind of query.
@@ -94,12 +116,9 @@ def train_sidenet(
     """
     torch.manual_seed(settings.loop.seed)
     sidenet = SideNet(config).zero_output()
-    rule = get_rule(settings.rule)
 
     def loss_at(step: int) -> Tensor:
-        generator = settings.loop.generator(step)
-        e = draw_examples(chains, rule, config.anchors, settings.loop.batch, settings.ranges, generator)
-        return relative_loss(sidenet, e, config.anchors)
+        return pair_loss(sidenet, chains, settings, settings.loop.generator(step), openings)
 
     def report(average: SideNet, step: int) -> dict[str, float]:
         return residual_variance(average, config.anchors, held_out, settings)
