@@ -1,0 +1,37 @@
+"""Sigmas for a number of backbone calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.samplers
+import torch
+from torch import Tensor
+
+from ..bas_core.grids import resample_grid
+from .paths import path_of
+
+GRIDS = ("auto", "model")
+
+
+def sigmas_for(model_sampling: Any, calls: int, denoise: float, learned: dict[int, list[float]]) -> Tensor:
+    """The last `calls` + 1 sigmas of a grid long enough to start at the noise level that `denoise` asks for.
+
+    Args:
+        model_sampling: the MODEL's.
+        calls: number of steps.
+        denoise: in (0, 1]; the whole grid has calls / denoise steps, as in ComfyUI's own schedulers.
+        learned: time grids by number of calls; may be empty.
+
+    Raises:
+        ValueError: the MODEL is neither a flow nor a diffusion model.
+    """
+    total = max(calls, int(calls / denoise))
+    if not learned:
+        whole = comfy.samplers.calculate_sigmas(model_sampling, "simple", total)
+    else:
+        nearest = min(learned, key=lambda known: abs(known - total))
+        times = resample_grid(torch.tensor(learned[nearest]), total)
+        # On the path of diffusion models t = 1 is infinite noise; they start at their own largest sigma.
+        whole = path_of(model_sampling).sigmas(times).clamp(max=float(model_sampling.sigma_max))
+    return whole[-(calls + 1) :].cpu()
