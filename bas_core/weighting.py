@@ -26,7 +26,8 @@ class WeightedSideNet:
 
     Args:
         sidenet: with one anchor or two.
-        weight: from the times [N] that are predicted to a number, or a tensor that broadcasts with [N, C, *spatial].
+        weight: from the times [N] of the anchors that are predicted from, to a number or a tensor that broadcasts
+            with [N, C, *spatial].
     """
 
     anchors = 2
@@ -40,7 +41,7 @@ class WeightedSideNet:
         second = {"slope": slope, "span": span} if getattr(self.sidenet, "anchors", 1) == 2 else {}
         change = self.sidenet(t=t, h=h, **inputs, **second)
         line = slope * per_sample(h, slope)
-        return torch.lerp(line, change, torch.as_tensor(self.weight(t - h), dtype=change.dtype, device=change.device))
+        return torch.lerp(line, change, torch.as_tensor(self.weight(t), dtype=change.dtype, device=change.device))
 
 
 def with_strength(sidenet: Predictor | None, strength: float) -> Predictor | None:

@@ -335,7 +335,8 @@ def _predictor(backbone: Backbone, sidenet: LoadedSideNet | None) -> Predictor |
     """The SideNet with its strength, held back where an inpaint mask keeps the image as it is.
 
     There the velocity points from the noise straight to the kept image and does not change along the path, which is
-    what the straight line through two anchors says.
+    what the straight line through two anchors says. Where another node lets the mask change with sigma, the one that
+    ComfyUI used at the anchor holds, as it does for a step of other samplers.
     """
     if sidenet is None:
         return None

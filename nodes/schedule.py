@@ -31,7 +31,13 @@ def sigmas_for(model_sampling: Any, calls: int, denoise: float, learned: dict[in
         whole = comfy.samplers.calculate_sigmas(model_sampling, "simple", total)
     else:
         nearest = min(learned, key=lambda known: abs(known - total))
-        times = resample_grid(torch.tensor(learned[nearest]), total)
-        # On the path of diffusion models t = 1 is infinite noise; they start at their own largest sigma.
-        whole = path_of(model_sampling).sigmas(times).clamp(max=float(model_sampling.sigma_max))
+        whole = _on_path(model_sampling, resample_grid(torch.tensor(learned[nearest]), total))
     return whole[-(calls + 1) :].cpu()
+
+
+def _on_path(model_sampling: Any, times: Tensor) -> Tensor:
+    """Sigmas of flow times. Diffusion models start below t = 1, at their largest sigma: the grid is shrunk to that."""
+    path = path_of(model_sampling)
+    highest = torch.as_tensor(float(model_sampling.sigma_max), dtype=torch.float64)
+    shrink = torch.clamp(path.times(highest) / times[0], max=1.0)
+    return path.sigmas(times.double() * shrink).clamp(max=highest).float()
