@@ -1,4 +1,4 @@
-"""Write locales/en/nodeDefs.json from the nodes' own texts. Run with COMFYUI_PATH set, after changing a node's texts."""
+"""Write locales/en/nodeDefs.json from the nodes' own texts; run with COMFYUI_PATH set after changing a text."""
 
 import asyncio
 import json
