@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+WEB_DIRECTORY = "./web"
+
 
 async def comfy_entrypoint() -> Any:
     """ComfyUI's way in; imported when it asks, so that the package works without ComfyUI."""

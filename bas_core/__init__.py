@@ -11,12 +11,13 @@ from .checkpoint import (
     save_sit,
 )
 from .flow import interpolate, velocity_to_noise, velocity_to_x0
-from .grids import time_grid, time_shift
+from .grids import resample_grid, time_grid, time_shift
 from .guidance import Field, Guidance, NonFiniteError, model_field
 from .quadrature import RULES, Rule, get_rule, symmetric_four_point
 from .sidenet import SideNet, SideNetConfig
 from .sit import SiT, SiTConfig
 from .solver import Step, solve
+from .weighting import WeightedSideNet, with_strength
 
 __all__ = [
     "BASELINES",
@@ -33,6 +34,7 @@ __all__ = [
     "SideNetCard",
     "SideNetConfig",
     "Step",
+    "WeightedSideNet",
     "get_baseline",
     "get_rule",
     "interpolate",
@@ -40,6 +42,7 @@ __all__ = [
     "load_sidenet",
     "load_sit",
     "model_field",
+    "resample_grid",
     "run_baseline",
     "save_sidenet",
     "save_sit",
@@ -49,4 +52,5 @@ __all__ = [
     "time_shift",
     "velocity_to_noise",
     "velocity_to_x0",
+    "with_strength",
 ]

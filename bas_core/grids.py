@@ -47,6 +47,30 @@ def time_grid(intervals: int, shift: float = 1.0, cosine: float = 0.0, dtype: to
     return t.to(dtype)
 
 
+def resample_grid(times: Tensor, intervals: int) -> Tensor:
+    """A grid of the same shape with another number of intervals, by linear interpolation of time over step number.
+
+    Args:
+        times: [N + 1] grid.
+        intervals: of the result.
+
+    Returns:
+        [intervals + 1] times in the dtype of `times`, with the same ends; `times` itself where N is `intervals`.
+
+    Raises:
+        ValueError: fewer than one interval, or no grid (see `check_grid`).
+    """
+    if intervals < 1:
+        raise ValueError(f"intervals must be at least 1; got {intervals}.")
+    known = check_grid(times)
+    if len(known) == intervals + 1:
+        return known
+    position = torch.linspace(0, len(known) - 1, intervals + 1, dtype=torch.float64)
+    left = position.floor().long().clamp(max=len(known) - 2)
+    values = known.double()
+    return torch.lerp(values[left], values[left + 1], position - left).to(times.dtype)
+
+
 def check_grid(times: Tensor) -> Tensor:
     """Return the grid on the CPU if it can be integrated over.
 

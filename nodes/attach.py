@@ -1,0 +1,94 @@
+"""A SideNet as ComfyUI holds it: read from a file, put on a MODEL, found again by the sampler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import torch
+
+from ..bas_core.checkpoint import SideNetCard, load_sidenet
+from ..bas_core.sidenet import SideNet
+
+KEY = "sidenet"
+RECORD = "ba_solver_sidenet"
+
+
+@dataclass(frozen=True)
+class LoadedSideNet:
+    """What a SIDENET link carries, and what rides on the MODEL.
+
+    Attributes:
+        patcher: ComfyUI's handle of the network, so that ComfyUI loads and offloads it.
+        card: what the file says of itself.
+        name: of the file, for messages.
+        strength: 1 = as trained, 0 = the multistep baseline.
+    """
+
+    patcher: Any
+    card: SideNetCard
+    name: str
+    strength: float = 1.0
+
+    @property
+    def network(self) -> SideNet:
+        return self.patcher.model
+
+
+def read_sidenet(path: Path, name: str, dtype: torch.dtype | None = None) -> LoadedSideNet:
+    """Read a SideNet file into a network of ComfyUI's layers.
+
+    Args:
+        path: a safetensors file in the project's format.
+        name: what users call it.
+        dtype: of the weights; None = as stored.
+
+    Raises:
+        FileNotFoundError, CheckpointError: see `bas_core.load_sidenet`.
+    """
+    stored, card = load_sidenet(path, dtype=dtype)
+    weights = stored.state_dict()
+    offload = comfy.model_management.unet_offload_device()
+    network = SideNet(
+        stored.config, comfy.ops.manual_cast, device=offload, dtype=next(iter(weights.values())).dtype
+    ).eval()
+    patcher = comfy.model_patcher.CoreModelPatcher(
+        network, load_device=comfy.model_management.get_torch_device(), offload_device=offload
+    )
+    network.load_state_dict(weights, assign=patcher.is_dynamic())
+    network.requires_grad_(False)
+    # Lets ComfyUI make a second copy of the network, for another device or without dynamic memory.
+    patcher.cached_patcher_init = (_read_patcher, (path, name, dtype))
+    return LoadedSideNet(patcher, card, name)
+
+
+def _read_patcher(path: Path, name: str, dtype: torch.dtype | None, disable_dynamic: bool = False) -> Any:
+    loaded = read_sidenet(path, name, dtype)
+    if not disable_dynamic:
+        return loaded.patcher
+    network = loaded.network
+    plain = comfy.model_patcher.ModelPatcher(network, loaded.patcher.load_device, loaded.patcher.offload_device)
+    plain.cached_patcher_init = loaded.patcher.cached_patcher_init
+    return plain
+
+
+def apply_sidenet(model: Any, sidenet: LoadedSideNet, strength: float) -> Any:
+    """A clone of the MODEL with the SideNet on it, in place of any other; the given MODEL stays as it is."""
+    clone = model.clone()
+    patcher = sidenet.patcher.clone()
+    patcher.set_attachments(RECORD, replace(sidenet, patcher=None, strength=strength))
+    clone.set_additional_models(KEY, [patcher])
+    return clone
+
+
+def applied_sidenet(model: Any) -> LoadedSideNet | None:
+    """The SideNet on a MODEL, or None."""
+    patchers = model.get_additional_models_with_key(KEY)
+    if not patchers:
+        return None
+    # Cloning a MODEL clones its SideNet's patcher; the clone is what ComfyUI has loaded.
+    return replace(patchers[0].get_attachment(RECORD), patcher=patchers[0])

@@ -1,0 +1,73 @@
+"""Whether a SideNet and a MODEL belong together, in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .attach import LoadedSideNet
+from .paths import path_of
+
+SIT_RECORD = "ba_solver_sit"
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the checks need to know of a MODEL.
+
+    Attributes:
+        kind: "sit", or ComfyUI's name of the model class in lower case ("flux", "sd3", "wan21", "sdxl" …).
+        channels, dimensions: of its latents; 2 = images, 3 = video, 1 = audio.
+        fingerprint: of the weights; empty where it is not known.
+    """
+
+    kind: str
+    channels: int
+    dimensions: int
+    fingerprint: str = ""
+
+
+def facts_of(model: Any) -> ModelFacts:
+    """Read them off a MODEL.
+
+    Raises:
+        ValueError: the MODEL is neither a flow nor a diffusion model.
+    """
+    path_of(model.get_model_object("model_sampling"))
+    latent = model.get_model_object("latent_format")
+    return ModelFacts(
+        kind=type(model.model).__name__.lower(),
+        channels=latent.latent_channels,
+        dimensions=latent.latent_dimensions,
+        fingerprint=model.get_attachment(SIT_RECORD) or "",
+    )
+
+
+def misfits(sidenet: LoadedSideNet, facts: ModelFacts) -> list[str]:
+    """Why this SideNet cannot work on this model; empty where it can."""
+    name, config, backbone = sidenet.name, sidenet.network.config, sidenet.card.backbone
+    found = []
+    if facts.dimensions not in (2, 3):
+        found.append("SideNets take images and videos, and this MODEL makes audio.")
+    if config.in_channels != facts.channels:
+        found.append(
+            f"{name!r} takes latents of {config.in_channels} channels, and this MODEL's have {facts.channels}."
+        )
+    kind = backbone.get("kind", "").lower()
+    if kind and kind != facts.kind:
+        found.append(f"{name!r} was made for {backbone.get('name') or kind}, and this MODEL is of kind {facts.kind!r}.")
+    return found
+
+
+def doubts(sidenet: LoadedSideNet, facts: ModelFacts) -> list[str]:
+    """Why this SideNet may be less accurate on this model than it should be."""
+    backbone = sidenet.card.backbone
+    known = backbone.get("fingerprint", "")
+    if known and facts.fingerprint and known != facts.fingerprint:
+        return [
+            f"{sidenet.name!r} was made for {backbone.get('name') or 'other weights'}, and this MODEL has other "
+            "weights. It runs, and is less accurate the more they differ."
+        ]
+    if not backbone.get("kind"):
+        return [f"{sidenet.name!r} does not say which model it was made for; its channels fit, and no more is known."]
+    return []

@@ -1,0 +1,85 @@
+"""Where SideNets and SiTs are looked for, and the shipped demo beside them."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import folder_paths
+
+WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
+DEMO = "demo (shipped)"
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A kind of model file.
+
+    Attributes:
+        key: the folder's name under `models`, and in `extra_model_paths.yaml`.
+        extensions: what is listed.
+        demo: the file shipped with this pack.
+        what: what users call such a file.
+        from_output: whether files that nodes wrote under `output` are listed too.
+    """
+
+    key: str
+    extensions: frozenset[str]
+    demo: Path
+    what: str
+    from_output: bool = False
+
+    def register(self) -> None:
+        """Add the folder to the user's own paths for this key, and list only the extensions."""
+        own = [os.path.join(folder_paths.models_dir, self.key)]
+        if self.from_output:
+            own.append(os.path.join(folder_paths.get_output_directory(), self.key))
+        known = folder_paths.folder_names_and_paths.get(self.key, ([], set()))[0]
+        paths = [*known, *(path for path in own if path not in known)]
+        # Reading extra_model_paths.yaml, before packs load, gives a new key an empty set, which would list every file.
+        folder_paths.folder_names_and_paths[self.key] = (paths, set(self.extensions))
+        with suppress(OSError):  # a read-only installation: the user's extra paths and the demo still work
+            os.makedirs(own[0], exist_ok=True)
+
+    def names(self) -> list[str]:
+        """What the drop-down list shows; the demo first."""
+        return [DEMO, *folder_paths.get_filename_list(self.key)]
+
+    def path(self, name: str) -> Path:
+        """The file of a listed name.
+
+        Raises:
+            FileNotFoundError: it is not there (any more).
+        """
+        if name == DEMO:
+            return self.demo
+        found = folder_paths.get_full_path(self.key, name)
+        if found is None:
+            places = ", ".join(folder_paths.get_folder_paths(self.key))
+            raise FileNotFoundError(
+                f"The {self.what} file {name!r} is not there (any more). Looked in: {places}. Put it back, or press R "
+                "in ComfyUI to refresh the lists and choose another."
+            )
+        return Path(found)
+
+    def fingerprint(self, name: str) -> str:
+        """Changes when the file does, so that a replaced file is read again."""
+        try:
+            path = self.path(name)
+            return f"{path}:{path.stat().st_mtime_ns}"
+        except OSError:
+            return f"missing {name}"
+
+
+SIDENETS = ModelFolder(
+    "sidenets", frozenset({".safetensors"}), WEIGHTS / "demo_sidenet.safetensors", "SideNet", from_output=True
+)
+SITS = ModelFolder("sit", frozenset({".safetensors", ".pt", ".pth"}), WEIGHTS / "demo_sit.safetensors", "SiT")
+
+
+def register() -> None:
+    """Make the folders known to ComfyUI."""
+    for folder in (SIDENETS, SITS):
+        folder.register()

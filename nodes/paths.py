@@ -1,0 +1,120 @@
+"""ComfyUI's sigmas and states to the core's times and states, and back: the only place that knows both conventions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_sampling
+import torch
+from torch import Tensor
+
+from ..bas_core.flow import exploding_to_flow, per_sample, sigma_to_time, time_to_sigma
+
+
+@dataclass(frozen=True)
+class Path:
+    """How a model's states x(sigma) lie on the flow path.
+
+    Attributes:
+        name: for messages.
+        exploding: x = x_0 + sigma noise (diffusion models); else sigma is the flow time and x the flow state.
+    """
+
+    name: str
+    exploding: bool
+
+    def times(self, sigmas: Tensor) -> Tensor:
+        """Flow times [N] of sigmas [N]."""
+        return torch.as_tensor(sigma_to_time(sigmas)) if self.exploding else sigmas
+
+    def sigmas(self, times: Tensor) -> Tensor:
+        """Sigmas [N] of flow times [N]; infinite at t = 1 on the exploding path."""
+        return torch.as_tensor(time_to_sigma(times)) if self.exploding else times
+
+    def to_flow(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """The flow state of a model's state x [B, ...] at sigma (0-d or [B])."""
+        return exploding_to_flow(x, sigma) if self.exploding else x
+
+    def from_flow(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """The model's state of a flow state; by sigma, for 1 - t has few digits left where sigma is large."""
+        return x * (1 + per_sample(sigma, x)) if self.exploding else x
+
+
+FLOW = Path("flow", exploding=False)
+DIFFUSION = Path("diffusion", exploding=True)
+
+# By ComfyUI's classes, the special ones first: they derive from the general ones. None = no such path.
+_PATHS: tuple[tuple[str, Path | None], ...] = (
+    ("IMG_TO_IMG", None),
+    ("IMG_TO_IMG_FLOW", None),
+    ("V_PREDICTION_DDPM", None),
+    ("CONST", FLOW),
+    ("COSMOS_RFLOW", DIFFUSION),
+    ("EPS", DIFFUSION),
+)
+
+
+def path_of(model_sampling: Any) -> Path:
+    """The path of a MODEL's `model_sampling`.
+
+    Raises:
+        ValueError: it is neither a flow nor a diffusion path.
+    """
+    for name, path in _PATHS:
+        if isinstance(model_sampling, getattr(comfy.model_sampling, name, ())):
+            if path is not None:
+                return path
+            break
+    kinds = ", ".join(base.__name__ for base in type(model_sampling).__mro__[1:3])
+    raise ValueError(
+        f"BA-solver samples flow models (FLUX, SD3, Wan, SiT …) and diffusion models (SD 1.5, SDXL …); this MODEL's "
+        f"sampling is of another kind ({kinds}). Use another sampler for it."
+    )
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A run's sigmas and the flow times that stand for them.
+
+    Attributes:
+        path: see `Path`.
+        sigmas: [N + 1], on the CPU, float32.
+        times: [N + 1], on the CPU, float32.
+    """
+
+    path: Path
+    sigmas: Tensor
+    times: Tensor
+
+    @staticmethod
+    def of(path: Path, sigmas: Tensor) -> Schedule:
+        """Check the sigmas and find their times.
+
+        Raises:
+            ValueError: fewer than two, not falling, negative, not finite, or above 1 for a flow model.
+        """
+        sigmas = sigmas.detach().cpu().float()
+        values = [round(value, 4) for value in sigmas.tolist()]
+        if sigmas.ndim != 1 or len(values) < 2:
+            raise ValueError(
+                f"sigmas must hold at least two values, the ends of one step; got {values}. Give the scheduler more "
+                "steps, or split the sigmas elsewhere."
+            )
+        if not sigmas.isfinite().all() or sigmas.min() < 0:
+            raise ValueError(f"sigmas must be finite and not negative; got {values}.")
+        if not (sigmas.diff() < 0).all():
+            raise ValueError(
+                f"sigmas must fall from noise to image, without repeating a value; got {values}. BA-Solver Sampler "
+                "does not invert: leave out Flip Sigmas."
+            )
+        if not path.exploding and sigmas[0] > 1:
+            raise ValueError(
+                f"This is a flow model, whose sigmas lie between 0 and 1; got {values}. Use a scheduler that is given "
+                "this MODEL, such as BA-Solver Scheduler or BasicScheduler."
+            )
+        return Schedule(path, sigmas, path.times(sigmas))
+
+    def sigma_at(self, time: float) -> Tensor:
+        """The very sigma (0-d) that one of the times stands for; no rounding on the way there and back."""
+        return self.sigmas[(self.times - time).abs().argmin()]

@@ -1,0 +1,102 @@
+"""A SideNet's card as text and as a plot."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ..bas_core.checkpoint import SideNetCard
+from ..bas_core.sidenet import SideNetConfig
+
+Curves = dict[str, dict[int, float]]
+
+WIDTH, HEIGHT = 720, 440
+LEFT, RIGHT, TOP, BOTTOM = 70, 200, 30, 50
+COLOURS = ("#d1495b", "#00798c", "#edae49", "#66a182", "#2e4057", "#8d96a3", "#9b5de5", "#f15bb5")
+
+
+def report(name: str, config: SideNetConfig, card: SideNetCard) -> str:
+    """A few lines on what the SideNet is for, how it was made, and how good it is."""
+    low, high = card.guidance_range
+    trained = card.training
+    lines = [
+        f"SideNet: {name}",
+        f"Made for: {card.backbone.get('name') or 'not stated'} (kind: {card.backbone.get('kind') or 'not stated'})",
+        f"Latents: {config.in_channels} channels; classes: {config.num_classes or 'none'}",
+        f"Predicts: {'each branch of CFG' if card.velocity == 'branch' else 'the guided velocity'}, "
+        f"CFG {low:g}{'' if low == high else f' to {high:g}'}; anchors: {config.anchors}",
+        f"Learned time grids for: {', '.join(map(str, sorted(card.time_grids))) or 'none'} calls",
+        *(f"Training {key.replace('_', ' ')}: {_short(trained[key])}" for key in trained if key != "settings"),
+        *(f"{series} error: {_row(errors)}" for series, errors in error_curves(card.evaluation).items()),
+        f"Licence: {card.licence or 'not stated'}",
+    ]
+    return "\n".join(lines)
+
+
+def _short(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _row(errors: dict[int, float]) -> str:
+    return ", ".join(f"{errors[calls]:.4g} at {calls} calls" for calls in sorted(errors))
+
+
+def error_curves(evaluation: dict[str, Any], name: str = "") -> Curves:
+    """Every table {number of calls: error} anywhere in a card's evaluation, under the names that lead to it."""
+    numbers = {
+        int(key): float(value)
+        for key, value in evaluation.items()
+        if str(key).isdecimal() and isinstance(value, (int, float)) and math.isfinite(value) and value > 0
+    }
+    curves = {name or "SideNet": numbers} if numbers else {}
+    for key, value in evaluation.items():
+        if isinstance(value, dict):
+            curves |= error_curves(value, f"{name} {key}".strip().replace("_", " "))
+    return curves
+
+
+def error_plot(curves: Curves) -> Tensor:
+    """A plot of errors (logarithmic) over numbers of calls: an IMAGE [1, height, width, 3]."""
+    image = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    draw = ImageDraw.Draw(image)
+    font = ImageFont.load_default(14)
+    if curves:
+        _draw_curves(draw, font, curves)
+    else:
+        draw.text((LEFT, HEIGHT // 2), "This SideNet's file holds no error table.", fill="black", font=font)
+    return torch.from_numpy(np.asarray(image).astype(np.float32) / 255)[None]
+
+
+def _draw_curves(draw: Any, font: Any, curves: Curves) -> None:
+    calls = sorted({n for errors in curves.values() for n in errors})
+    logs = [math.log10(e) for errors in curves.values() for e in errors.values()]
+    bottom, top = math.floor(min(logs) * 4) / 4, math.ceil(max(logs) * 4) / 4 + 0.01
+
+    def place(n: int, error: float) -> tuple[float, float]:
+        across = (n - calls[0]) / max(1, calls[-1] - calls[0])
+        up = (math.log10(error) - bottom) / (top - bottom)
+        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
+
+    frame = (*place(calls[0], 10**top), *place(calls[-1], 10**bottom))
+    draw.rectangle(frame, outline="#888888")
+    for n in calls:
+        draw.text((place(n, 10**bottom)[0] - 5, frame[3] + 6), str(n), fill="black", font=font)
+    for level in np.linspace(bottom, top, 5):
+        height = place(calls[0], 10**level)[1]
+        draw.line((frame[0], height, frame[2], height), fill="#dddddd")
+        draw.text((8, height - 8), f"{10**level:.3g}", fill="black", font=font)
+    draw.text(((frame[0] + frame[2]) / 2 - 60, HEIGHT - 24), "backbone calls", fill="black", font=font)
+    draw.text((8, 6), "endpoint error", fill="black", font=font)
+    for row, (name, errors) in enumerate(curves.items()):
+        colour = COLOURS[row % len(COLOURS)]
+        points = [place(n, errors[n]) for n in sorted(errors)]
+        draw.line(points, fill=colour, width=3)
+        for x, y in points:
+            draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour)
+        draw.text((WIDTH - RIGHT + 12, TOP + 20 * row), name[:26], fill=colour, font=font)

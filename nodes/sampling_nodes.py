@@ -1,0 +1,134 @@
+"""The nodes BA-Solver Sampler and BA-Solver Scheduler."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.samplers
+import torch
+from comfy_api.v0_0_2 import io
+
+from ..bas_core.quadrature import RULES
+from .adapter import METHODS, Options, sample_ba_solver
+from .attach import applied_sidenet
+from .schedule import GRIDS, sigmas_for
+
+AUTO = "auto"
+
+
+class BASampler(io.ComfyNode):
+    """A SAMPLER for SamplerCustom and SamplerCustomAdvanced."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="BASolverSampler",
+            display_name="BA-Solver Sampler",
+            category="BA-Solver",
+            description="The sampler for SamplerCustom and SamplerCustomAdvanced. The MODEL needs a SideNet (Apply "
+            "SideNet), except with the method 'multistep'.",
+            search_aliases=["BA-solver", "bi-anchor", "few-step sampler", "fast sampler", "predictor-corrector"],
+            inputs=[
+                io.Combo.Input(
+                    "method",
+                    options=list(METHODS),
+                    default=METHODS[0],
+                    tooltip="bi_anchor: the SideNet predicts the velocities between two backbone calls from both "
+                    "ends. single_anchor: from the start alone; a baseline. multistep: no SideNet, the best that "
+                    "two calls on a straight line give. Each costs one backbone call a step.",
+                ),
+                io.Combo.Input(
+                    "quadrature",
+                    options=[AUTO, *RULES],
+                    default=AUTO,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Where in each step velocities are predicted, and how they are added up. auto = "
+                    "lobatto4 for bi_anchor and multistep, legendre3 for single_anchor. The legendre rules do not "
+                    "hold both ends and go with single_anchor only.",
+                ),
+                io.Float.Input(
+                    "cfg_from",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    advanced=True,
+                    tooltip="CFG applies where the flow time t is above this. t = 1 is noise, t = 0 the image; for "
+                    "diffusion models t = sigma / (1 + sigma).",
+                ),
+                io.Float.Input(
+                    "cfg_until",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    advanced=True,
+                    tooltip="CFG applies where the flow time t is at most this; above, the positive alone is "
+                    "evaluated. The paper samples SiT-XL/2 with CFG 1.5 until 0.7.",
+                ),
+            ],
+            outputs=[io.Sampler.Output(tooltip="For SamplerCustom and SamplerCustomAdvanced.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, method: str, quadrature: str = AUTO, cfg_from: float = 0.0, cfg_until: float = 1.0
+    ) -> io.NodeOutput:
+        options = Options(method, None if quadrature == AUTO else quadrature, (cfg_from, cfg_until))
+        return io.NodeOutput(comfy.samplers.KSAMPLER(sample_ba_solver, {"options": options}))
+
+
+class BAScheduler(io.ComfyNode):
+    """SIGMAS for a number of backbone calls."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="BASolverScheduler",
+            display_name="BA-Solver Scheduler",
+            category="BA-Solver",
+            description="The sigmas for a number of backbone calls: the grid that the SideNet's file holds for it, "
+            "or, where it holds none, the model's own.",
+            search_aliases=["sigmas", "time grid", "NFE", "few steps", "steps"],
+            inputs=[
+                io.Model.Input("model", tooltip="With its SideNet, whose grid is used: connect Apply SideNet."),
+                io.Int.Input(
+                    "calls",
+                    default=7,
+                    min=1,
+                    max=1000,
+                    tooltip="How often the model is called, which is the number of steps. 5 to 10 is what BA-solver "
+                    "is for.",
+                ),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="1 = from pure noise. Less starts from a partly noised latent (image to image) and "
+                    "spends all calls on the part that is left.",
+                ),
+                io.Combo.Input(
+                    "grid",
+                    options=list(GRIDS),
+                    default=GRIDS[0],
+                    optional=True,
+                    advanced=True,
+                    tooltip="auto: the SideNet's learned grid, stretched to this number of calls where it holds "
+                    "other numbers only. model: the model's own shift, as the scheduler 'simple' makes it.",
+                ),
+            ],
+            outputs=[io.Sigmas.Output(tooltip="For SamplerCustom and SamplerCustomAdvanced.")],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, calls: int, denoise: float = 1.0, grid: str = GRIDS[0]) -> io.NodeOutput:
+        if denoise <= 0:
+            return io.NodeOutput(torch.FloatTensor([]))  # ComfyUI's sign for: leave the latent as it is
+        sidenet = applied_sidenet(model)
+        learned = sidenet.card.time_grids if sidenet is not None and grid == GRIDS[0] else {}
+        return io.NodeOutput(sigmas_for(model.get_model_object("model_sampling"), calls, denoise, learned))

@@ -1,0 +1,43 @@
+"""Sigmas for a number of backbone calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.samplers
+import torch
+from torch import Tensor
+
+from ..bas_core.grids import resample_grid
+from .paths import path_of
+
+GRIDS = ("auto", "model")
+
+
+def sigmas_for(model_sampling: Any, calls: int, denoise: float, learned: dict[int, list[float]]) -> Tensor:
+    """The last `calls` + 1 sigmas of a grid long enough to start at the noise level that `denoise` asks for.
+
+    Args:
+        model_sampling: the MODEL's.
+        calls: number of steps.
+        denoise: in (0, 1]; the whole grid has calls / denoise steps, as in ComfyUI's own schedulers.
+        learned: time grids by number of calls; may be empty.
+
+    Raises:
+        ValueError: the MODEL is neither a flow nor a diffusion model.
+    """
+    total = max(calls, int(calls / denoise))
+    if not learned:
+        whole = comfy.samplers.calculate_sigmas(model_sampling, "simple", total)
+    else:
+        nearest = min(learned, key=lambda known: abs(known - total))
+        whole = _on_path(model_sampling, resample_grid(torch.tensor(learned[nearest]), total))
+    return whole[-(calls + 1) :].cpu()
+
+
+def _on_path(model_sampling: Any, times: Tensor) -> Tensor:
+    """Sigmas of flow times. Diffusion models start below t = 1, at their largest sigma: the grid is shrunk to that."""
+    path = path_of(model_sampling)
+    highest = torch.as_tensor(float(model_sampling.sigma_max), dtype=torch.float64)
+    shrink = torch.clamp(path.times(highest) / times[0], max=1.0)
+    return path.sigmas(times.double() * shrink).clamp(max=highest).float()

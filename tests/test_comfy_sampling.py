@@ -1,0 +1,672 @@
+"""The sampler in ComfyUI, on its own model classes: it computes what the core computes on the same velocities."""
+
+import logging
+
+import comfyui
+import pytest
+import torch
+
+comfyui.require()
+
+import comfy.controlnet
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sample
+import comfy.samplers
+import comfy_models as models
+from ba_solver.bas_core import (
+    Field,
+    Guidance,
+    NonFiniteError,
+    SideNetCard,
+    load_sidenet,
+    solve,
+    with_strength,
+)
+from ba_solver.bas_core.flow import exploding_to_flow, sigma_to_time, x0_to_velocity
+from ba_solver.nodes.adapter import METHODS, Options, sample_ba_solver
+from ba_solver.nodes.attach import applied_sidenet
+from ba_solver.nodes.fit import doubts, facts_of, misfits
+from ba_solver.nodes.sampling_nodes import BASampler, BAScheduler
+from ba_solver.nodes.sidenet_nodes import ApplySideNet, LoadSideNet
+from comfy_extras.nodes_custom_sampler import Guider_Basic, Guider_DualCFG
+
+pytestmark = pytest.mark.comfyui
+
+CLOSE = {"rtol": 2e-4, "atol": 2e-4}
+CHANNELS = {name: models.TINY[name].latent[0] for name in models.NAMES}
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    """As ComfyUI runs its nodes."""
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture
+def sidenet(tmp_path):
+    """Makes a SideNet file and reads it; `sidenet.path` is the last file."""
+
+    def make(channels, velocity="guided", **config):
+        make.path = tmp_path / "random.safetensors"
+        card = SideNetCard(velocity=velocity, guidance_range=(1.0, 10.0))
+        return models.make_sidenet(make.path, channels, card, **config)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def model():
+    """One MODEL a kind for the whole module: whatever a test leaves on it, another test will notice."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            with torch.inference_mode(False):
+                made[name] = models.make_model(name)
+        return made[name]
+
+    return get
+
+
+def sigmas_of(model, steps=4, scheduler="simple"):
+    return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
+
+
+def sampler(**options):
+    return comfy.samplers.KSAMPLER(sample_ba_solver, {"options": Options(**options)})
+
+
+def run(model, name, sampler, sigmas, cfg=3.0, batch=1, guider=None, **more):
+    """SamplerCustom, or SamplerCustomAdvanced with a guider; returns the latent."""
+    z = more.pop("z", None)
+    z = models.noise(name, batch) if z is None else z
+    latent = more.pop("latent", torch.zeros_like(z))
+    if guider is not None:
+        return guider.sample(z, latent, sampler, sigmas, **more)
+    arguments = (model, z, cfg, sampler, sigmas, models.text(name, 1), models.text(name, 2), latent)
+    return comfy.sample.sample_custom(*arguments, **more)
+
+
+def reference(path, strength=1.0, branches=False, guidance=None, method="bi_anchor", calls=None):
+    """A sampler that calls `bas_core.solve` by itself on what ComfyUI's model function returns."""
+    network = None if path is None else load_sidenet(path)[0]
+
+    def sample(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        flow = not hasattr(model.inner_model.inner_model.model_sampling, "log_sigmas") or float(sigmas[0]) <= 1
+        times = sigmas.cpu() if flow else sigma_to_time(sigmas.cpu())
+        sigma_of = {float(t): s for t, s in zip(times, sigmas, strict=True)}
+
+        def velocities(y, t, count):
+            if calls is not None:
+                calls.append(float(t[0]))
+            sigma = sigma_of[float(t[0])]
+            state = y if flow else y * (1 + sigma)
+            if branches:
+                guider = model.inner_model
+                conds = [guider.conds["positive"], guider.conds["negative"]][:count]
+                options = extra_args["model_options"]
+                out = comfy.samplers.calc_cond_batch(guider.inner_model, conds, state, sigma.expand(len(y)), options)
+            else:
+                out = [model(state, sigma.expand(len(y)), **extra_args)]
+            return torch.stack([x0_to_velocity(y, denoised, t) for denoised in out])
+
+        conditions = (None, None) if guidance and guidance.scale != 1 else (None,)
+        field = Field(velocities, conditions, guidance) if branches else Field(velocities)
+        start = x if flow else exploding_to_flow(x, sigmas[0])
+        end = solve(field, with_strength(network, strength), start, times, method=method)
+        return end if flow else end * (1 + sigmas[-1])
+
+    return comfy.samplers.KSAMPLER(sample)
+
+
+# --- the result is the core's -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("anchors", [1, 2])
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+@pytest.mark.parametrize("name", models.NAMES)
+def test_result_is_the_cores_on_the_same_velocities(name, cfg, anchors, model, sidenet):
+    applied = models.with_sidenet(model(name), sidenet(CHANNELS[name], anchors=anchors))
+    sigmas, calls = sigmas_of(applied), []
+    ours = run(applied, name, sampler(), sigmas, cfg)
+    theirs = run(applied, name, reference(sidenet.path, calls=calls), sigmas, cfg)
+    torch.testing.assert_close(ours, theirs, **CLOSE)
+    assert len(calls) == 4
+    without = run(applied, name, sampler(method="multistep"), sigmas, cfg)
+    assert (ours - without).abs().max() > 100 * CLOSE["atol"], "the random SideNet must do something"
+
+
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+@pytest.mark.parametrize("name", models.NAMES)
+def test_branch_sidenets_see_the_branches(name, cfg, model, sidenet):
+    applied = models.with_sidenet(model(name), sidenet(CHANNELS[name], "branch"))
+    sigmas = sigmas_of(applied)
+    options = {"interval": (0.0, 0.8)}
+    ours = run(applied, name, sampler(**options), sigmas, cfg)
+    guidance = Guidance(cfg, **options)
+    theirs = run(applied, name, reference(sidenet.path, branches=True, guidance=guidance), sigmas, cfg)
+    torch.testing.assert_close(ours, theirs, **CLOSE)
+    if cfg > 1:
+        guided = run(applied, name, reference(sidenet.path), sigmas, cfg)
+        assert (ours - guided).abs().max() > 100 * CLOSE["atol"], "branch and guided mode must differ"
+
+
+@pytest.mark.parametrize("name", models.NAMES)
+def test_multistep_and_strength_zero_are_the_cores_baseline(name, model, sidenet):
+    for anchors in (1, 2):
+        zero = models.with_sidenet(model(name), sidenet(CHANNELS[name], anchors=anchors), 0.0)
+        sigmas = sigmas_of(zero)
+        baseline = run(zero, name, reference(None), sigmas)
+        torch.testing.assert_close(run(zero, name, sampler(), sigmas), baseline, **CLOSE)
+        bare = run(model(name), name, sampler(method="multistep"), sigmas)
+        torch.testing.assert_close(bare, baseline, **CLOSE)
+        half = models.with_sidenet(model(name), sidenet(CHANNELS[name], anchors=anchors), 0.5)
+        torch.testing.assert_close(
+            run(half, name, sampler(), sigmas), run(half, name, reference(sidenet.path, 0.5), sigmas), **CLOSE
+        )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_are_the_cores(method, model, sidenet):
+    applied = models.with_sidenet(model("sd3"), sidenet(16))
+    sigmas = sigmas_of(applied)
+    path, core = (None, "bi_anchor") if method == "multistep" else (sidenet.path, method)
+    ours = run(applied, "sd3", sampler(method=method), sigmas)
+    torch.testing.assert_close(ours, run(applied, "sd3", reference(path, method=core), sigmas), **CLOSE)
+
+
+# --- guiders ------------------------------------------------------------------------------------------------------
+
+
+def dual(model, nested):
+    guider = Guider_DualCFG(model)
+    guider.set_conds(*(models.text("sd3", seed) for seed in (1, 2, 3)))
+    guider.set_cfg(3.0, 2.0, nested=nested)
+    return guider
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("velocity", ["guided", "branch"])
+def test_dual_guider_is_sampled_on_its_guided_velocity(velocity, nested, model, sidenet, caplog):
+    applied = models.with_sidenet(model("sd3"), sidenet(16, velocity))
+    sigmas = sigmas_of(applied)
+    with caplog.at_level(logging.WARNING):
+        ours = run(applied, "sd3", sampler(), sigmas, guider=dual(applied, nested))
+    assert ("given the guided velocity instead" in caplog.text) == (velocity == "branch")
+    theirs = run(applied, "sd3", reference(sidenet.path), sigmas, guider=dual(applied, nested))
+    torch.testing.assert_close(ours, theirs, **CLOSE)
+    with pytest.raises(ValueError, match="CFG interval works with"):
+        run(applied, "sd3", sampler(interval=(0.0, 0.7)), sigmas, guider=dual(applied, nested))
+
+
+def test_basic_guider_with_flux_guidance(model, sidenet):
+    applied = models.with_sidenet(model("flux"), sidenet(16))
+    sigmas, outcomes = sigmas_of(applied), []
+    for guidance in (1.0, 6.0):
+        guider = Guider_Basic(applied)
+        guider.set_conds([[c, {**d, "guidance": guidance}] for c, d in models.text("flux", 1)])
+        ours = run(applied, "flux", sampler(), sigmas, guider=guider)
+        torch.testing.assert_close(ours, run(applied, "flux", reference(sidenet.path), sigmas, guider=guider), **CLOSE)
+        outcomes.append(ours)
+    assert (outcomes[0] - outcomes[1]).abs().max() > 0.01, "FLUX guidance must reach the model"
+
+
+def test_cfg_interval_leaves_the_negative_out_outside_it(model, sidenet):
+    applied = models.with_sidenet(model("sd3"), sidenet(16))
+    sigmas, seen = sigmas_of(applied), []
+
+    def note(arguments):
+        seen.append((float(arguments["sigma"][0]), arguments["conds"][1] is not None))
+        return arguments["conds_out"]
+
+    watched = applied.clone()
+    watched.set_model_sampler_pre_cfg_function(note)
+    run(watched, "sd3", sampler(interval=(0.0, 0.8)), sigmas)
+    assert seen == [(pytest.approx(float(s)), bool(s <= 0.8)) for s in sigmas[:-1]]
+
+
+def test_rescaling_nodes_are_kept(model, sidenet, caplog):
+    """A node that changes how branches are combined acts, also where the SideNet would take the branches apart."""
+    applied = models.with_sidenet(model("sd3"), sidenet(16, "branch"))
+    applied.set_model_sampler_post_cfg_function(lambda arguments: arguments["denoised"] * 0.9)
+    sigmas = sigmas_of(applied)
+    with caplog.at_level(logging.WARNING):
+        ours = run(applied, "sd3", sampler(), sigmas)
+    assert "given the guided velocity instead" in caplog.text
+    torch.testing.assert_close(ours, run(applied, "sd3", reference(sidenet.path), sigmas), **CLOSE)
+
+
+# --- what people do with samplers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", models.NAMES)
+def test_batch_equals_single_runs(name, model, sidenet):
+    applied = models.with_sidenet(model(name), sidenet(CHANNELS[name]))
+    z, sigmas = models.noise(name, 3), sigmas_of(applied)
+    together = run(applied, name, sampler(), sigmas, z=z)
+    for i in range(3):
+        alone = run(applied, name, sampler(), sigmas, z=z[i : i + 1])
+        torch.testing.assert_close(together[i : i + 1], alone, **CLOSE)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("velocity", ["guided", "branch"])
+@pytest.mark.parametrize("name", ["flux", "wan", "sdxl"])
+def test_mask_keeps_the_rest_of_the_image(name, velocity, soft, model, sidenet):
+    applied = models.with_sidenet(model(name), sidenet(CHANNELS[name], velocity))
+    z, sigmas = models.noise(name, 2), sigmas_of(applied)
+    latent = models.noise(name, 2, seed=9) * 0.5
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., :4] = 1.0
+    if soft:
+        mask[..., 3] = 0.5
+    ours = run(applied, name, sampler(), sigmas, z=z, latent=latent, noise_mask=mask)
+    kept, drawn = (ours - latent)[..., 4:], (ours - latent)[..., :3]
+    assert kept.abs().max() < 1e-3
+    assert drawn.abs().mean() > 0.05
+    plain = models.with_sidenet(model(name), applied_sidenet(applied), 0.0)
+    baseline = run(plain, name, sampler(), sigmas, z=z, latent=latent, noise_mask=mask)
+    assert (ours - baseline)[..., :3].abs().max() > 0.01, "the SideNet must act inside the mask"
+
+
+def test_unblended_sidenet_predictions_would_spoil_the_kept_part(model, sidenet, monkeypatch):
+    """The power of the test above: without blending, the kept part changes."""
+    applied = models.with_sidenet(model("flux"), sidenet(16))
+    monkeypatch.setattr("ba_solver.nodes.adapter._predictor", lambda backbone, sidenet: sidenet.network)
+    z, latent = models.noise("flux"), models.noise("flux", seed=9)
+    mask = torch.zeros(1, 1, 8, 8)
+    ours = run(applied, "flux", sampler(), sigmas_of(applied), z=z, latent=latent, noise_mask=mask)
+    assert (ours - latent).abs().max() > 1e-2
+
+
+def test_mask_that_changes_with_sigma(model, sidenet):
+    """Differential diffusion's hook, which draws everything at sigma 0: no backbone call is there, and no mask."""
+    applied = models.with_sidenet(model("flux"), sidenet(16))
+    asked = []
+
+    def change(sigma, mask, extra_options):
+        asked.append(float(sigma[0]))
+        return (mask >= sigma[0]).to(mask)
+
+    applied.set_model_denoise_mask_function(change)
+    z, latent = models.noise("flux"), models.noise("flux", seed=9)
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., :4] = 1.0
+    ours = run(applied, "flux", sampler(), sigmas_of(applied), z=z, latent=latent, noise_mask=mask)
+    assert (ours - latent)[..., 5:].abs().max() < 1e-3 < (ours - latent)[..., :4].abs().mean()
+    assert min(asked) > 0
+
+
+def some_patch(model):
+    key = next(
+        k
+        for k in model.model.state_dict()
+        if k.endswith("weight") and "block" in k and model.model.state_dict()[k].ndim == 2
+    )
+    return {
+        key: (
+            "diff",
+            (torch.randn(model.model.state_dict()[key].shape, generator=torch.Generator().manual_seed(3)) * 0.2,),
+        )
+    }
+
+
+@pytest.mark.parametrize("name", ["flux", "sdxl"])
+def test_lora_patches_act_before_or_after_the_sidenet(name, model, sidenet):
+    net = sidenet(CHANNELS[name])
+    sigmas = sigmas_of(model(name))
+    unpatched = run(models.with_sidenet(model(name), net), name, sampler(), sigmas)
+    first, second = model(name).clone(), models.with_sidenet(model(name), net)
+    first.add_patches(some_patch(first))
+    first = models.with_sidenet(first, net)
+    second.add_patches(some_patch(second))
+    outcomes = [run(m, name, sampler(), sigmas) for m in (first, second)]
+    torch.testing.assert_close(*outcomes, **CLOSE)
+    torch.testing.assert_close(outcomes[0], run(first, name, reference(sidenet.path), sigmas), **CLOSE)
+    assert (outcomes[0] - unpatched).abs().max() > 0.01
+    again = run(models.with_sidenet(model(name), net), name, sampler(), sigmas)
+    torch.testing.assert_close(again, unpatched, **CLOSE)
+
+
+class ControlStub(comfy.controlnet.ControlBase):
+    """A control that adds a constant to the middle of the network."""
+
+    def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
+        middle = torch.full((x_noisy.shape[0], 128, x_noisy.shape[2] // 2, x_noisy.shape[3] // 2), 0.5)
+        return {"middle": [middle * self.strength], "input": [], "output": []}
+
+    def copy(self):
+        made = ControlStub()
+        self.copy_to(made)
+        return made
+
+    def get_models(self):
+        return []
+
+
+@pytest.mark.parametrize("velocity", ["guided", "branch"])
+def test_controlnet_acts(velocity, model, sidenet):
+    applied = models.with_sidenet(model("sdxl"), sidenet(4, velocity))
+    sigmas, z, latent = sigmas_of(applied), models.noise("sdxl"), torch.zeros(1, 4, 8, 8)
+    positive = [
+        [c, {**d, "control": ControlStub(), "control_apply_to_uncond": True}] for c, d in models.text("sdxl", 1)
+    ]
+    negative = models.text("sdxl", 2)
+    ours = comfy.sample.sample_custom(applied, z, 3.0, sampler(), sigmas, positive, negative, latent)
+    check = reference(sidenet.path, branches=velocity == "branch", guidance=Guidance(3.0))
+    theirs = comfy.sample.sample_custom(applied, z, 3.0, check, sigmas, positive, negative, latent)
+    torch.testing.assert_close(ours, theirs, **CLOSE)
+    assert (ours - run(applied, "sdxl", sampler(), sigmas)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", ["sd3", "sdxl"])
+def test_area_conditioning_acts(name, model, sidenet):
+    applied = models.with_sidenet(model(name), sidenet(CHANNELS[name], "branch"))
+    sigmas, z = sigmas_of(applied), models.noise(name)
+    left = [[c, {**d, "area": (8, 4, 0, 0), "strength": 1.0}] for c, d in models.text(name, 5)]
+    arguments = (sigmas, models.text(name, 1) + left, models.text(name, 2), torch.zeros_like(z))
+    ours = comfy.sample.sample_custom(applied, z, 3.0, sampler(), *arguments)
+    check = reference(sidenet.path, branches=True, guidance=Guidance(3.0))
+    torch.testing.assert_close(ours, comfy.sample.sample_custom(applied, z, 3.0, check, *arguments), **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["flux", "sdxl"])
+def test_partial_sigmas_and_two_samplers_in_a_row(name, model, sidenet):
+    """Sigmas that end above zero and start below the top, as KSampler (Advanced) and SplitSigmas make them."""
+    applied = models.with_sidenet(model(name), sidenet(CHANNELS[name]))
+    sigmas, z = sigmas_of(applied, 6), models.noise(name)
+    outcomes = []
+    for solver in (sampler(), reference(sidenet.path)):
+        first = run(applied, name, solver, sigmas[:4], z=z)
+        outcomes.append(run(applied, name, solver, sigmas[3:], z=torch.zeros_like(z), latent=first))
+    torch.testing.assert_close(*outcomes, **CLOSE)
+    assert outcomes[0].isfinite().all()
+    euler = run(applied, name, comfy.samplers.ksampler("euler"), sigmas[:4], z=z)
+    assert (first - euler).abs().mean() < euler.abs().mean(), "the leftover noise is scaled as ComfyUI's own"
+
+
+@pytest.mark.parametrize("scheduler", comfy.samplers.SCHEDULER_NAMES)
+@pytest.mark.parametrize("name", ["sd3", "sdxl"])
+def test_ksampler_takes_every_scheduler_denoise_and_step_range(name, scheduler, model, sidenet):
+    applied = models.with_sidenet(model(name), sidenet(CHANNELS[name]))
+    z, latent = models.noise(name), models.noise(name, seed=4)
+    parts = {"denoise": 0.5}, {"start_step": 2, "last_step": 4, "force_full_denoise": True}, {"last_step": 3}
+    for part in parts:
+        given = (models.text(name, 1), models.text(name, 2), latent)
+        out = comfy.sample.sample(applied, z, 6, 3.0, "ba_solver", scheduler, *given, **part)
+        assert out.isfinite().all() and out.std() > 0.01
+
+
+def test_ksampler_equals_the_sampler_node(model, sidenet):
+    applied = models.with_sidenet(model("sd3"), sidenet(16))
+    z, texts = models.noise("sd3"), (models.text("sd3", 1), models.text("sd3", 2))
+    ours = comfy.sample.sample(applied, z, 4, 3.0, "ba_solver", "simple", *texts, torch.zeros_like(z))
+    assert torch.equal(ours, run(applied, "sd3", BASampler.execute("bi_anchor").result[0], sigmas_of(applied), z=z))
+
+
+def test_ksampler_entry_without_sidenet_names_the_node_to_add(model):
+    z = models.noise("sd3")
+    with pytest.raises(ValueError, match="Add the nodes Load SideNet and Apply SideNet"):
+        comfy.sample.sample(
+            model("sd3"), z, 4, 3.0, "ba_solver", "simple", models.text("sd3", 1), models.text("sd3", 2), z
+        )
+
+
+@pytest.mark.parametrize("name", ["wan", "sdxl"])
+def test_callback_sees_every_step_as_of_other_samplers(name, model, sidenet):
+    applied = models.with_sidenet(model(name), sidenet(CHANNELS[name]))
+    seen = {"ba": [], "euler": []}
+
+    def watch(who):
+        return lambda step, x0, x, total: seen[who].append((step, total, x0.clone(), x.clone()))
+
+    sigmas = sigmas_of(applied)
+    run(applied, name, sampler(), sigmas, callback=watch("ba"))
+    run(applied, name, comfy.samplers.ksampler("euler"), sigmas, callback=watch("euler"))
+    assert [s[:2] for s in seen["ba"]] == [s[:2] for s in seen["euler"]] == [(i, 4) for i in range(4)]
+    # The first step starts from the same state and sees the same image.
+    torch.testing.assert_close(seen["ba"][0][2], seen["euler"][0][2], **CLOSE)
+    torch.testing.assert_close(seen["ba"][0][3], seen["euler"][0][3], **CLOSE)
+
+
+def test_interruption_leaves_the_next_run_clean(model, sidenet):
+    applied = models.with_sidenet(model("flux"), sidenet(16, "branch"))
+    sigmas = sigmas_of(applied)
+    expected = run(applied, "flux", sampler(interval=(0.0, 0.8)), sigmas)
+
+    def stop(step, x0, x, total):
+        if step == 1:
+            raise comfy.model_management.InterruptProcessingException
+
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        run(applied, "flux", sampler(interval=(0.0, 0.8)), sigmas, callback=stop)
+    comfy.model_management.interrupt_current_processing(True)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        run(applied, "flux", sampler(), sigmas)
+    assert torch.equal(run(applied, "flux", sampler(interval=(0.0, 0.8)), sigmas), expected)
+
+
+def test_same_graph_twice_and_in_another_resolution(model, sidenet):
+    applied = models.with_sidenet(model("flux"), sidenet(16, patch_size=4))
+    sigmas = sigmas_of(applied)
+    first = run(applied, "flux", sampler(), sigmas)
+    for latent in ((16, 10, 6), (16, 7, 9)):
+        z = models.noise("flux", latent=latent)
+        ours = run(applied, "flux", sampler(), sigmas, z=z)
+        torch.testing.assert_close(ours, run(applied, "flux", reference(sidenet.path), sigmas, z=z), **CLOSE)
+    assert torch.equal(run(applied, "flux", sampler(), sigmas), first)
+
+
+# --- the MODEL ------------------------------------------------------------------------------------------------------
+
+
+def traces(model):
+    return {
+        "additional": {k: len(v) for k, v in model.additional_models.items()},
+        "attachments": sorted(model.attachments),
+        "options": {k: v for k, v in model.model_options.items() if k != "transformer_options"},
+        "transformer_options": dict(model.model_options.get("transformer_options", {})),
+        "wrappers": dict(model.wrappers),
+        "callbacks": {k: {i: len(c) for i, c in v.items()} for k, v in model.callbacks.items()},
+        "patches": len(model.patches),
+        "modules": [n for n, _ in model.model.named_modules()],
+    }
+
+
+def test_applying_and_sampling_leave_no_trace(model, sidenet):
+    bare = model("sd3")
+    before, sigmas = traces(bare), sigmas_of(bare)
+    euler = run(bare, "sd3", comfy.samplers.ksampler("euler"), sigmas)
+    applied = models.with_sidenet(bare, sidenet(16, "branch"))
+    kept = traces(applied)
+    run(applied, "sd3", sampler(interval=(0.0, 0.8)), sigmas)
+    assert traces(bare) == before and applied_sidenet(bare) is None
+    assert traces(applied) == kept
+    assert torch.equal(run(bare, "sd3", comfy.samplers.ksampler("euler"), sigmas), euler)
+    assert torch.equal(run(applied, "sd3", comfy.samplers.ksampler("euler"), sigmas), euler)
+
+
+def test_clones_keep_the_sidenet_and_replacing_it_replaces(model, sidenet):
+    applied = models.with_sidenet(model("sd3"), sidenet(16), 0.5)
+    clone = applied.clone().clone()
+    assert applied_sidenet(clone).strength == 0.5
+    sigmas = sigmas_of(applied)
+    assert torch.equal(run(clone, "sd3", sampler(), sigmas), run(applied, "sd3", sampler(), sigmas))
+    other = models.with_sidenet(clone, sidenet(16, seed=5))
+    assert applied_sidenet(other).strength == 1 and applied_sidenet(clone).strength == 0.5
+
+
+def test_merged_models_are_sampled(model, sidenet):
+    applied = models.with_sidenet(model("sd3"), sidenet(16))
+    with torch.inference_mode(False):
+        other = models.make_model("sd3", seed=8)
+    merged = applied.clone()
+    for key, patch in other.get_key_patches("diffusion_model.").items():
+        merged.add_patches({key: patch}, 0.5, 0.5)
+    sigmas = sigmas_of(applied)
+    ours = run(merged, "sd3", sampler(), sigmas)
+    torch.testing.assert_close(ours, run(merged, "sd3", reference(sidenet.path), sigmas), **CLOSE)
+    assert (ours - run(applied, "sd3", sampler(), sigmas)).abs().max() > 0.01
+
+
+def test_comfyui_loads_the_sidenet_with_the_model(model, sidenet):
+    applied = models.with_sidenet(model("sd3"), sidenet(16))
+    seen = []
+    run(applied, "sd3", sampler(), sigmas_of(applied), callback=lambda *_: seen.append(
+        {type(m.model.model).__name__ for m in comfy.model_management.current_loaded_models if m.model is not None}
+    ))  # fmt: skip
+    assert {"SD3", "SideNet"} <= seen[0]
+
+
+def test_partly_loaded_sidenet(model, sidenet):
+    """What --lowvram does to a network: most layers stay where they are and are cast as they are used."""
+    applied = models.with_sidenet(model("sd3"), sidenet(16))
+    sigmas = sigmas_of(applied)
+    whole = run(applied, "sd3", sampler(), sigmas)
+    patcher = applied_sidenet(applied).patcher
+    patcher.unpatch_model()
+    patcher.load(patcher.load_device, lowvram_model_memory=1000)
+    torch.testing.assert_close(run(applied, "sd3", sampler(), sigmas), whole, **CLOSE)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.05), ("float16", 0.01)])
+def test_half_precision_sidenets(dtype, tolerance, model, sidenet, monkeypatch):
+    from ba_solver.nodes import folders
+
+    whole = sidenet(16, num_classes=0)
+    monkeypatch.setattr(folders.ModelFolder, "path", lambda self, name: sidenet.path)
+    half = LoadSideNet.execute("random", dtype).result[0]
+    assert half.network.output_conv.weight.dtype == getattr(torch, dtype)
+    sigmas = sigmas_of(model("sd3"))
+    outcomes = [run(models.with_sidenet(model("sd3"), net), "sd3", sampler(), sigmas) for net in (whole, half)]
+    difference = (outcomes[0] - outcomes[1]).abs().max() / outcomes[0].abs().max()
+    assert 0 < difference < tolerance
+
+
+def test_sidenet_memory_is_bounded_without_changing_the_result(model, sidenet, monkeypatch):
+    applied = models.with_sidenet(model("sd3"), sidenet(16))
+    z, sigmas = models.noise("sd3", 2), sigmas_of(applied)
+    whole = run(applied, "sd3", sampler(), sigmas, z=z)
+    monkeypatch.setattr("ba_solver.nodes.adapter.sidenet_chunk", lambda sidenet, x: 2)
+    torch.testing.assert_close(run(applied, "sd3", sampler(), sigmas, z=z), whole, **CLOSE)
+
+
+# --- BA-Solver Scheduler ------------------------------------------------------------------------------------------
+
+
+def test_scheduler_counts_calls_and_uses_the_learned_grid(model, tmp_path):
+    grid = [1.0, 0.9, 0.7, 0.4, 0.0]
+    card = SideNetCard(time_grids={4: grid})
+    for name in ("sd3", "sdxl"):
+        net = models.make_sidenet(tmp_path / "grid.safetensors", CHANNELS[name], card)
+        applied = models.with_sidenet(model(name), net)
+        learned = BAScheduler.execute(applied, 4).result[0]
+        top = 1.0 if name == "sd3" else float(applied.get_model_object("model_sampling").sigma_max)
+        highest = 1.0 if name == "sd3" else top / (1 + top)  # where the model's path begins in flow time
+        expected = [t if name == "sd3" else t * highest / (1 - t * highest) for t in grid]
+        assert learned.tolist() == pytest.approx(expected, rel=1e-5)
+        for calls in (1, 5, 9):
+            sigmas = BAScheduler.execute(applied, calls).result[0]
+            assert len(sigmas) == calls + 1 and sigmas[0] == pytest.approx(top) and sigmas[-1] == 0
+            assert (sigmas.diff() < 0).all()
+        own = BAScheduler.execute(applied, 4, grid="model").result[0]
+        assert torch.equal(own, sigmas_of(applied, 4))
+        assert torch.equal(BAScheduler.execute(model(name), 4).result[0], own)
+        part = BAScheduler.execute(applied, 4, 0.5).result[0]
+        assert len(part) == 5 and 0 < part[0] < top
+        assert len(BAScheduler.execute(applied, 4, 0.0).result[0]) == 0
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------
+
+
+def test_sidenet_of_another_model_is_refused_in_words(model, sidenet, tmp_path, caplog):
+    with pytest.raises(ValueError, match="takes latents of 16 channels, and this MODEL's have 4"):
+        ApplySideNet.execute(model("sdxl"), sidenet(16))
+    card = SideNetCard(backbone={"name": "FLUX.1-dev", "kind": "flux"})
+    flux = models.make_sidenet(tmp_path / "flux.safetensors", 16, card)
+    with pytest.raises(ValueError, match=r"made for FLUX.1-dev, and this MODEL is of kind 'sd3'"):
+        ApplySideNet.execute(model("sd3"), flux)
+    assert misfits(flux, facts_of(model("flux"))) == doubts(flux, facts_of(model("flux"))) == []
+    with caplog.at_level(logging.WARNING):
+        ApplySideNet.execute(model("sd3"), sidenet(16))
+    assert "does not say which model it was made for" in caplog.text
+
+
+def test_model_without_flow_or_diffusion_is_refused(model, sidenet):
+    import comfy.model_sampling
+
+    class Other(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.IMG_TO_IMG):
+        pass
+
+    strange = model("sdxl").clone()
+    strange.add_object_patch("model_sampling", Other())
+    with pytest.raises(ValueError, match="this MODEL's sampling is of another kind"):
+        ApplySideNet.execute(strange, sidenet(4))
+    with pytest.raises(ValueError, match="this MODEL's sampling is of another kind"):
+        run(strange, "sdxl", sampler(method="multistep"), torch.tensor([2.0, 1.0, 0.0]))
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "message"),
+    [
+        ([1.0], "at least two values"),
+        ([0.2, 0.5, 1.0], "must fall.*leave out Flip Sigmas"),
+        ([1.0, 0.5, 0.5, 0.0], "must fall.*without repeating"),
+        ([14.6, 2.0, 0.0], "flow model, whose sigmas lie between 0 and 1"),
+        ([1.0, float("nan"), 0.0], "must be finite"),
+    ],
+)
+def test_bad_sigmas_are_refused_in_words(sigmas, message, model):
+    with pytest.raises(ValueError, match=message):
+        run(model("sd3"), "sd3", sampler(method="multistep"), torch.tensor(sigmas))
+
+
+def test_no_sigmas_leave_the_latent_as_it_is(model, sidenet):
+    applied = models.with_sidenet(model("sd3"), sidenet(16))
+    latent = models.noise("sd3", seed=4)
+    assert torch.equal(run(applied, "sd3", sampler(), torch.FloatTensor([]), latent=latent), latent)
+
+
+def test_latent_of_wrong_channels_is_refused(model, sidenet):
+    applied = models.with_sidenet(model("sd3"), sidenet(16))
+    z = torch.randn(1, 4, 8, 8)
+    with pytest.raises(ValueError, match="takes latents of 16 channels; this one has 4"):
+        run(applied, "sd3", sampler(), sigmas_of(applied), z=z, latent=torch.ones_like(z))
+
+
+def test_nan_from_the_model_is_named(model, sidenet):
+    applied = models.with_sidenet(model("sd3"), sidenet(16))
+
+    def spoil(arguments):
+        late = float(arguments["sigma"][0]) < 0.8
+        return arguments["denoised"] * (float("nan") if late else 1.0)
+
+    applied.set_model_sampler_post_cfg_function(spoil)
+    with pytest.raises(NonFiniteError, match=r"Step 2 of 4, from t = 0\.\d+.*backbone returned NaN.*at call 3"):
+        run(applied, "sd3", sampler(), sigmas_of(applied))
+
+
+def test_class_conditional_sidenet_needs_labels(model, sidenet):
+    applied = models.with_sidenet(model("sd3"), sidenet(16, num_classes=10))
+    with pytest.raises(ValueError, match="takes class labels, and the positive conditioning has none"):
+        run(applied, "sd3", sampler(), sigmas_of(applied))
+    run(applied, "sd3", sampler(method="multistep"), sigmas_of(applied))
+
+
+def test_rule_without_both_ends_is_refused(model, sidenet):
+    applied = models.with_sidenet(model("sd3"), sidenet(16))
+    with pytest.raises(ValueError, match="bi_anchor needs a rule whose nodes include 0 and 1"):
+        run(applied, "sd3", sampler(rule="legendre3"), sigmas_of(applied))
+
+
+def test_cfg_outside_the_trained_range_is_said(model, tmp_path, caplog):
+    net = models.make_sidenet(tmp_path / "range.safetensors", 16, SideNetCard(guidance_range=(1.0, 2.0)))
+    applied = models.with_sidenet(model("sd3"), net)
+    for cfg, said in ((2.0, False), (5.0, True)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            run(applied, "sd3", sampler(), sigmas_of(applied), cfg)
+        assert ("was trained for CFG 1 to 2; at 5 it is less accurate" in caplog.text) == said

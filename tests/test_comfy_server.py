@@ -1,0 +1,299 @@
+"""The pack as users get it: the zip, unpacked into a ComfyUI that runs as a server, and asked over HTTP."""
+
+import io
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import comfyui
+import numpy as np
+import pytest
+import torch
+
+COMFYUI = comfyui.require()
+
+from ba_solver.bas_core import Guidance, load_sidenet, load_sit, model_field, solve
+from ba_solver.nodes.folders import SIDENETS, SITS
+from PIL import Image
+
+pytestmark = pytest.mark.comfyui
+
+ROOT = Path(__file__).resolve().parents[1]
+NODES = {
+    "BASolverLoadSideNet",
+    "BASolverApplySideNet",
+    "BASolverSampler",
+    "BASolverScheduler",
+    "BASolverLoadSiT",
+    "BASolverClassLabel",
+    "BASolverSideNetInfo",
+}
+WORKFLOWS = sorted(path.stem.removesuffix("_api") for path in (ROOT / "tests" / "workflows").glob("*_api.json"))
+EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
+
+
+def git(*arguments):
+    found = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(found.stdout.split("\0")) - {""}
+
+
+def make_zip(path):
+    """`comfy node pack` where comfy-cli is there, else the same: tracked files without those of .comfyignore."""
+    if shutil.which("comfy"):
+        subprocess.run(["comfy", "--skip-prompt", "node", "pack"], cwd=ROOT, capture_output=True, check=True)
+        shutil.move(ROOT / "node.zip", path)
+        return
+    ignored = git("ls-files", "-z", "--cached", "--ignored", "--exclude-from=.comfyignore")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in sorted(git("ls-files", "-z") - ignored):
+            archive.write(ROOT / name, name)
+
+
+class Server:
+    """A running ComfyUI and its log."""
+
+    def __init__(self, base, port, log):
+        self.base, self.url, self.log = base, f"http://127.0.0.1:{port}", log
+
+    def get(self, path):
+        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
+            return answer.read()
+
+    def json(self, path):
+        return json.loads(self.get(path))
+
+    def queue(self, graph, limit=120):
+        """Run an API workflow; returns its history entry."""
+        body = json.dumps({"prompt": graph}).encode()
+        request = urllib.request.Request(self.url + "/prompt", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            prompt = json.load(answer)["prompt_id"]
+        for _ in range(limit * 5):
+            history = self.json(f"/history/{prompt}")
+            if prompt in history:
+                return history[prompt]
+            time.sleep(0.2)
+        raise AssertionError(f"The workflow did not end within {limit} s.")
+
+    def images(self, entry, node):
+        """The images that a node showed: [B, H, W, 3] in 0..1."""
+        found = []
+        for image in entry["outputs"][node]["images"]:
+            query = f"filename={image['filename']}&subfolder={image['subfolder']}&type={image['type']}"
+            found.append(np.asarray(Image.open(io.BytesIO(self.get(f"/view?{query}"))).convert("RGB")))
+        return torch.from_numpy(np.stack(found)).float() / 255
+
+
+@contextmanager
+def serve(base):
+    """A ComfyUI on a free port, with its own folders."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = base / "server.log"
+    with log.open("w") as out:
+        command = [sys.executable, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(port)]
+        command += ["--base-directory", str(base), "--database-url", "sqlite:///:memory:"]
+        process = subprocess.Popen(command, cwd=COMFYUI, stdout=out, stderr=subprocess.STDOUT)
+        try:
+            server = Server(base, port, log)
+            for _ in range(600):
+                if process.poll() is not None:
+                    raise AssertionError(f"ComfyUI ended while starting:\n{log.read_text()[-3000:]}")
+                try:
+                    server.json("/system_stats")
+                    break
+                except (urllib.error.URLError, ConnectionError):
+                    time.sleep(0.5)
+            yield server
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """ComfyUI's folders, with the pack from its zip and a SideNet of the user's."""
+    base = tmp_path_factory.mktemp("comfyui")
+    make_zip(base / "pack.zip")
+    with zipfile.ZipFile(base / "pack.zip") as archive:
+        archive.extractall(base / "custom_nodes" / "ba-solver")
+    (base / "models" / "sidenets").mkdir(parents=True)
+    shutil.copy(SIDENETS.demo, base / "models" / "sidenets" / "mine.safetensors")
+    return base
+
+
+@pytest.fixture(scope="module")
+def server(base):
+    with serve(base) as server:
+        yield server
+
+
+def graph(name):
+    return json.loads((ROOT / "tests" / "workflows" / f"{name}_api.json").read_text())
+
+
+def test_zip_holds_what_nodes_need_and_nothing_that_scanners_dislike(base):
+    with zipfile.ZipFile(base / "pack.zip") as archive:
+        names = set(archive.namelist())
+        sources = {name: archive.read(name).decode() for name in names if name.endswith(".py")}
+    assert {"__init__.py", "requirements.txt", "pyproject.toml", "LICENSE", "README.md"} <= names
+    folders = {name.split("/")[0] for name in names if "/" in name}
+    assert folders == {"bas_core", "example_workflows", "locales", "nodes", "subgraphs", "web", "weights"}
+    for name, source in sources.items():
+        found = re.search(
+            r"subprocess|os\.system|(?<![.\w])(eval|exec)\(|pickle\.load|urllib|requests|pip install", source
+        )
+        assert not found, f"{name} mentions {found[0]}"
+    requirements = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
+    assert requirements == []
+
+
+def test_server_starts_without_a_warning_from_us(server):
+    log = server.log.read_text()
+    took = re.search(r"([\d.]+) seconds(?: \(IMPORT FAILED\))?: .*ba-solver", log)
+    assert took and float(took[1]) < 0.1, "import time of the pack"
+    assert "IMPORT FAILED" not in log
+    ours = [line for line in log.splitlines() if re.search("ba.solver|BASolver|sidenet", line, re.IGNORECASE)]
+    assert not [line for line in ours if re.search("warn|error|cannot|failed", line, re.IGNORECASE)], ours
+
+
+def test_nodes_sampler_and_files_are_listed(server):
+    known = server.json("/object_info")
+    assert {name for name in known if name.startswith("BASolver")} == NODES
+    for name in NODES:
+        inputs = {**known[name]["input"].get("required", {}), **known[name]["input"].get("optional", {})}
+        assert all(spec[1]["tooltip"] for spec in inputs.values()), name
+    sidenets = known["BASolverLoadSideNet"]["input"]["required"]["name"][1]["options"]
+    assert sidenets == ["demo (shipped)", "mine.safetensors"]
+    for node in ("KSampler", "KSamplerAdvanced", "KSamplerSelect"):
+        listed = known[node]["input"]["required"]["sampler_name"]
+        options = listed[0] if isinstance(listed[0], list) else listed[1]["options"]
+        assert options.count("ba_solver") == 1 and "euler" in options
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_workflows_run(name, server):
+    entry = server.queue(graph(name))
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    previews = [node for node, part in graph(name).items() if part["class_type"] == "PreviewImage"]
+    assert previews
+    for node in previews:
+        images = server.images(entry, node)
+        assert images.std() > 0.05 and all(image.std() > 0.02 for image in images), "blank image"
+
+
+def test_demo_workflow_draws_what_the_core_draws(server):
+    entry = server.queue(graph("demo"))
+    parts = graph("demo")
+    node = next(n for n, p in parts.items() if p.get("_meta", {}).get("title") == "BA-Solver, 5 calls")
+    shown = server.images(entry, node)[:, 3::6, 3::6].movedim(-1, 1)
+    sit, (net, card) = load_sit(SITS.demo), load_sidenet(SIDENETS.demo)
+    noise = torch.randn(4, 3, 32, 32, generator=torch.manual_seed(7))
+    labels = torch.full((4,), 4)
+    field = model_field(sit, labels, torch.full_like(labels, sit.null_class), Guidance(2.0), mode=card.velocity)
+    with torch.inference_mode():
+        expected = (solve(field, net, noise, torch.tensor(card.time_grids[5])).clamp(-1, 1) + 1) / 2
+    assert (shown - expected).abs().max() < 2 / 255
+    other = next(n for n, p in parts.items() if p.get("_meta", {}).get("title") == "Euler, 50 calls")
+    euler = server.images(entry, other)[:, 3::6, 3::6].movedim(-1, 1)
+    assert (shown - euler).abs().mean() < 0.05, "five calls are close to fifty"
+
+
+def test_info_shows_text_and_plot(server):
+    entry = server.queue(graph("demo_ksampler"))
+    node = next(n for n, p in graph("demo_ksampler").items() if p["class_type"] == "BASolverSideNetInfo")
+    assert "demo SiT" in entry["outputs"][node]["text"][0]
+    assert server.images(entry, node).shape[0] == 1
+
+
+def change(workflow, class_type, **inputs):
+    parts = graph(workflow)
+    for part in parts.values():
+        if part["class_type"] == class_type:
+            part["inputs"].update(inputs)
+    return parts
+
+
+def error_of(entry):
+    assert entry["status"]["status_str"] == "error"
+    return next(data for kind, data in entry["status"]["messages"] if kind == "execution_error")["exception_message"]
+
+
+def test_mistakes_reach_the_user_in_words(server):
+    parts = graph("demo_ksampler")
+    sampler = next(p for p in parts.values() if p["class_type"] == "KSampler")
+    sampler["inputs"]["model"] = [next(n for n, p in parts.items() if p["class_type"] == "BASolverLoadSiT"), 0]
+    assert "Add the nodes Load SideNet and Apply SideNet" in error_of(server.queue(parts))
+    index = change("demo_ksampler", "BASolverClassLabel", index=99)
+    assert "classes 0 to 9; index is 99" in error_of(server.queue(index))
+    size = change("demo_ksampler", "EmptyLatentImage", width=64, height=64)
+    assert "Set Empty Latent Image to 32x32" in error_of(server.queue(size))
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        server.queue(change("demo_ksampler", "BASolverLoadSideNet", name="gone.safetensors"))
+    assert "gone.safetensors" in refused.value.read().decode()
+    assert server.queue(graph("demo_ksampler"))["status"]["status_str"] == "success", "the next run is clean"
+
+
+def test_a_sidenet_that_is_removed_while_listed(server, base):
+    path = base / "models" / "sidenets" / "mine.safetensors"
+    parts = change("demo_ksampler", "BASolverLoadSideNet", name="mine.safetensors")
+    assert server.queue(parts)["status"]["status_str"] == "success"
+    content = path.read_bytes()
+    path.unlink()
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        server.queue(parts)
+    assert "mine.safetensors" in refused.value.read().decode()
+    path.write_bytes(content)
+    assert server.queue(parts)["status"]["status_str"] == "success"
+
+
+def test_templates_help_locale_and_blueprint_are_served(server):
+    listed = server.json("/api/workflow_templates")["ba-solver"]
+    assert sorted(listed) == [path.stem for path in EXAMPLES]
+    for path in EXAMPLES:
+        assert server.get(f"/api/workflow_templates/ba-solver/{path.stem}.jpg")[:2] == b"\xff\xd8"
+    for name in NODES:
+        assert server.get(f"/extensions/ba-solver/docs/{name}.md").startswith(b"# ")
+    assert set(server.json("/i18n")["en"]["nodeDefs"]) >= NODES
+    blueprints = [
+        entry["name"] for entry in server.json("/global_subgraphs").values() if entry["source"] == "custom_node"
+    ]
+    assert blueprints == ["BA-Solver sampling"]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_workflows_are_of_core_and_own_nodes_and_whole(path, server):
+    known = server.json("/object_info")
+    content = json.loads(path.read_text())
+    nodes = {node["id"]: node for node in content["nodes"]}
+    types = {node["type"] for node in nodes.values()}
+    assert types - set(known) <= {"MarkdownNote"} and types & NODES
+    for name in types & set(known):
+        assert known[name]["python_module"].split(".")[0] in ("nodes", "comfy_extras") or name in NODES
+    for _, source, slot, target, entry, kind in content["links"]:
+        assert nodes[source]["outputs"][slot]["type"] == kind
+        assert nodes[target]["inputs"][entry]["link"] is not None
+    api = ROOT / "tests" / "workflows" / f"{path.stem}_api.json"
+    if api.exists():
+        drawn = sorted(node["type"] for node in nodes.values() if node["type"] != "MarkdownNote")
+        assert drawn == sorted(part["class_type"] for part in json.loads(api.read_text()).values())
+    assert path.with_suffix(".jpg").stat().st_size < 300_000
+
+
+def test_removing_the_pack_leaves_comfyui_working(base, tmp_path):
+    shutil.copytree(base / "custom_nodes", tmp_path / "custom_nodes")
+    shutil.rmtree(tmp_path / "custom_nodes" / "ba-solver")
+    with serve(tmp_path) as server:
+        known = server.json("/object_info")
+        assert "KSampler" in known and not NODES & set(known)
+        assert "ba_solver" not in known["KSampler"]["input"]["required"]["sampler_name"][0]
