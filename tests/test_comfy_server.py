@@ -42,20 +42,14 @@ WORKFLOWS = sorted(path.stem.removesuffix("_api") for path in (ROOT / "tests" / 
 EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
 
 
-def git(*arguments):
-    found = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
-    return set(found.stdout.split("\0")) - {""}
-
-
 def make_zip(path):
     """`comfy node pack` where comfy-cli is there, else the same: tracked files without those of .comfyignore."""
     if shutil.which("comfy"):
         subprocess.run(["comfy", "--skip-prompt", "node", "pack"], cwd=ROOT, capture_output=True, check=True)
         shutil.move(ROOT / "node.zip", path)
         return
-    ignored = git("ls-files", "-z", "--cached", "--ignored", "--exclude-from=.comfyignore")
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name in sorted(git("ls-files", "-z") - ignored):
+        for name in sorted(comfyui.packed_files(ROOT)):
             archive.write(ROOT / name, name)
 
 
