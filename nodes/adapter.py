@@ -87,7 +87,7 @@ def sample_ba_solver(
     shape = x.shape if x.ndim > 3 else (*x.shape[:2], 1, x.shape[2])
     with tqdm(total=len(sigmas) - 1, disable=disable, desc="backbone calls") as progress:
         backbone = Backbone(model, extra_args or {}, schedule, x.shape, progress.update)
-        velocity = _field(backbone, sidenet, options, x.shape[0])
+        velocity = _field(backbone, sidenet, options, x)
         end = solve(
             velocity,
             _predictor(backbone, sidenet),
@@ -213,7 +213,7 @@ def _with_hook(options: dict[str, Any], branches: list[Tensor]) -> dict[str, Any
 # --- the field ----------------------------------------------------------------------------------------------------
 
 
-def _field(backbone: Backbone, sidenet: LoadedSideNet | None, options: Options, batch: int) -> Field:
+def _field(backbone: Backbone, sidenet: LoadedSideNet | None, options: Options, x: Tensor) -> Field:
     """The velocity field, guided by ComfyUI or, for SideNets trained so, branch by branch.
 
     Raises:
@@ -227,15 +227,15 @@ def _field(backbone: Backbone, sidenet: LoadedSideNet | None, options: Options, 
             f"{type(backbone.guider).__name__} combines its branches in its own way. Set the interval to 0 and 1."
         )
     if sidenet is not None and sidenet.card.velocity == "branch" and _can_split(backbone):
-        return _branch_field(backbone, sidenet, guidance, batch)
+        return _branch_field(backbone, sidenet, guidance, x)
 
-    def guided(x: Tensor, t: Tensor, count: int) -> Tensor:
+    def guided(state: Tensor, t: Tensor, count: int) -> Tensor:
         if limited and not guidance.active(t[0]):
             with backbone.at_scale(1.0):
-                return backbone(x, t)[0][None]
-        return backbone(x, t)[0][None]
+                return backbone(state, t)[0][None]
+        return backbone(state, t)[0][None]
 
-    positive = _labels(backbone, sidenet, "positive", batch)
+    positive = _labels(backbone, sidenet, "positive", x)
     return Field(guided, (positive,), NO_GUIDANCE, backbone.scale)
 
 
@@ -250,19 +250,19 @@ def _can_split(backbone: Backbone) -> bool:
     return False
 
 
-def _branch_field(backbone: Backbone, sidenet: LoadedSideNet, guidance: Guidance, batch: int) -> Field:
-    def branches(x: Tensor, t: Tensor, count: int) -> Tensor:
+def _branch_field(backbone: Backbone, sidenet: LoadedSideNet, guidance: Guidance, x: Tensor) -> Field:
+    def branches(state: Tensor, t: Tensor, count: int) -> Tensor:
         with backbone.at_scale(backbone.scale if count > 1 else 1.0):
-            found = backbone(x, t, split=True)[1]
+            found = backbone(state, t, split=True)[1]
         return torch.stack(found[:count])
 
     sides = ("positive", "negative") if guidance.scale != 1 else ("positive",)
-    conditions = tuple(_labels(backbone, sidenet, side, batch) for side in sides)
+    conditions = tuple(_labels(backbone, sidenet, side, x) for side in sides)
     return Field(branches, conditions, guidance, backbone.scale)
 
 
-def _labels(backbone: Backbone, sidenet: LoadedSideNet | None, side: str, batch: int) -> Tensor | None:
-    """What a class-conditional SideNet is told of one side of the conditioning: class indices [B].
+def _labels(backbone: Backbone, sidenet: LoadedSideNet | None, side: str, x: Tensor) -> Tensor | None:
+    """What a class-conditional SideNet is told of one side of the conditioning: class indices [B] for states x [B, …].
 
     Raises:
         ValueError: it names no class, several, or one that the SideNet does not know.
@@ -270,7 +270,7 @@ def _labels(backbone: Backbone, sidenet: LoadedSideNet | None, side: str, batch:
     if sidenet is None or not sidenet.network.config.num_classes:
         return None
     classes = sidenet.network.config.num_classes
-    labels = labels_of(backbone.guider.conds.get(side), batch)
+    labels = labels_of(backbone.guider.conds.get(side), x.shape[0])
     if labels is None:
         raise ValueError(
             f"The SideNet {sidenet.name!r} takes class labels, and the {side} conditioning has none. Connect Class "
@@ -281,7 +281,7 @@ def _labels(backbone: Backbone, sidenet: LoadedSideNet | None, side: str, batch:
             f"The SideNet {sidenet.name!r} knows the classes 0 to {classes - 1} and the null class {classes}; the "
             f"{side} conditioning asks for {labels.tolist()}. Use a SideNet made for this model."
         )
-    return labels.to(backbone.model.noise.device)
+    return labels.to(x.device)
 
 
 # --- the SideNet --------------------------------------------------------------------------------------------------

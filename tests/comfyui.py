@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import configparser
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -50,3 +51,13 @@ def _load_pack() -> None:
 
     extension = asyncio.run(ba_solver.comfy_entrypoint())
     asyncio.run(extension.on_load())
+
+
+def packed_files(root: Path) -> set[str]:
+    """What the registry's zip holds: tracked files without those of .comfyignore, as comfy-cli chooses them."""
+
+    def listed(*arguments: str) -> set[str]:
+        found = subprocess.run(["git", "ls-files", "-z", *arguments], cwd=root, capture_output=True, check=True)
+        return set(found.stdout.decode().split("\0")) - {""}
+
+    return listed() - listed("--cached", "--ignored", "--exclude-from=.comfyignore")

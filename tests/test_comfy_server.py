@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import comfyui
@@ -21,7 +22,7 @@ import torch
 
 COMFYUI = comfyui.require()
 
-from ba_solver.bas_core import Guidance, load_sidenet, load_sit, model_field, solve
+from ba_solver.bas_core import Guidance, load_sidenet, load_sit, model_field, save_sidenet, solve
 from ba_solver.nodes.folders import SIDENETS, SITS
 from PIL import Image
 
@@ -41,20 +42,14 @@ WORKFLOWS = sorted(path.stem.removesuffix("_api") for path in (ROOT / "tests" / 
 EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
 
 
-def git(*arguments):
-    found = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
-    return set(found.stdout.split("\0")) - {""}
-
-
 def make_zip(path):
     """`comfy node pack` where comfy-cli is there, else the same: tracked files without those of .comfyignore."""
     if shutil.which("comfy"):
         subprocess.run(["comfy", "--skip-prompt", "node", "pack"], cwd=ROOT, capture_output=True, check=True)
         shutil.move(ROOT / "node.zip", path)
         return
-    ignored = git("ls-files", "-z", "--cached", "--ignored", "--exclude-from=.comfyignore")
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name in sorted(git("ls-files", "-z") - ignored):
+        for name in sorted(comfyui.packed_files(ROOT)):
             archive.write(ROOT / name, name)
 
 
@@ -129,6 +124,9 @@ def base(tmp_path_factory):
         archive.extractall(base / "custom_nodes" / "ba-solver")
     (base / "models" / "sidenets").mkdir(parents=True)
     shutil.copy(SIDENETS.demo, base / "models" / "sidenets" / "mine.safetensors")
+    net, card = load_sidenet(SIDENETS.demo)
+    stranger = replace(card, backbone={**card.backbone, "fingerprint": "0123456789abcdef"})
+    save_sidenet(base / "models" / "sidenets" / "other.safetensors", net, stranger)
     return base
 
 
@@ -174,7 +172,7 @@ def test_nodes_sampler_and_files_are_listed(server):
         inputs = {**known[name]["input"].get("required", {}), **known[name]["input"].get("optional", {})}
         assert all(spec[1]["tooltip"] for spec in inputs.values()), name
     sidenets = known["BASolverLoadSideNet"]["input"]["required"]["name"][1]["options"]
-    assert sidenets == ["demo (shipped)", "mine.safetensors"]
+    assert sidenets == ["demo (shipped)", "mine.safetensors", "other.safetensors"]
     for node in ("KSampler", "KSamplerAdvanced", "KSamplerSelect"):
         listed = known[node]["input"]["required"]["sampler_name"]
         options = listed[0] if isinstance(listed[0], list) else listed[1]["options"]
@@ -242,6 +240,12 @@ def test_mistakes_reach_the_user_in_words(server):
         server.queue(change("demo_ksampler", "BASolverLoadSideNet", name="gone.safetensors"))
     assert "gone.safetensors" in refused.value.read().decode()
     assert server.queue(graph("demo_ksampler"))["status"]["status_str"] == "success", "the next run is clean"
+
+
+def test_a_doubtful_fit_runs_and_is_said(server):
+    entry = server.queue(change("demo_ksampler", "BASolverLoadSideNet", name="other.safetensors"))
+    assert entry["status"]["status_str"] == "success"
+    assert "'other.safetensors' was made for demo SiT, and this MODEL has other weights" in server.log.read_text()
 
 
 def test_a_sidenet_that_is_removed_while_listed(server, base):

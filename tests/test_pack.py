@@ -1,0 +1,111 @@
+"""What the ComfyUI pack is made of, as far as it can be tested without ComfyUI."""
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from ba_solver.nodes.classes import CLASSES, DEMO_CLASSES, class_index
+from ba_solver.nodes.report import error_curves, error_plot
+from ba_solver.training.demo.shapes import CLASS_NAMES
+from comfyui import packed_files
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
+
+
+def own_ids():
+    """Every node id, read off the sources as the Manager's scanner reads them: literal strings."""
+    found = []
+    for path in (ROOT / "nodes").glob("*_nodes.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.keyword) and node.arg == "node_id":
+                assert isinstance(node.value, ast.Constant), f"{path}: a node id must be a literal"
+                found.append(node.value.value)
+    return found
+
+
+def test_node_ids_are_literal_and_unique_and_documented():
+    ids = own_ids()
+    assert len(ids) == len(set(ids)) == 7
+    assert {p.stem for p in (ROOT / "web" / "docs").glob("*.md")} == set(ids)
+    assert set(json.loads((ROOT / "locales" / "en" / "nodeDefs.json").read_text())) == set(ids)
+
+
+def test_zip_holds_the_pack_and_its_help_and_not_the_trainer():
+    files = packed_files(ROOT)
+    assert {name.split("/")[0] for name in files if "/" in name} == {
+        "bas_core", "example_workflows", "locales", "nodes", "subgraphs", "web", "weights",
+    }  # fmt: skip
+    for name in ("web/docs/BASolverSampler.md", "weights/demo_sit.safetensors", "nodes/imagenet_classes.txt"):
+        assert name in files
+    assert sum((ROOT / name).stat().st_size for name in files) < 12e6
+
+
+def test_registry_metadata_is_complete():
+    toml = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())
+    project, comfy = toml["project"], toml["tool"]["comfy"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", project["version"])
+    assert re.fullmatch(r"[a-z][a-z0-9-]{0,98}", project["name"]) and "comfyui" not in project["name"]
+    assert project["urls"]["Repository"] and project["license"] == {"file": "LICENSE"}
+    assert comfy["PublisherId"] and comfy["DisplayName"] and comfy["Icon"] and comfy["Banner"]
+    assert re.fullmatch(r">=\d+\.\d+\.\d+", comfy["requires-comfyui"])
+    known = {"GPU :: NVIDIA CUDA", "GPU :: AMD ROCm", "GPU :: Intel Arc", "NPU :: Huawei Ascend", "GPU :: Apple Metal"}
+    given = {c.removeprefix("Environment :: ") for c in project["classifiers"] if c.startswith("Environment")}
+    assert given <= known, "one unknown classifier makes the registry drop all of them"
+
+
+def test_requirements_are_empty():
+    """ComfyUI brings everything; a package named here could replace a user's CUDA torch."""
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    assert not [line for line in lines if line.strip() and not line.startswith("#")]
+
+
+def test_the_needed_comfyui_is_the_same_everywhere():
+    from ba_solver.nodes import OLDEST_COMFYUI
+
+    oldest = ".".join(map(str, OLDEST_COMFYUI))
+    assert f'requires-comfyui = ">={oldest}"' in (ROOT / "pyproject.toml").read_text()
+    assert f"comfyui: [v{oldest}, " in (ROOT / ".github" / "workflows" / "comfyui.yml").read_text()
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_workflows_are_whole_and_have_a_picture(path):
+    content = json.loads(path.read_text())
+    nodes = {node["id"]: node for node in content["nodes"]}
+    assert {node["type"] for node in nodes.values()} & set(own_ids())
+    for link, source, slot, target, entry, kind in content["links"]:
+        assert link in nodes[source]["outputs"][slot]["links"]
+        assert nodes[target]["inputs"][entry]["link"] == link and nodes[target]["inputs"][entry]["type"] == kind
+    assert path.with_suffix(".jpg").read_bytes()[:2] == b"\xff\xd8"
+
+
+def test_class_names():
+    assert DEMO_CLASSES == CLASS_NAMES
+    assert len(CLASSES) == 1010 and CLASSES["ImageNet 207: golden retriever"] == (207, 1000)
+    assert class_index("demo 4: star", -1, 10) == 4 and class_index("demo 4: star", 7, 10) == 7
+    for entry, index, known, message in (
+        ("demo 4: star", 10, 10, "classes 0 to 9; index is 10"),
+        ("demo 4: star", -1, 1000, "one of 10 classes, and this model has 1000.*ImageNet"),
+        ("ImageNet 207: golden retriever", -1, 10, "one of 1000 classes, and this model has 10.*demo"),
+        ("dog", -1, 10, "no class 'dog'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            class_index(entry, index, known)
+
+
+def test_error_tables_are_found_wherever_they_are():
+    table = {"5": 0.08, "7": 0.04}
+    assert error_curves(table) == {"SideNet": {5: 0.08, 7: 0.04}}
+    nested = {"validation_error": {"best": table, "uniform": {"5": 0.1}}, "residual": {"first": 0.5}, "note": "x"}
+    assert error_curves(nested) == {"validation error best": {5: 0.08, 7: 0.04}, "validation error uniform": {5: 0.1}}
+    assert error_curves({"5": float("nan"), "7": 0.0, "9": "x"}) == {} == error_curves({})
+
+
+def test_plots_show_their_curves():
+    empty, one = error_plot({}), error_plot({"SideNet": {5: 0.08}})
+    two = error_plot({"SideNet": {5: 0.08, 7: 0.04}, "Euler": {5: 0.2, 7: 0.1}})
+    assert empty.shape == one.shape == two.shape and empty.dtype == torch.float32
+    assert min((a - b).abs().max() for a, b in ((empty, one), (one, two))) > 0.5
