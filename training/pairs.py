@@ -15,7 +15,7 @@ from torch import Tensor
 from ..bas_core.flow import per_sample
 from ..bas_core.grids import time_grid
 from ..bas_core.quadrature import Rule
-from .chains import Chains
+from .chains import Chains, Points
 
 KINDS = ("between", "beyond", "first", "last")
 
@@ -33,6 +33,7 @@ class Examples:
         target: [B, C, *spatial] recorded velocity at t - h.
         labels: [B].
         kinds: [B] indices into `KINDS`.
+        scales: [B] CFG scales; None = all alike.
     """
 
     x: Tensor
@@ -44,6 +45,7 @@ class Examples:
     target: Tensor
     labels: Tensor
     kinds: Tensor
+    scales: Tensor | None = None
 
     def straight_line(self) -> Tensor:
         """What the multistep method predicts: the line through the anchors."""
@@ -119,7 +121,7 @@ def draw_examples(
     target = step_off(target, near, wanted[:, 2] < wanted[:, 0], times.shape[1])
     alone = (wanted[:, 0] == wanted[:, 1]) | (near == far)
 
-    def at(values: Tensor, index: Tensor) -> Tensor:
+    def at(values: Points, index: Tensor) -> Tensor:
         return values[rows, index]
 
     t = at(chains.times, near)
@@ -137,6 +139,7 @@ def draw_examples(
         target=at(chains.velocities, target),
         labels=chains.labels[rows],
         kinds=kinds,
+        scales=None if chains.scales is None else chains.scales[rows],
     )
 
 

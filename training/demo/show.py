@@ -24,6 +24,7 @@ from ..evaluate import (
     sidenet_sampler,
 )
 from ..progress import progress
+from ..settings import UsageError, check_device, parse_calls, prepare_folder
 from .assets import DEMO_CFG, demo_noise, load_demo
 
 IMAGES = 20
@@ -49,49 +50,6 @@ class DemoSettings:
     cfg: float = DEMO_CFG
     seed: int = 0
     device: str = "cpu"
-
-
-class UsageError(ValueError):
-    """A setting that cannot be used; the message says which and why."""
-
-
-def parse_calls(text: str) -> list[int]:
-    """'4,5,7' to numbers of calls.
-
-    Raises:
-        UsageError: not whole numbers from 1 to 1000.
-    """
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() and 1 <= int(part) <= 1000 for part in parts):
-        raise UsageError(f"--nfe must be whole numbers from 1 to 1000 separated by commas, such as 5,7; got {text!r}.")
-    return sorted({int(part) for part in parts})
-
-
-def check_device(name: str) -> torch.device:
-    """A device that is there.
-
-    Raises:
-        UsageError: it is not.
-    """
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"--device {name} cannot be used here ({reason}). Try --device cpu.") from error
-    return device
-
-
-def prepare_folder(path: Path) -> None:
-    """Make the output folder and see that it can be written, before the work starts.
-
-    Raises:
-        UsageError: it cannot.
-    """
-    try:
-        write_atomically(path / "results.csv", lambda temporary: temporary.touch())
-    except OSError as error:
-        raise UsageError(f"--out {path} cannot be written: {error}") from error
 
 
 def run_demo(settings: DemoSettings) -> list[Measurement]:
