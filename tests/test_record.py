@@ -12,7 +12,7 @@ from training_problems import BACKBONE, SHAPE, swirl
 
 
 def arguments(out, **changes):
-    values = {"backbone": BACKBONE, "chains": 10, "batch": 4, "points": 24, "guidance": 2.0, **changes}
+    values = {"backbone": BACKBONE, "chains": 10, "record_batch": 4, "points": 24, "guidance": 2.0, **changes}
     flags = []
     for name, value in values.items():
         flags += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
@@ -124,7 +124,7 @@ def test_a_coarse_teacher_is_measured_and_warned_about(tmp_path, capsys):
     backbone = open_backbone(choice)
     errors = {}
     for points in (10, 96):
-        settings = recording.Recording(chains=8, points=points, batch=8)
+        settings = recording.Recording(chains=8, points=points, record_batch=8)
         errors[points] = recording.teacher_error(settings, choice, backbone)
         drawn = recording.draw_batch(settings, choice, backbone, 0)
         field = backbone.field(drawn["labels"], 2.0)
@@ -152,7 +152,7 @@ def test_what_is_there_is_never_overwritten(tmp_path, capsys):
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     said = refused(capsys, "record", *arguments(out, guidance=3.0))
     assert "guidance was [2.0, 2.0], now [3.0, 3.0]" in said and "nothing is overwritten" in said
-    assert "batch was 4, now 5" in refused(capsys, "record", *arguments(out, batch=5))
+    assert "record_batch was 4, now 5" in refused(capsys, "record", *arguments(out, record_batch=5))
     assert before == {path.name: path.read_bytes() for path in out.iterdir()}
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "holiday.jpg").write_text("dear")
@@ -233,7 +233,7 @@ def test_bad_settings_are_refused_in_words(changes, message, tmp_path, capsys):
 
 def test_settings_come_from_a_file_and_flags_win(tmp_path, capsys):
     config = tmp_path / "record.toml"
-    config.write_text(f'backbone = "{BACKBONE}"\nchains = 4\npoints = 8\nbatch = 4\nguidance = [2.0]\n')
+    config.write_text(f'backbone = "{BACKBONE}"\nchains = 4\npoints = 8\nrecord_batch = 4\nguidance = [2.0]\n')
     assert main(["record", "--config", str(config), "--chains", "8", "--out", str(tmp_path / "out")]) == 0
     assert len(open_chains([tmp_path / "out"])[0]) == 8
     config.write_text('backbone = "x"\nchian = 4\n')
@@ -248,7 +248,7 @@ def test_settings_come_from_a_file_and_flags_win(tmp_path, capsys):
 
 def test_in_memory_and_streamed_recording_agree(tmp_path):
     """`record_chains`, which the demo uses, and the command record the same numbers."""
-    streamed, _ = record(tmp_path / "chains", batch=10)
+    streamed, _ = record(tmp_path / "chains", record_batch=10)
     guidance = Guidance(2.0)
 
     def field_of(y):

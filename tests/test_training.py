@@ -139,7 +139,7 @@ def toy_run(steps, path, stop_after=None):
     model = torch.nn.Linear(3, 2)
     settings = LoopSettings(steps=steps, batch=8, learning_rate=0.1, warmup=1, save_every=1)
 
-    def loss_at(step):
+    def loss_at(step, share):
         if step == stop_after:
             raise KeyboardInterrupt
         x = torch.randn(8, 3, generator=settings.generator(step))
@@ -161,7 +161,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_save(tmp_path):
     settings = LoopSettings(steps=5, batch=1, learning_rate=0.1, save_every=1)
     path = tmp_path / "run.pt"
 
-    def loss_at(step):
+    def loss_at(step, share):
         return model(torch.ones(1, 2)).sum() * (float("nan") if step == 3 else 1.0)
 
     with pytest.raises(FloatingPointError, match="not finite at step 3"):

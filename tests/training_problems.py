@@ -37,3 +37,11 @@ def broken_backbone(device, dtype):
 
 def not_a_backbone(device, dtype):
     return 5
+
+
+def other_backbone(device, dtype):
+    return Backbone(**{**vars(swirl_backbone(device, dtype)), "name": "other", "fingerprint": "swirl-2"})
+
+
+def larger_backbone(device, dtype):
+    return Backbone(**{**vars(swirl_backbone(device, dtype)), "shape": (2, 8, 8)})

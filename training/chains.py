@@ -230,7 +230,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     total = hashlib.sha256()
     for name in sorted(tensors):
         total.update(name.encode())
-        total.update(memoryview(tensors[name].contiguous().flatten().view(torch.uint8).numpy()))
+        total.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 
@@ -301,7 +301,7 @@ MAY_DIFFER = (
     "seed",
     "shard",
     "chains",
-    "batch",
+    "record_batch",
     "prompts",
     "conditions",
     "storage",

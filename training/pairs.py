@@ -7,7 +7,9 @@ queries (forward probe, backward refinement) is snapped to the nearest recorded 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +48,11 @@ class Examples:
     labels: Tensor
     kinds: Tensor
     scales: Tensor | None = None
+
+    def share(self, of: Callable[[Tensor], Tensor]) -> Examples:
+        """Some of the examples, or the same elsewhere: `of` is applied to every column."""
+        columns: dict[str, Any] = {name: None if value is None else of(value) for name, value in vars(self).items()}
+        return Examples(**columns)
 
     def straight_line(self) -> Tensor:
         """What the multistep method predicts: the line through the anchors."""

@@ -48,7 +48,7 @@ class Recording:
     Attributes:
         chains: how many sampling runs.
         points: points a chain, and as many backbone calls a chain.
-        batch: chains recorded together, and in one shard.
+        record_batch: chains recorded together, and in one shard.
         mode: guided (the SideNet predicts the guided velocity) or branch (each branch of CFG; the paper).
         storage: float32, or float16 for half the disk space.
         seed: of noise and times.
@@ -56,7 +56,7 @@ class Recording:
 
     chains: int = 512
     points: int = 48
-    batch: int = 32
+    record_batch: int = 32
     mode: str = "guided"
     storage: str = "float32"
     seed: int = 1
@@ -91,7 +91,7 @@ def describe(settings: BackboneChoice, recording: Recording, backbone: Backbone)
         "conditions": backbone.conditions,
         "prompts": hashlib.sha256(prompts + settings.negative_prompt.encode()).hexdigest()[:16] if prompts else "",
         "storage": recording.storage,
-        "batch": recording.batch,
+        "record_batch": recording.record_batch,
         "chains": recording.chains,
         "seed": recording.seed,
     }
@@ -103,7 +103,7 @@ def check_recording(recording: Recording, backbone: Backbone) -> None:
     Raises:
         UsageError: saying which setting and why.
     """
-    check_positive(recording, "chains", "batch")
+    check_positive(recording, "chains", "record_batch")
     if recording.points < 8:
         raise UsageError(
             f"--points must be at least 8, so that chains are finer than what is trained; got {recording.points}."
@@ -120,8 +120,8 @@ def check_recording(recording: Recording, backbone: Backbone) -> None:
 def draw_batch(recording: Recording, choice: BackboneChoice, backbone: Backbone, index: int) -> dict[str, Any]:
     """Times [N + 1], noise [m, C, *spatial], labels [m] and the CFG scale of one shard."""
     generator = batch_generator(recording.seed, index)
-    first = index * recording.batch
-    count = min(recording.batch, recording.chains - first)
+    first = index * recording.record_batch
+    count = min(recording.record_batch, recording.chains - first)
     # The root of the model's own shift: fine where it is sampled finely, and still not coarse near the data.
     times = random_times(recording.points, generator, backbone.shift**0.5, backbone.start)
     low, high = choice.scales
@@ -186,7 +186,7 @@ def plan_text(recording: Recording, backbone: Backbone) -> str:
     calls = recording.chains * recording.points
     return (
         f"Recording {recording.chains} chains of {recording.points} points of {backbone.name}: {calls:,} backbone "
-        f"calls (in batches of {recording.batch}), {size / 1e9:.3g} GB on disk."
+        f"calls (in batches of {recording.record_batch}), {size / 1e9:.3g} GB on disk."
     )
 
 
@@ -230,12 +230,13 @@ def record(choice: BackboneChoice, recording: Recording, out: Path, backbone: Ba
     Returns:
         What its shards say of themselves.
     """
+    choice.check_guidance(backbone)
     check_recording(recording, backbone)
     check_out(out)
     about = describe(choice, recording, backbone)
     say(plan_text(recording, backbone))
     there = shards_there(out, about)
-    shards = range(-(-recording.chains // recording.batch))
+    shards = range(-(-recording.chains // recording.record_batch))
     names = {index: out / f"chains-{recording.seed:04d}-{index:05d}.safetensors" for index in shards}
     missing = [index for index in shards if names[index].name not in there]
     if there:
@@ -243,7 +244,7 @@ def record(choice: BackboneChoice, recording: Recording, out: Path, backbone: Ba
     if not missing:
         return about
     about |= report_teacher(teacher_error(recording, choice, backbone), recording)
-    processes = PartialState()
+    processes = PartialState(cpu=backbone.device.type == "cpu")
     mine = missing[processes.process_index :: processes.num_processes]
     for index in progress(mine, "record"):
         start = time.perf_counter()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -89,8 +91,8 @@ def _toml_flags(path: Path, valid: set[str], program: str) -> list[str]:
 
 def plain(settings: Any) -> dict[str, Any]:
     """Settings as values that JSON can hold, to be stored with the result."""
-    values = dataclasses.asdict(settings)
-    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
+    return values
 
 
 # --- values that several commands check -----------------------------------------------------------------------------
@@ -109,7 +111,7 @@ def parse_calls(text: str, flag: str = "--nfe") -> list[int]:
 
 
 def check_device(name: str) -> torch.device:
-    """A device that is there.
+    """A device that is there; of several processes (`accelerate launch`) each gets its own.
 
     Raises:
         UsageError: it is not.
@@ -120,6 +122,11 @@ def check_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"--device {name} cannot be used here ({reason}). Try --device cpu.") from error
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState
+
+        local: torch.device = PartialState(cpu=device.type == "cpu").device
+        return local
     return device
 
 

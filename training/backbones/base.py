@@ -40,6 +40,7 @@ class Backbone:
         device, dtype: where states go, and what the network computes in.
         decode: states [B, C, *spatial] to images [B, 3, H, W] in [0, 1], or None.
         encode: images [B, 3, H, W] in [0, 1] to states, or None.
+        pixels_per_latent: along a side.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Backbone:
     dtype: torch.dtype = torch.float32
     decode: Callable[[Tensor], Tensor] | None = None
     encode: Callable[[Tensor], Tensor] | None = None
+    pixels_per_latent: int = 1
 
     @property
     def identity(self) -> dict[str, str]:
