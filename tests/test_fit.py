@@ -184,7 +184,7 @@ def test_closed_loop_and_grid_lower_the_rollout_error(folder, trained, tmp_path)
         folder / "guided", tmp_path / "c.safetensors", *options, "--closed-loop", "120", "--learning-rate", "3e-2"
     )
     assert rollout_error(closed, folder / "guided") < 0.95 * before
-    # 120 steps of 5 calls for 16 runs, and as many again of each of the 2 scores on 16 x 4 runs.
+    # 120 steps of 5 calls for 16 runs, and one score on 4 draws of 16 runs.
     assert card.training["backbone_calls"]["closed loop"] == 120 * 5 * 16 + 1 * 4 * 16 * 5
     gridded, card = run(folder / "guided", tmp_path / "g.safetensors", *options, "--grid-nfe", "5")
     grid = torch.tensor(card.time_grids[5])
@@ -250,7 +250,7 @@ def test_published_objective_trains_and_counts_its_calls(tmp_path, folder):
     write_safetensors(tmp_path / "data.safetensors", {"latents": latents, "labels": torch.arange(64) % 2}, {})
     options = ("--objective", "published", "--latents", tmp_path / "data.safetensors", "--backbone", BACKBONE)
     _, card = run(
-        folder / "guided",
+        folder / "branch",
         tmp_path / "p.safetensors",
         *options,
         *QUICK,
@@ -326,6 +326,10 @@ def test_bfloat16_trains_and_float16_needs_a_gpu(folder, tmp_path, capsys):
         (("--objective", "magic"), "--objective must be one of all_pairs, published"),
         (("--objective", "published"), "--latents and --objective published go together"),
         (("--grid-nfe", "5"), "need --backbone"),
+        (
+            ("--objective", "published", "--latents", "x.safetensors", "--backbone", BACKBONE),
+            "record with --mode branch",
+        ),
         (("--rule", "legendre3"), "--rule must be one of lobatto3"),
         (("--nfe-range", "9", "5"), "--nfe-range must be two numbers"),
         (("--held-out", "96"), "leaves none of the 96 recorded runs"),
@@ -369,6 +373,7 @@ def test_a_run_state_of_another_network_is_refused(folder, tmp_path, capsys):
     run(folder / "guided", out, *SMALL, "--steps", "0")
     (tmp_path / "o.run").mkdir(exist_ok=True)
     torch.save({"step": 3}, tmp_path / "o.run" / "all_pairs.pt")
+    out.unlink()
     run(folder / "guided", out, *SMALL, "--steps", "2", "--resume", status=2)
     assert "steps was 0, now 2" in capsys.readouterr().err
     settings = json.loads((tmp_path / "o.run" / "settings.json").read_text()) | {"steps": 2}

@@ -157,14 +157,14 @@ def both_branches(field: Field, guidance: Guidance, seen: list[Tensor]) -> Field
     return Field(evaluate, field.conditions[:1])
 
 
-def record_chain(field: Field, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+def record_chain(field: Field, noise: Tensor, times: Tensor, teacher: str = TEACHER) -> tuple[Tensor, Tensor]:
     """Integrate from `noise` and keep every point.
 
     Returns:
         States and velocities, both [B, N + 1, C, *spatial]; one backbone call a point.
     """
     steps: list[Step] = []
-    end = run_baseline(TEACHER, field, noise, times, steps.append)
+    end = run_baseline(teacher, field, noise, times, steps.append)
     states = [step.x for step in steps] + [end]
     velocities = [step.velocity for step in steps] + [field.velocity(end, times[-1])]
     return torch.stack(states, 1), torch.stack(velocities, 1)

@@ -31,10 +31,12 @@ COMMANDS = {
     "make": Command(
         "record, train and evaluate in a row: a SideNet for your model", "make", "MakeSettings", "run_make"
     ),
-    "record": Command("record sampling runs of a model", "record", "RecordSettings", "run_record"),
+    "record": Command(
+        "record sampling runs of a model", "record", "RecordSettings", "run_record", "--record-batch, or use --offload"
+    ),
     "train": Command("train a SideNet from recorded runs", "fit", "FitSettings", "run_fit"),
     "evaluate": Command(
-        "measure a SideNet beside other solvers", "score", "ScoreSettings", "run_score", "--noises or --height, --width"
+        "measure a SideNet beside other solvers", "score", "ScoreSettings", "run_score", "--noise-batch"
     ),
     "convert": Command("an official SideNet (.pt) to safetensors", "files", "ConvertSettings", "run_convert"),
     "info": Command("what a SideNet file is for, and how good it is", "files", "InfoSettings", "run_info"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ class Sampler:
         calls_per_step: backbone calls a step. Where it is 2, one or two Euler steps at the end spend the budget
             exactly and keep off t = 0, where a network's velocity means little (as EDM's Heun sampler does).
         start: the time that the model's noise is at; grids are scaled by it.
+        grids: times by number of calls, used instead of the family's.
     """
 
     name: str
@@ -38,9 +39,12 @@ class Sampler:
     run: Run
     calls_per_step: int = 1
     start: float = 1.0
+    grids: Mapping[int, Sequence[float]] | None = None
 
     def times(self, calls: int, shape: GridShape = UNIFORM) -> Tensor:
         """The grid of the family (shift, cosine) that spends exactly `calls` backbone calls."""
+        if self.grids is not None:
+            return torch.tensor(self.grids[calls])
         return time_grid(calls if self.calls_per_step == 1 else calls // 2 + 1, *shape)
 
     def sample(self, field: Field, noise: Tensor, calls: int, shape: GridShape = UNIFORM) -> Tensor:

@@ -455,7 +455,12 @@ def check_run_folder(folder: Path, settings: Any, resume: bool) -> None:
 
 
 def train_from(
-    training: Training, choice: BackboneChoice, chains: tuple[Path, ...], out: Path, settings: Any
+    training: Training,
+    choice: BackboneChoice,
+    chains: tuple[Path, ...],
+    out: Path,
+    settings: Any,
+    backbone: Backbone | None = None,
 ) -> SideNetCard:
     """Train a SideNet on recorded chains and write it; returns what its file says.
 
@@ -465,17 +470,28 @@ def train_from(
         chains: folders.
         out: the SideNet's file.
         settings: to be stored with it.
+        backbone: what `choice` names, if it is open already.
     """
     training.check()
     if out.suffix != ".safetensors":
         raise UsageError(f"--out must end in .safetensors; got {out}.")
+    if out.exists():
+        raise UsageError(f"--out {out} exists already; nothing is overwritten. Choose another name, or delete it.")
+    if training.objective == "published" and training.anchors != 1:
+        say("Note: the published SideNet has one anchor; with --anchors 2 its second is never shown in training.")
     if training.needs_backbone and not choice.backbone:
         raise UsageError("The published objective, --grid-nfe, --closed-loop and --end-point need --backbone.")
     folder = out.with_suffix(".run")
     check_run_folder(folder, settings, training.resume)
     recorded, about = open_chains(chains)
-    backbone = open_backbone(choice) if training.needs_backbone else None
+    if training.needs_backbone:
+        backbone = backbone or open_backbone(choice)
     check_choice(choice, about, backbone)
+    if training.objective == "published" and about["velocity"] == "guided" and about["guidance"] != [1.0, 1.0]:
+        raise CheckpointError(
+            "The published objective trains on each branch of guidance, and is validated on chains of them: record "
+            "with --mode branch."
+        )
     job = Job(training, *hold_out(recorded, training.held_out), about, check_device(choice.device), folder, backbone)
     start = time.perf_counter()
     sidenet = fit(job)
