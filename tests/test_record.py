@@ -1,5 +1,7 @@
 """Recording: what the shards hold, that it can be interrupted, and what is refused."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from ba_solver.bas_core import CheckpointError, Guidance, model_field, run_baseline
@@ -257,3 +259,13 @@ def test_in_memory_and_streamed_recording_agree(tmp_path):
     memory = record_chains(field_of, torch.arange(10) % 2, SHAPE, 24, seed=1, batch=10)
     # The command draws the scale before the noise, so only the times are alike; each follows its own noise.
     assert torch.equal(memory.times, streamed.times)
+
+
+def test_the_documented_example_is_recorded(tmp_path):
+    """docs/training.md shows the file that is used here, to the letter."""
+    chains, about = record(
+        tmp_path / "chains", backbone="python:example_backbone:my_model", guidance=1.0, chains=4, points=12
+    )
+    assert about["backbone"]["name"] == "my model" and tuple(chains.states.shape) == (4, 12, 4, 32, 32)
+    root = Path(__file__).resolve().parents[1]
+    assert (root / "tests" / "example_backbone.py").read_text() in (root / "docs" / "training.md").read_text()

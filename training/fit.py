@@ -76,6 +76,7 @@ class Training:
         patch_size: it works on a grid this much coarser.
         kernel_size: of its first and last convolution.
         grid_nfe: learn time grids for these numbers of calls, such as 5,7,10 (needs --backbone).
+        grid_runs: recorded runs that they are learned on; each number of calls takes about 60 times so many samplings.
         closed_loop: steps of the closed-loop stage (needs --backbone).
         end_point: steps with gradients through the backbone (needs --backbone, and its memory).
         loop_batch: runs a step in these two stages.
@@ -108,6 +109,7 @@ class Training:
     patch_size: int = 2
     kernel_size: int = 3
     grid_nfe: str = ""
+    grid_runs: int = 24
     closed_loop: int = 0
     end_point: int = 0
     loop_batch: int = 16
@@ -137,7 +139,7 @@ class Training:
         Raises:
             UsageError: saying which setting and why.
         """
-        check_positive(self, "batch", "save_every", "loop_batch")
+        check_positive(self, "batch", "save_every", "loop_batch", "grid_runs")
         if self.objective not in OBJECTIVES:
             raise UsageError(f"--objective must be one of {', '.join(OBJECTIVES)}; got {self.objective!r}.")
         if (self.objective == "published") != (self.latents is not None):
@@ -398,7 +400,7 @@ def fit(job: Job) -> SideNet:
         sidenet = (published_stage if training.objective == "published" else all_pairs_stage)(job, sidenet)
     if training.grid_nfe:
         calls = parse_calls(training.grid_nfe, "--grid-nfe")
-        job.time_grids = learn_grids(sidenet, job.rollout(job.chains), calls)
+        job.time_grids = learn_grids(sidenet, job.rollout(job.chains), calls, training.grid_runs)
     if training.closed_loop:
         sidenet = rolled_stage(job, sidenet, "closed_loop", training.closed_loop, interval_loss)
     if training.end_point:

@@ -16,7 +16,6 @@ from .progress import progress
 
 ROUNDS = 5
 FIRST_MOVE = 0.25
-NOISES = 24
 
 
 def moved(grid: Tensor, index: int, share: float) -> Tensor:
@@ -52,17 +51,18 @@ def coordinate_search(error: Callable[[Tensor], float], start: Tensor, rounds: i
     return best
 
 
-def learn_grids(sidenet: SideNet, rollout: Rollout, calls: Sequence[int]) -> dict[int, list[float]]:
+def learn_grids(sidenet: SideNet, rollout: Rollout, calls: Sequence[int], count: int) -> dict[int, list[float]]:
     """For each number of calls the best grid found: first of the family (shift, cosine), then time by time.
 
-    The measure is the end point from recorded noises, so the last, forward-only interval counts for what it is.
+    The measure is the end point from the noises of `count` recorded runs, so the last, forward-only interval counts
+    for what it is.
 
     Returns:
         Descending grids from 1 to 0, by number of calls. What it cost is added to `rollout.spent`.
     """
     runs = torch.arange(0, len(rollout.chains), rollout.chains.branches)
     scales = torch.zeros(len(rollout.chains)) if rollout.chains.scales is None else rollout.chains.scales
-    rows = runs[scales[runs] == scales[runs[0]]][:NOISES]
+    rows = runs[scales[runs] == scales[runs[0]]][:count]
     field, noise = rollout.field_of(rows), rollout.noise(rows)
     start = rollout.backbone.start
     truth = rollout.truth(rows, torch.tensor(0.0))
