@@ -76,6 +76,27 @@ sys.exit(main(["demo"]))
     assert done.returncode == 1 and "pip install 'ba-solver[bench]'" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("missing", "command", "extra"),
+    [
+        ("accelerate", ["record"], "train"),
+        ("tyro", ["train"], "train"),
+        ("matplotlib", ["evaluate"], "train"),
+        ("diffusers", ["record", "--backbone", "diffusers:x", "--prompts", "p", "--out", "o"], "diffusers"),
+        ("torchdiffeq", ["demo"], "bench"),
+    ],
+)
+def test_a_missing_extra_is_named(missing, command, extra, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == missing or ".training." in name]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    from ba_solver.training.cli import main
+
+    assert main(command) == 1
+    assert f"{missing} is not installed. Install the extra: pip install 'ba-solver[{extra}]'" in capsys.readouterr().err
+
+
 def test_ci_runs_the_very_test_command_of_the_readme():
     readme = (ROOT / "README.md").read_text()
     command = next(line for line in readme.splitlines() if line.startswith("python3 -m venv") and "pytest" in line)

@@ -1,19 +1,23 @@
-"""Record sampling runs as chains: the states and velocities that a fine-grained solver visits. No data set needed."""
+"""Chains: recorded sampling runs, the states and velocities that a fine-grained solver visits. No data set needed."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..bas_core.baselines import run_baseline
-from ..bas_core.checkpoint import CheckpointError, parse_json, read_safetensors, write_safetensors
-from ..bas_core.flow import velocity_to_x0
-from ..bas_core.guidance import Field
+from ..bas_core.checkpoint import CheckpointError, parse_json, write_safetensors
+from ..bas_core.grids import time_shift
+from ..bas_core.guidance import Field, Guidance, just_inside
 from ..bas_core.solver import Step
 from .progress import progress
 
@@ -24,6 +28,44 @@ LAST_TIME = 0.01
 FieldOf = Callable[[Tensor], Field]
 
 
+class Stacked:
+    """Points of chains that lie in several shards, read from disk as they are asked for.
+
+    Looks like a tensor [M, N + 1, C, *spatial] to those who index it with two index tensors, or with one number.
+
+    Args:
+        parts: the shards' tensors, memory-mapped.
+        where: [M, 2] part and row of each chain.
+    """
+
+    def __init__(self, parts: Sequence[Tensor], where: Tensor) -> None:
+        self.parts, self.where = parts, where
+
+    def __len__(self) -> int:
+        return len(self.where)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.where), *self.parts[0].shape[1:])
+
+    def select(self, rows: slice) -> Stacked:
+        """Some of the chains; nothing is read."""
+        return Stacked(self.parts, self.where[rows])
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """`[rows [B], points [B]]` -> [B, C, *spatial], `[:, point]` -> [M, …], `[row]` -> [N + 1, …]; float32."""
+        if isinstance(index, int):
+            part, row = self.where[index].tolist()
+            return self.parts[part][row].float()
+        rows, points = index
+        chosen = self.where[rows].tolist()
+        at = [points] * len(chosen) if isinstance(points, int) else points.tolist()
+        return torch.stack([self.parts[p][r, i] for (p, r), i in zip(chosen, at, strict=True)]).float()
+
+
+Points = Tensor | Stacked
+
+
 @dataclass(frozen=True)
 class Chains:
     """M recorded runs of N + 1 points each, from noise (point 0) to data (point N).
@@ -31,49 +73,122 @@ class Chains:
     Attributes:
         times: [M, N + 1], descending from 1 to `LAST_TIME`, or to an earlier end; each batch of chains has times of
             its own.
-        states, velocities: [M, N + 1, C, *spatial]; the guided velocity.
-        labels: [M] class indices.
+        states, velocities: [M, N + 1, C, *spatial]. The velocity is the guided one, or that of one branch.
+        labels: [M] indices of the conditions (classes, prompts); the null class for an unconditional branch.
+        scales: [M] CFG scales; None = all alike.
+        branches: how many rows in turn belong to one run: 2 where the branches of CFG are rows of their own.
     """
 
     times: Tensor
-    states: Tensor
-    velocities: Tensor
+    states: Points
+    velocities: Points
     labels: Tensor
+    scales: Tensor | None = None
+    branches: int = 1
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def ends(self) -> Tensor:
-        """[M, C, *spatial] ends of the paths at t = 0, the last stretch taken on a straight line."""
-        return velocity_to_x0(self.states[:, -1], self.velocities[:, -1], self.times[:, -1])
-
     def split(self, held_out: int) -> tuple[Chains, Chains]:
-        """All but the last `held_out` chains, and those."""
-        return self.rows(slice(None, -held_out)), self.rows(slice(-held_out, None))
+        """All but the last `held_out` runs, and those."""
+        rows = len(self) - held_out * self.branches
+        return self.rows(slice(None, rows)), self.rows(slice(rows, None))
 
-    def rows(self, rows: slice | Tensor) -> Chains:
+    def rows(self, rows: slice) -> Chains:
         """Some of the chains."""
-        return Chains(self.times[rows], self.states[rows], self.velocities[rows], self.labels[rows])
+        states, velocities = (
+            part.select(rows) if isinstance(part, Stacked) else part[rows] for part in (self.states, self.velocities)
+        )
+        scales = None if self.scales is None else self.scales[rows]
+        return Chains(self.times[rows], states, velocities, self.labels[rows], scales, self.branches)
+
+    def at(self, rows: Tensor, t: float | Tensor) -> Tensor:
+        """[B, C, *spatial] states of chains `rows` at time t, by the cubic through states and velocities around it."""
+        times = self.times[rows]
+        after = (times >= t).sum(1).clamp(1, times.shape[1] - 1)
+        before = after - 1
+        t0, t1 = (times.gather(1, i[:, None])[:, 0] for i in (before, after))
+        x0, x1 = self.states[rows, before], self.states[rows, after]
+        v0, v1 = self.velocities[rows, before], self.velocities[rows, after]
+        step = (t1 - t0).view(-1, *[1] * (x0.ndim - 1))
+        s = ((t - t0) / (t1 - t0)).view_as(step)
+        near, far = (1 + 2 * s) * (1 - s) ** 2, s**2 * (3 - 2 * s)
+        return near * x0 + far * x1 + step * (s * (1 - s) ** 2 * v0 - s**2 * (1 - s) * v1)
+
+    def ends(self, rows: Tensor) -> Tensor:
+        """[B, C, *spatial] states at t = 0: the last point, and a straight line over what is left."""
+        last = self.times.shape[1] - 1
+        points = torch.full_like(rows, last)
+        x, v = self.states[rows, points], self.velocities[rows, points]
+        return x - self.times[rows, points].view(-1, *[1] * (x.ndim - 1)) * v
 
 
-def random_times(points: int, generator: torch.Generator, until: float = LAST_TIME) -> Tensor:
-    """[points] descending times from 1 to `until`: evenly spread, then jittered, so that batches cover all times."""
+# --- recording ------------------------------------------------------------------------------------------------------
+
+
+def random_times(
+    points: int, generator: torch.Generator, shift: float = 1.0, start: float = 1.0, until: float = LAST_TIME
+) -> Tensor:
+    """[points] descending times from `start` to `until`: evenly spread, then jittered, so that batches cover all.
+
+    Args:
+        points: how many.
+        generator: of the jitter.
+        shift: see `time_shift`; above 1 there are more points near the noise.
+        start: the first time.
+        until: the last one.
+    """
     t = torch.linspace(1, until, points)
     t[1:-1] += (torch.rand(points - 2, generator=generator) - 0.5) * 0.8 * (1 - until) / (points - 1)
+    t = time_shift(t, shift) * start
+    t[-1] = until
     return t
 
 
-def record_chain(field: Field, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+def refined_times(times: Tensor) -> Tensor:
+    """The same times with the middle of every interval added: a grid twice as fine."""
+    middles = (times[1:] + times[:-1]) / 2
+    return torch.cat([torch.stack([times[:-1], middles], 1).flatten(), times[-1:]])
+
+
+def both_branches(field: Field, guidance: Guidance, seen: list[Tensor]) -> Field:
+    """A guided field over a field of two branches, which keeps what both were at every call."""
+
+    def evaluate(x: Tensor, t: Tensor, branches: int) -> Tensor:
+        seen.append(field.evaluate(x, t, 2))
+        return guidance.combine(seen[-1], just_inside(t[0]))[None]
+
+    return Field(evaluate, field.conditions[:1])
+
+
+def record_chain(field: Field, noise: Tensor, times: Tensor, teacher: str = TEACHER) -> tuple[Tensor, Tensor]:
     """Integrate from `noise` and keep every point.
 
     Returns:
         States and velocities, both [B, N + 1, C, *spatial]; one backbone call a point.
     """
     steps: list[Step] = []
-    end = run_baseline(TEACHER, field, noise, times, steps.append)
+    end = run_baseline(teacher, field, noise, times, steps.append)
     states = [step.x for step in steps] + [end]
     velocities = [step.velocity for step in steps] + [field.velocity(end, times[-1])]
     return torch.stack(states, 1), torch.stack(velocities, 1)
+
+
+def record_branches(field: Field, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same on the guided path, with both branches' velocities instead of the guided one.
+
+    Returns:
+        States, conditional and unconditional velocities, each [B, N + 1, C, *spatial].
+    """
+    seen: list[Tensor] = []
+    states, _ = record_chain(both_branches(field, field.guidance, seen), noise, times)
+    conditional, unconditional = torch.stack(seen, 2)
+    return states, conditional, unconditional
+
+
+def batch_generator(seed: int, index: int) -> torch.Generator:
+    """The source of one batch's times and noise, so that a resumed recording draws what a whole one would."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + index)
 
 
 def record_chains(
@@ -86,7 +201,7 @@ def record_chains(
     batch: int = 64,
     device: torch.device | str = "cpu",
 ) -> Chains:
-    """Record one chain for every label, from fresh noise.
+    """Record one chain for every label, from fresh noise, and keep them in memory.
 
     Args:
         field_of: labels [B] to the (guided) field for them.
@@ -100,8 +215,8 @@ def record_chains(
     """
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for index, rows in enumerate(progress(labels.split(batch), "record")):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-        times = random_times(points, generator, until)
+        generator = batch_generator(seed, index)
+        times = random_times(points, generator, until=until)
         noise = torch.randn((len(rows), *shape), generator=generator)
         with torch.inference_mode():
             states, velocities = record_chain(field_of(rows.to(device)), noise.to(device), times)
@@ -110,20 +225,169 @@ def record_chains(
     return Chains(times, states, velocities, labels)
 
 
+# --- shards ---------------------------------------------------------------------------------------------------------
+
+NEEDED = {"times", "states", "velocities", "labels"}
+OPTIONAL = {"scales", "velocities_null"}
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """A check sum over tensors, to tell damage from data."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        total.update(name.encode())
+        total.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def save_shard(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Write one shard, atomically; `about` says which backbone and guidance made it.
+
+    Args:
+        path: the file.
+        tensors: times [m, N + 1], states and velocities [m, N + 1, C, *spatial], labels [m]; and, where they
+            differ, scales [m]; in branch mode `velocities_null` like velocities.
+        about: what the recording was asked for.
+    """
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"format": CHAINS_FORMAT, "about": json.dumps(about), "digest": digest(whole)}
+    write_safetensors(path, whole, metadata)
+
+
+def open_shard(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a shard, memory-mapped, and what it says of itself, after a look at every number.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: the file is truncated, damaged, holds no chains, or holds NaN; the message names it.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}. Check the path.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} cannot be read as safetensors ({error}). It may be truncated: delete it and record again, which "
+            "goes on with the shards that are missing."
+        ) from error
+    if metadata.get("format") != CHAINS_FORMAT or not NEEDED <= set(tensors) <= NEEDED | OPTIONAL:
+        raise CheckpointError(f"{path} holds no chains. Name a folder or file that `ba-solver record` wrote.")
+    if metadata.get("digest") != digest(tensors):
+        raise CheckpointError(f"{path} is damaged: its check sum is wrong. Delete it and record again.")
+    for name, tensor in tensors.items():
+        # Row by row, so that a shard larger than memory can be checked.
+        if not all(row.isfinite().all() for row in tensor):
+            raise CheckpointError(
+                f"{path} holds NaN or infinity in {name!r}. Delete it and record again, in float32 or bfloat16."
+            )
+    return tensors, parse_json(metadata, "about", path)
+
+
 def save_chains(path: Path, chains: Chains, about: dict[str, object]) -> None:
-    """Write chains as one safetensors file, atomically; `about` says which backbone and guidance made them."""
-    write_safetensors(path, vars(chains), {"format": CHAINS_FORMAT, "about": json.dumps(about)})
+    """Write chains in memory as one shard, atomically."""
+    names = ("times", "states", "velocities", "labels", "scales")
+    save_shard(path, {name: getattr(chains, name) for name in names if getattr(chains, name) is not None}, about)
 
 
 def load_chains(path: Path) -> tuple[Chains, dict[str, object]]:
-    """What `save_chains` wrote.
+    """What `save_chains` wrote, in memory.
 
     Raises:
         CheckpointError: the file is damaged, holds no chains, or holds NaN.
     """
-    tensors, metadata = read_safetensors(path)
-    if metadata.get("format") != CHAINS_FORMAT or set(tensors) != {"times", "states", "velocities", "labels"}:
-        raise CheckpointError(f"{path} holds no chains. Record it again with ba-solver.")
-    if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        raise CheckpointError(f"{path} holds NaN or infinity. Delete it and record it again.")
-    return Chains(**tensors), parse_json(metadata, "about", path)
+    tensors, about = open_shard(path)
+    whole: dict[str, Any] = {name: tensor.clone() for name, tensor in tensors.items()}
+    return Chains(**whole), about
+
+
+# What shards may differ in and still be trained on together.
+MAY_DIFFER = (
+    "seed",
+    "shard",
+    "chains",
+    "record_batch",
+    "prompts",
+    "conditions",
+    "storage",
+    "teacher_error",
+    "teacher_relative_error",
+)
+
+
+def find_shards(folders: Sequence[Path]) -> list[Path]:
+    """All shards of some folders, in order.
+
+    Raises:
+        FileNotFoundError: a folder is missing or holds none.
+        CheckpointError: two shards have the same name: they would hold the same noises.
+    """
+    found: dict[str, Path] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"There is no folder {folder}. Record chains first: ba-solver record --out {folder}"
+            )
+        shards = sorted(folder.glob("*.safetensors"))
+        if not shards:
+            raise FileNotFoundError(f"{folder} holds no chains. Record some: ba-solver record --out {folder}")
+        for shard in shards:
+            if shard.name in found:
+                raise CheckpointError(
+                    f"{found[shard.name]} and {shard} have the same name, hence the same seed and the same noises. "
+                    "Record one of them with another --seed."
+                )
+            found[shard.name] = shard
+    return list(found.values())
+
+
+def check_alike(first: Mapping[str, Any], other: Mapping[str, Any], where: str, asked: str) -> None:
+    """Refuse chains of another backbone, resolution or guidance.
+
+    Raises:
+        CheckpointError: naming every setting that differs, what it is and what was asked for.
+    """
+    differing = [key for key in sorted({*first, *other} - set(MAY_DIFFER)) if first.get(key) != other.get(key)]
+    if differing:
+        said = "; ".join(f"{key} is {other.get(key)!r}, {asked} {first.get(key)!r}" for key in differing)
+        raise CheckpointError(f"{where} does not belong here: {said}. Use chains that were recorded alike.")
+
+
+def open_chains(folders: Sequence[Path]) -> tuple[Chains, dict[str, Any]]:
+    """All chains of some folders, streamed from disk, and what they say of themselves.
+
+    Branch-mode chains become two rows each, the conditional branch before the unconditional one.
+
+    Raises:
+        FileNotFoundError: there are none.
+        CheckpointError: a shard is damaged, named like another, or of another backbone, resolution or guidance.
+    """
+    states: list[Tensor] = []
+    velocities: list[Tensor] = []
+    columns: dict[str, list[Tensor]] = {"times": [], "labels": [], "scales": [], "where": []}
+    about: dict[str, Any] = {}
+    branches: list[str] = []
+    for path in progress(find_shards(folders), "check shards", leave=False):
+        tensors, said = open_shard(path)
+        about = about or said
+        check_alike(about, said, str(path), f"in {folders[0]} it is")
+        branches = ["velocities", "velocities_null"] if "velocities_null" in tensors else ["velocities"]
+        rows = torch.arange(len(tensors["labels"]))
+        null = torch.full_like(tensors["labels"], said.get("null") or 0)
+        scales = tensors.get("scales", torch.full((len(rows),), float(said.get("guidance", [1.0])[0])))
+        interleave = [torch.stack([len(states) + b + 0 * rows, rows], 1) for b in range(len(branches))]
+        columns["where"].append(torch.stack(interleave, 1).flatten(0, 1))
+        columns["labels"].append(torch.stack([tensors["labels"], null][: len(branches)], 1).flatten())
+        columns["times"].append(tensors["times"].repeat_interleave(len(branches), 0))
+        columns["scales"].append(scales.repeat_interleave(len(branches)))
+        states += [tensors["states"]] * len(branches)
+        velocities += [tensors[name] for name in branches]
+    times, labels, scales, where = (torch.cat(columns[name]) for name in ("times", "labels", "scales", "where"))
+    chains = Chains(times, Stacked(states, where), Stacked(velocities, where), labels, scales, len(branches))
+    return chains, about
+
+
+def shard_bytes(shape: Sequence[int], points: int, chains: int, velocities: int, item: int = 4) -> int:
+    """Bytes that chains take on disk: states and velocities at every point."""
+    return chains * points * (1 + velocities) * item * math.prod(shape)

@@ -2,47 +2,128 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
+from typing import Any, NamedTuple
 
-USAGE = """ba-solver COMMAND [options]
 
-  demo    sample the shipped model with BA-solver and its rivals: a table and two pictures
+class Command(NamedTuple):
+    """A command: what it does, and where its settings and its work are.
 
-ba-solver COMMAND --help shows a command's options."""
+    Attributes:
+        help: one line.
+        module: of this package, imported only when the command is called.
+        settings: name of the dataclass in it.
+        run: name of the function in it that takes the settings.
+        lower: what to lower when the GPU's memory is too small.
+        needs: modules to look for before the work starts, for they are imported in its midst.
+    """
+
+    help: str
+    module: str
+    settings: str
+    run: str
+    lower: str = "--batch"
+    needs: tuple[str, ...] = ()
+
+
+COMMANDS = {
+    "make": Command(
+        "record, train and evaluate in a row: a SideNet for your model", "make", "MakeSettings", "run_make"
+    ),
+    "record": Command(
+        "record sampling runs of a model", "record", "RecordSettings", "run_record", "--record-batch, or use --offload"
+    ),
+    "train": Command("train a SideNet from recorded runs", "fit", "FitSettings", "run_fit"),
+    "evaluate": Command(
+        "measure a SideNet beside other solvers", "score", "ScoreSettings", "run_score", "--noise-batch"
+    ),
+    "convert": Command("an official SideNet (.pt) to safetensors", "files", "ConvertSettings", "run_convert"),
+    "info": Command("what a SideNet file is for, and how good it is", "files", "InfoSettings", "run_info"),
+    "demo": Command(
+        "sample the shipped model with BA-solver and its rivals: a table and two pictures",
+        "demo.show",
+        "DemoSettings",
+        "run_demo",
+        "--nfe",
+        ("diffusers", "matplotlib", "torchdiffeq"),
+    ),
+}
+
+USAGE = "\n".join(
+    [
+        "ba-solver COMMAND [options]\n",
+        *(f"  {name:<10}{command.help}" for name, command in COMMANDS.items()),
+        "\nba-solver COMMAND --help shows a command's options; --config FILE.toml reads them from a file.",
+    ]
+)
+
+# What a missing module is part of; everything else comes with torch.
+EXTRAS = {
+    "tyro": "train",
+    "tqdm": "train",
+    "matplotlib": "train",
+    "accelerate": "train",
+    "tensorboard": "train",
+    "tomli": "train",
+    "torchdiffeq": "bench",
+    "diffusers": "diffusers",
+    "transformers": "diffusers",
+    "sentencepiece": "diffusers",
+    "PIL": "diffusers",
+}
+DEMO_EXTRAS = dict.fromkeys(EXTRAS, "bench")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 = it failed, 2 = wrong usage, 130 = interrupted."""
-    command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    if command in ("-h", "--help"):
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in ("-h", "--help"):
         print(USAGE)
         return 0
-    if command != "demo":
-        print(f"Unknown command {command!r}.\n\n{USAGE}", file=sys.stderr)
+    if name not in COMMANDS:
+        print(f"Unknown command {name!r}.\n\n{USAGE}", file=sys.stderr)
         return 2
     try:
-        # Imported here, so that a missing extra is a sentence and not a traceback.
-        import diffusers
-        import matplotlib
-        import torchdiffeq
-        import tyro
-
-        from .demo.show import DemoSettings, UsageError, run_demo
+        return run(name, COMMANDS[name], rest)
     except ModuleNotFoundError as error:
-        print(f"{error.name} is not installed. Install the extra: pip install 'ba-solver[bench]'", file=sys.stderr)
-        return 1
-    del diffusers, matplotlib, torchdiffeq
-    try:
-        run_demo(tyro.cli(DemoSettings, args=rest, prog="ba-solver demo"))
-    except UsageError as error:
-        print(f"ba-solver demo: {error}", file=sys.stderr)
-        return 2
-    except (OSError, ValueError, ArithmeticError) as error:
-        print(f"ba-solver demo failed: {error}", file=sys.stderr)
+        extras = DEMO_EXTRAS if name == "demo" else EXTRAS
+        module = (error.name or str(error)).partition(".")[0]
+        if module not in extras:
+            raise
+        print(
+            f"{module} is not installed. Install the extra: pip install 'ba-solver[{extras[module]}]'", file=sys.stderr
+        )
         return 1
     except KeyboardInterrupt:
-        print("Interrupted; nothing half-written is left.", file=sys.stderr)
+        print("Interrupted; nothing half-written is left, and the same command goes on.", file=sys.stderr)
         return 130
+
+
+def run(name: str, command: Command, rest: list[str]) -> int:
+    """Read a command's settings and do its work; failures become a sentence and an exit status."""
+    # Imported here, so that a missing extra is a sentence and not a traceback.
+    from torch import OutOfMemoryError
+
+    from .settings import UsageError, read_settings
+
+    program = f"ba-solver {name}"
+    for needed in command.needs:
+        importlib.import_module(needed)
+    module: Any = importlib.import_module(f".{command.module}", __package__)
+    try:
+        settings = read_settings(getattr(module, command.settings), rest, program)
+        getattr(module, command.run)(settings)
+    except UsageError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2
+    except OutOfMemoryError as error:
+        print(f"{program}: the GPU's memory is too small ({str(error).splitlines()[0]}) Lower {command.lower}, "
+              "or see docs/training.md, section Memory.", file=sys.stderr)  # fmt: skip
+        return 1
+    except (OSError, ValueError, ArithmeticError) as error:
+        print(f"{program} failed: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

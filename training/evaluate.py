@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,20 +30,26 @@ class Sampler:
         run: (field, noise [B, ...], times) to the end state.
         calls_per_step: backbone calls a step. Where it is 2, one or two Euler steps at the end spend the budget
             exactly and keep off t = 0, where a network's velocity means little (as EDM's Heun sampler does).
+        start: the time that the model's noise is at; grids are scaled by it.
+        grids: times by number of calls, used instead of the family's.
     """
 
     name: str
     label: str
     run: Run
     calls_per_step: int = 1
+    start: float = 1.0
+    grids: Mapping[int, Sequence[float]] | None = None
 
     def times(self, calls: int, shape: GridShape = UNIFORM) -> Tensor:
         """The grid of the family (shift, cosine) that spends exactly `calls` backbone calls."""
+        if self.grids is not None:
+            return torch.tensor(self.grids[calls])
         return time_grid(calls if self.calls_per_step == 1 else calls // 2 + 1, *shape)
 
     def sample(self, field: Field, noise: Tensor, calls: int, shape: GridShape = UNIFORM) -> Tensor:
         """Run on `calls` backbone calls."""
-        times = self.times(calls, shape)
+        times = self.times(calls, shape) * self.start
         if self.calls_per_step == 1:
             return self.run(field, noise, times)
         steps = (calls - 1) // 2
@@ -50,15 +57,19 @@ class Sampler:
         return run_baseline("euler", field, x, times[steps:])
 
 
-def baseline_sampler(name: str) -> Sampler:
+def baseline_sampler(name: str, start: float = 1.0) -> Sampler:
     """A training-free solver of `bas_core.baselines` as a competitor."""
     solver = BASELINES[name]
-    return Sampler(name, solver.label, lambda field, x, t: run_baseline(solver, field, x, t), solver.calls_per_step)
+    return Sampler(
+        name, solver.label, lambda field, x, t: run_baseline(solver, field, x, t), solver.calls_per_step, start
+    )
 
 
-def sidenet_sampler(sidenet: Predictor, name: str = "ba_solver", label: str = "BA-solver", **options: str) -> Sampler:
+def sidenet_sampler(
+    sidenet: Predictor, name: str = "ba_solver", label: str = "BA-solver", start: float = 1.0, **options: Any
+) -> Sampler:
     """The bi-anchor solver with a SideNet as a competitor; `options` go to `solve`."""
-    return Sampler(name, label, lambda field, x, t: solve(field, sidenet, x, t, **options))  # type: ignore[arg-type]
+    return Sampler(name, label, lambda field, x, t: solve(field, sidenet, x, t, **options), start=start)
 
 
 def unipc(field: Field, x: Tensor, times: Tensor) -> Tensor:
@@ -72,15 +83,15 @@ def unipc(field: Field, x: Tensor, times: Tensor) -> Tensor:
     return x
 
 
-def rivals() -> list[Sampler]:
+def rivals(start: float = 1.0) -> list[Sampler]:
     """The training-free solvers that BA-solver is measured against."""
     return [
-        baseline_sampler("euler"),
-        baseline_sampler("heun"),
-        baseline_sampler("adams_bashforth2"),
-        baseline_sampler("dpmpp_2m"),
-        Sampler("unipc", "UniPC", unipc),
-        baseline_sampler("predictor_corrector"),
+        baseline_sampler("euler", start),
+        baseline_sampler("heun", start),
+        baseline_sampler("adams_bashforth2", start),
+        baseline_sampler("dpmpp_2m", start),
+        Sampler("unipc", "UniPC", unipc, start=start),
+        baseline_sampler("predictor_corrector", start),
     ]
 
 

@@ -7,7 +7,9 @@ queries (forward probe, backward refinement) is snapped to the nearest recorded 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from torch import Tensor
 from ..bas_core.flow import per_sample
 from ..bas_core.grids import time_grid
 from ..bas_core.quadrature import Rule
-from .chains import Chains
+from .chains import Chains, Points
 
 KINDS = ("between", "beyond", "first", "last")
 
@@ -33,6 +35,7 @@ class Examples:
         target: [B, C, *spatial] recorded velocity at t - h.
         labels: [B].
         kinds: [B] indices into `KINDS`.
+        scales: [B] CFG scales; None = all alike.
     """
 
     x: Tensor
@@ -44,6 +47,12 @@ class Examples:
     target: Tensor
     labels: Tensor
     kinds: Tensor
+    scales: Tensor | None = None
+
+    def share(self, of: Callable[[Tensor], Tensor]) -> Examples:
+        """Some of the examples, or the same elsewhere: `of` is applied to every column."""
+        columns: dict[str, Any] = {name: None if value is None else of(value) for name, value in vars(self).items()}
+        return Examples(**columns)
 
     def straight_line(self) -> Tensor:
         """What the multistep method predicts: the line through the anchors."""
@@ -137,8 +146,14 @@ def draw_examples(
         for source, rows in ((openings, early), (chains, ~early))
         if rows.any()
     ]
-    columns = zip(*(vars(part).values() for part in parts), strict=True)
-    return Examples(*(torch.cat(column) for column in columns))
+    return joined(parts)
+
+
+def joined(parts: Sequence[Examples]) -> Examples:
+    """Several batches as one."""
+    columns: Any = zip(*(vars(part).values() for part in parts), strict=True)
+    together: list[Any] = [None if column[0] is None else torch.cat(column) for column in columns]
+    return Examples(*together)
 
 
 def read_examples(chains: Chains, wanted: Tensor, kinds: Tensor, generator: torch.Generator) -> Examples:
@@ -150,7 +165,7 @@ def read_examples(chains: Chains, wanted: Tensor, kinds: Tensor, generator: torc
     target = step_off(target, near, wanted[:, 2] < wanted[:, 0], times.shape[1])
     alone = (wanted[:, 0] == wanted[:, 1]) | (near == far)
 
-    def at(values: Tensor, index: Tensor) -> Tensor:
+    def at(values: Points, index: Tensor) -> Tensor:
         return values[rows, index]
 
     t = at(chains.times, near)
@@ -168,6 +183,7 @@ def read_examples(chains: Chains, wanted: Tensor, kinds: Tensor, generator: torc
         target=at(chains.velocities, target),
         labels=chains.labels[rows],
         kinds=kinds,
+        scales=None if chains.scales is None else chains.scales[rows],
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..bas_core.quadrature import get_rule
 from ..bas_core.sidenet import SideNet, SideNetConfig
 from .chains import Chains
-from .loop import LoopSettings, train
+from .loop import LoopSettings, Share, train
 from .pairs import KINDS, Examples, QueryRange, draw_examples
 
 # Share of the velocities' mean square that is added to the line's error, so that queries on which the line is
@@ -41,8 +41,8 @@ class TrainSettings:
 def predicted(sidenet: nn.Module, e: Examples, anchors: int) -> Tensor:
     """The SideNet's velocities for a batch of examples."""
     if anchors == 1:
-        return e.v + sidenet(e.x, e.v, e.t, e.h, e.labels)
-    return e.v + sidenet(e.x, e.v, e.t, e.h, e.labels, slope=e.slope, span=e.span)
+        return e.v + sidenet(e.x, e.v, e.t, e.h, e.labels, scale=e.scales)
+    return e.v + sidenet(e.x, e.v, e.t, e.h, e.labels, slope=e.slope, span=e.span, scale=e.scales)
 
 
 def squared_errors(guess: Tensor, e: Examples) -> Tensor:
@@ -57,23 +57,8 @@ def relative_loss(sidenet: nn.Module, e: Examples, anchors: int) -> Tensor:
     ends worse than the line.
     """
     line = squared_errors(e.straight_line(), e)
-    return (
-        squared_errors(predicted(sidenet, e, anchors), e) / (line + RELATIVE_FLOOR * e.target.square().mean())
-    ).mean()
-
-
-def pair_loss(
-    sidenet: SideNet,
-    chains: Chains,
-    settings: TrainSettings,
-    generator: torch.Generator,
-    openings: Chains | None = None,
-) -> Tensor:
-    """The relative loss of a freshly drawn batch."""
-    e = draw_examples(
-        chains, get_rule(settings.rule), sidenet.anchors, settings.loop.batch, settings.ranges, generator, openings
-    )
-    return relative_loss(sidenet, e, sidenet.anchors)
+    floor = RELATIVE_FLOOR * e.target.square().flatten(1).mean(1)
+    return (squared_errors(predicted(sidenet, e, anchors), e) / (line + floor)).mean()
 
 
 @torch.inference_mode()
@@ -117,8 +102,10 @@ def train_sidenet(
     torch.manual_seed(settings.loop.seed)
     sidenet = SideNet(config).zero_output()
 
-    def loss_at(step: int) -> Tensor:
-        return pair_loss(sidenet, chains, settings, settings.loop.generator(step), openings)
+    def loss_at(step: int, share: Share) -> Tensor:
+        generator, batch = settings.loop.generator(step), settings.loop.batch
+        e = draw_examples(chains, get_rule(settings.rule), config.anchors, batch, settings.ranges, generator, openings)
+        return relative_loss(sidenet, e.share(share.of), config.anchors)
 
     def report(average: SideNet, step: int) -> dict[str, float]:
         return residual_variance(average, config.anchors, held_out, settings)

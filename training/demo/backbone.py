@@ -17,7 +17,7 @@ from torch import Tensor
 from ...bas_core.checkpoint import load_sit, save_sit
 from ...bas_core.flow import interpolate
 from ...bas_core.sit import SiT, SiTConfig
-from ..loop import LoopSettings, train
+from ..loop import LoopSettings, Share, train
 from .shapes import CLASS_NAMES, IMAGE_SIZE, draw_shapes
 
 DEMO_CONFIG = SiTConfig(
@@ -72,8 +72,8 @@ def train_backbone(settings: BackboneSettings) -> Path:
     network = torch.compile(model) if settings.compile else model
     path = settings.out / "demo_sit.safetensors"
 
-    def loss_at(step: int) -> Tensor:
-        images, noise, t, labels = (part.to(device) for part in training_batch(settings, step))
+    def loss_at(step: int, share: Share) -> Tensor:
+        images, noise, t, labels = (share.of(part).to(device) for part in training_batch(settings, step))
         with torch.autocast(device.type, dtype=torch.bfloat16):
             velocity = network(interpolate(images, noise, t), t, labels)
         return (velocity.float() - (noise - images)).square().mean()

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...bas_core.checkpoint import check_format, check_tensors, read_safetensors, write_safetensors
-from ..loop import LoopSettings, train
+from ..loop import LoopSettings, Share, train
 from .shapes import CLASS_NAMES, draw_shapes
 
 CLASSIFIER_FORMAT = "ba-solver-demo-classifier"
@@ -58,11 +58,12 @@ def train_classifier(settings: ClassifierSettings) -> Path:
     torch.manual_seed(settings.loop.seed)
     classifier = Classifier()
 
-    def loss_at(step: int) -> Tensor:
+    def loss_at(step: int, share: Share) -> Tensor:
         generator = settings.loop.generator(step)
         shapes = draw_shapes(generator, settings.loop.batch)
         noisy = shapes.images + 0.05 * torch.randn(shapes.images.shape, generator=generator)
-        return F.cross_entropy(classifier(noisy.clamp(-1, 1)), shapes.labels, label_smoothing=0.02)
+        guesses = classifier(share.of(noisy).clamp(-1, 1))
+        return F.cross_entropy(guesses, share.of(shapes.labels), label_smoothing=0.02)
 
     best = train(classifier, loss_at, settings.loop, "classifier", settings.out / "run.pt")
     path = settings.out / "demo_classifier.safetensors"

@@ -1,0 +1,214 @@
+"""Tiny pipelines with random weights, of the real diffusers classes, saved as folders."""
+
+import json
+
+import torch
+
+# Warnings of optional image processors that nobody here uses.
+import transformers
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLWan,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
+)
+
+transformers.logging.set_verbosity_error()
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def clip_tokenizer(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    words = [*LETTERS, *(f"{c}</w>" for c in LETTERS), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
+
+
+def t5_tokenizer(longest):
+    words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -2.0), *((c, -3.0) for c in LETTERS)]
+    return T5Tokenizer(vocab=words, extra_ids=0, model_max_length=longest)
+
+
+def clip(kind, width=32):
+    config = CLIPTextConfig(
+        vocab_size=60,
+        hidden_size=width,
+        intermediate_size=37,
+        num_attention_heads=4,
+        num_hidden_layers=2,
+        projection_dim=width,
+        bos_token_id=52,
+        eos_token_id=53,
+        pad_token_id=53,
+    )
+    return kind(config)
+
+
+def t5(kind=T5EncoderModel, config=T5Config, width=32):
+    return kind(config(vocab_size=40, d_model=width, d_ff=37, d_kv=8, num_heads=4, num_layers=2))
+
+
+def autoencoder(channels, **more):
+    return AutoencoderKL(
+        block_out_channels=(4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=channels,
+        norm_num_groups=2,
+        sample_size=32,
+        **more,
+    )
+
+
+def flux(folder):
+    """Guidance as an input of the network, packed latents, a shift that depends on the resolution."""
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=(4, 4, 8),
+        guidance_embeds=True,
+    )
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        text_encoder=clip(CLIPTextModel),
+        text_encoder_2=t5(),
+        tokenizer=clip_tokenizer(folder),
+        tokenizer_2=t5_tokenizer(512),
+        vae=autoencoder(4, shift_factor=0.1, scaling_factor=0.4, use_quant_conv=False, use_post_quant_conv=False),
+        transformer=transformer,
+    )
+
+
+def sd3(folder):
+    """CFG of a doubled batch, three text encoders, a constant shift."""
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=1,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        caption_projection_dim=32,
+        joint_attention_dim=32,
+        pooled_projection_dim=64,
+        out_channels=4,
+    )
+    tokenizer = clip_tokenizer(folder)
+    return StableDiffusion3Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        text_encoder=clip(CLIPTextModelWithProjection),
+        text_encoder_2=clip(CLIPTextModelWithProjection),
+        text_encoder_3=t5(),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        tokenizer_3=t5_tokenizer(256),
+        transformer=transformer,
+        vae=autoencoder(4, shift_factor=0.06, scaling_factor=1.5, use_quant_conv=False, use_post_quant_conv=False),
+    )
+
+
+def wan(folder):
+    """Videos, a call for each branch, another text encoder."""
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=16,
+        out_channels=16,
+        text_dim=32,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=2,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=32,
+    )
+    return WanPipeline(
+        tokenizer=t5_tokenizer(512),
+        text_encoder=t5(UMT5EncoderModel, UMT5Config),
+        vae=AutoencoderKLWan(
+            base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        transformer=transformer,
+    )
+
+
+def stable_diffusion(folder, prediction="epsilon"):
+    """A diffusion model: UNet, variance-preserving path, 1000 timesteps."""
+    unet = UNet2DConditionModel(
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        norm_num_groups=2,
+        attention_head_dim=4,
+    )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        prediction_type=prediction,
+        steps_offset=1,
+    )
+    return StableDiffusionPipeline(
+        unet=unet,
+        scheduler=scheduler,
+        vae=autoencoder(4),
+        text_encoder=clip(CLIPTextModel),
+        tokenizer=clip_tokenizer(folder),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def livelier(module):
+    """Random weights large enough for the velocity to depend on state, time, prompt and guidance."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(2.0)
+    return module
+
+
+def save(make, folder, **options):
+    """Build a pipeline and save it; returns it."""
+    torch.manual_seed(0)
+    pipeline = make(folder / "words", **options)
+    livelier(getattr(pipeline, "transformer", None) or pipeline.unet)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.save_pretrained(folder / "pipeline")
+    return pipeline

@@ -1,0 +1,382 @@
+"""Training from chains: resume, processes, stages and what they reach, on a field whose truth is known."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from ba_solver.bas_core import load_sidenet, save_sidenet, solve, time_grid
+from ba_solver.bas_core.checkpoint import read_safetensors, write_safetensors
+from ba_solver.training import fit, published
+from ba_solver.training.backbones import BackboneChoice, open_backbone
+from ba_solver.training.chains import open_chains
+from ba_solver.training.cli import main
+from ba_solver.training.closed_loop import Rollout, end_point_loss, interval_loss
+from ba_solver.training.evaluate import endpoint_errors
+from ba_solver.training.loop import LoopSettings, Share, train
+from ba_solver.training.published import load_latents, published_loss, signed_steps
+from ba_solver.training.time_grids import coordinate_search
+from training_problems import BACKBONE, SHAPE
+
+torch.set_num_threads(1)
+SMALL = ("--base-channels", "16", "--embedding-dim", "16", "--num-layers", "2", "--patch-size", "1", "--batch", "16")
+QUICK = (*SMALL, "--warmup", "10", "--learning-rate", "1e-2", "--ema", "0.95")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Recordings at CFG 2: guided, of both branches, and over a range of scales."""
+    root = tmp_path_factory.mktemp("recorded")
+    record(root / "guided", "--guidance", "2", "--chains", "96")
+    record(root / "branch", "--guidance", "2", "--chains", "48", "--mode", "branch")
+    record(root / "range", "--guidance", "1.5", "3", "--chains", "64")
+    return root
+
+
+def record(out, *more):
+    command = ["record", "--backbone", BACKBONE, "--points", "40", "--record-batch", "16", "--out", str(out), *more]
+    assert main(command) == 0
+
+
+def run(folder, out, *more, status=0):
+    assert main(["train", "--chains", str(folder), "--out", str(out), *map(str, more)]) == status
+    return load_sidenet(out) if status == 0 else None
+
+
+def tensors(path):
+    return read_safetensors(path)[0]
+
+
+def test_four_steps_equal_two_stop_resume_two(folder, tmp_path, monkeypatch, capsys):
+    """Bit for bit, through the command; without --resume nothing is gone on with or lost."""
+    options = (*SMALL, "--steps", "4", "--save-every", "1")
+    run(folder / "guided", tmp_path / "whole.safetensors", *options)
+    calls, real = [], fit.relative_loss
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(fit, "relative_loss", interrupted)
+    part = tmp_path / "part.safetensors"
+    run(folder / "guided", part, *options, status=130)
+    monkeypatch.setattr(fit, "relative_loss", real)
+    assert not part.exists()
+    run(folder / "guided", part, *options, status=2)
+    assert "Go on with --resume" in capsys.readouterr().err
+    run(folder / "guided", part, *options, "--resume", "--seed", "9", status=2)
+    assert "seed was 1, now 9" in capsys.readouterr().err
+    run(folder / "guided", part, *options, "--resume")
+    whole, resumed = tensors(tmp_path / "whole.safetensors"), tensors(part)
+    assert whole and all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert not list((tmp_path / "part.run").glob("*.pt"))
+
+
+def test_two_processes_equal_one(folder, tmp_path):
+    """Two CPU processes of accelerate share each batch and come to the one-process weights, to rounding."""
+    options = [*QUICK, "--steps", "12", "--save-every", "6", "--warmup", "2"]
+    run(folder / "guided", tmp_path / "one.safetensors", *options)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "ba_solver.training"]
+    command = [
+        *launch,
+        "train",
+        "--chains",
+        str(folder / "guided"),
+        "--out",
+        str(tmp_path / "two.safetensors"),
+        *options,
+    ]
+    package = str(Path(fit.__file__).resolve().parents[1].parent)
+    paths = os.pathsep.join([*(p for p in sys.path if p), package])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    one, two = tensors(tmp_path / "one.safetensors"), tensors(tmp_path / "two.safetensors")
+    start = tensors_of_untrained(folder, tmp_path)
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=2e-3, atol=2e-5)
+    assert max((one[name] - start[name]).abs().max() for name in one) > 0.02
+    assert done.stdout.count("Written:") == 1
+
+
+def tensors_of_untrained(folder, tmp_path):
+    run(folder / "guided", tmp_path / "start.safetensors", *SMALL, "--steps", "0")
+    return tensors(tmp_path / "start.safetensors")
+
+
+def test_accumulated_passes_equal_one(folder, tmp_path, capsys):
+    options = (*QUICK, "--steps", "10", "--warmup", "2")
+    run(folder / "guided", tmp_path / "one.safetensors", *options)
+    run(folder / "guided", tmp_path / "four.safetensors", *options, "--accumulate", "4")
+    one, four = tensors(tmp_path / "one.safetensors"), tensors(tmp_path / "four.safetensors")
+    for name in one:
+        torch.testing.assert_close(four[name], one[name], rtol=2e-3, atol=2e-5)
+    run(folder / "guided", tmp_path / "x.safetensors", *options, "--accumulate", "5", status=2)
+    assert "must be a multiple of processes times --accumulate" in capsys.readouterr().err
+
+
+def test_early_stopping_keeps_the_best():
+    """Scores 3, 1, 2, 2, 2: with patience 3 the run stops after the fifth and returns the second's weights."""
+    model = torch.nn.Linear(1, 1)
+    scores, seen = iter([3.0, 1.0, 2.0, 2.0, 2.0, 0.0, 0.0]), []
+
+    def report(average, step):
+        seen.append(average.weight.item())
+        return {"score": next(scores)}
+
+    settings = LoopSettings(steps=100, batch=1, learning_rate=0.1, warmup=1, save_every=2, patience=3)
+    best = train(model, lambda step, share: model(torch.ones(1, 1)).sum(), settings, "toy", None, report)
+    assert len(seen) == 5 and best.weight.item() == seen[1] != seen[4]
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained") / "sidenet.safetensors"
+    sidenet, card = run(folder / "guided", out, *QUICK, "--batch", "64", "--steps", "400", "--save-every", "100")
+    return out, sidenet, card
+
+
+def rollout_error(sidenet, folder, calls=5, grid=None):
+    """Mean end-point error on the recording's held-out runs."""
+    chains, about = open_chains([folder])
+    backbone = open_backbone(BackboneChoice(backbone=BACKBONE))
+    held_out = chains.split(12)[1]
+    rollout = Rollout(backbone, held_out, about, fit.get_rule("lobatto4"), [], 12)
+    rows = torch.arange(0, len(held_out), held_out.branches)
+    with torch.no_grad():
+        x = solve(rollout.field_of(rows), sidenet, rollout.noise(rows), time_grid(calls) if grid is None else grid)
+    return endpoint_errors(x, rollout.truth(rows, torch.tensor(0.0))).mean().item()
+
+
+def test_training_from_chains_beats_the_solver_without_a_sidenet(folder, trained):
+    _, sidenet, card = trained
+    table = card.evaluation["residual_variance"]
+    assert max(table["kind"][kind] for kind in ("between", "beyond", "last")) < 0.85, table
+    assert set(table) == {"kind", "time", "step"} and len(table["step"]) >= 3
+    assert rollout_error(sidenet, folder / "guided") < 0.7 * rollout_error(None, folder / "guided")
+
+
+def test_the_card_says_how_it_was_made(folder, trained):
+    out, _, card = trained
+    assert card.velocity == "guided" and card.guidance_range == (2.0, 2.0)
+    assert card.backbone == {"name": "swirl", "kind": "python", "fingerprint": "swirl-1"}
+    training = card.training
+    assert training["backbone_calls"] == {"chains": 96 * 40} and training["recorded_runs"] == 96
+    assert training["held_out_runs"] == 12 and training["settings"]["learning_rate"] == 0.01
+    assert training["recorded"]["teacher_error"] > 0
+    journal = out.with_suffix(".run")
+    assert list((journal / "tensorboard").iterdir()) and (journal / "all_pairs_loss.png").stat().st_size > 5000
+
+
+def test_closed_loop_and_grid_lower_the_rollout_error(folder, trained, tmp_path):
+    """Per-interval targets and a learned grid each lower the held-out end-point error of the real sampler."""
+    out, sidenet, _ = trained
+    before = rollout_error(sidenet, folder / "guided")
+    options = ("--steps", "0", "--start-from", out, "--backbone", BACKBONE, *QUICK, "--nfe-range", "5", "5")
+    closed, card = run(
+        folder / "guided", tmp_path / "c.safetensors", *options, "--closed-loop", "120", "--learning-rate", "3e-2"
+    )
+    assert rollout_error(closed, folder / "guided") < 0.95 * before
+    # 120 steps of 5 calls for 16 runs, and one score on 4 draws of 16 runs.
+    assert card.training["backbone_calls"]["closed loop"] == 120 * 5 * 16 + 1 * 4 * 16 * 5
+    gridded, card = run(folder / "guided", tmp_path / "g.safetensors", *options, "--grid-nfe", "5")
+    grid = torch.tensor(card.time_grids[5])
+    assert grid[0] == 1 and grid[-1] == 0 and (grid.diff() < 0).all() and len(grid) == 6
+    assert rollout_error(gridded, folder / "guided", grid=grid) < 0.95 * before
+
+
+def test_end_point_training_lowers_the_rollout_error(folder, trained, tmp_path):
+    out, sidenet, _ = trained
+    before = rollout_error(sidenet, folder / "guided")
+    options = ("--steps", "0", "--start-from", out, "--backbone", BACKBONE, *QUICK, "--nfe-range", "5", "5")
+    ended, _ = run(
+        folder / "guided", tmp_path / "e.safetensors", *options, "--end-point", "60", "--learning-rate", "3e-2"
+    )
+    assert rollout_error(ended, folder / "guided") < 0.9 * before
+
+
+def test_closed_loop_losses_are_one_without_a_sidenet(folder):
+    """They are relative to the solver's own line; the interval loss does not differentiate through the backbone."""
+    chains, about = open_chains([folder / "guided"])
+    backbone = open_backbone(BackboneChoice(backbone=BACKBONE))
+    rollout = Rollout(backbone, chains, about, fit.get_rule("lobatto4"), [time_grid(5)], 8)
+    from ba_solver.bas_core import SideNet, SideNetConfig
+
+    config = SideNetConfig(in_channels=2, base_channels=8, embedding_dim=8, num_layers=1, num_classes=2, anchors=2)
+    blank = SideNet(config).zero_output()
+    for loss in (interval_loss, end_point_loss):
+        value = loss(blank, rollout, torch.Generator().manual_seed(0), Share())
+        assert value.item() == pytest.approx(1, abs=1e-3)
+        value.backward()
+        assert blank.output_conv.weight.grad.abs().sum() > 0
+
+
+def test_branches_and_guidance_ranges_train(folder, tmp_path):
+    """In branch mode the SideNet sees the null class; over a range it is told the scale, and listens."""
+    branch, card = run(folder / "branch", tmp_path / "b.safetensors", *QUICK, "--batch", "64", "--steps", "200")
+    assert card.velocity == "branch" and card.training["recorded_runs"] == 48
+    assert rollout_error(branch, folder / "branch") < 0.9 * rollout_error(None, folder / "branch")
+    ranged, card = run(folder / "range", tmp_path / "r.safetensors", *QUICK, "--batch", "64", "--steps", "200")
+    assert card.guidance_range == (1.5, 3.0) and ranged.config.guidance_input
+    x = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
+    t, h, y = torch.full((2,), 0.6), torch.full((2,), 0.1), torch.tensor([0, 1])
+    low, high = (ranged(x, x, t, h, y, scale=torch.full((2,), s)) for s in (1.5, 3.0))
+    assert (low - high).abs().max() > 1e-3
+
+
+def test_steps_of_the_published_objective():
+    """Signed by a fair coin, of mean 0.02 where there is room, and never beyond the ends of the path."""
+    t = torch.linspace(0, 1, 40_001)
+    h = signed_steps(t, torch.Generator().manual_seed(0))
+    assert (t - h >= -1e-6).all() and (t - h <= 1 + 1e-6).all()
+    middle = h[(t > 0.3) & (t < 0.7)]
+    assert middle.abs().mean().item() == pytest.approx(0.02, rel=0.03)
+    assert (middle > 0).float().mean().item() == pytest.approx(0.5, abs=0.02)
+    # Truncated, not clipped: no heap of steps that fill the room exactly.
+    near = (t > 0.009) & (t < 0.011) & (h > 0)
+    assert (h[near] < t[near] * 0.999).float().mean() > 0.97
+
+
+def test_published_objective_trains_and_counts_its_calls(tmp_path, folder):
+    """Nine calls a sample; what it reaches on held-out chains is better than a constant velocity."""
+    latents = torch.randn(64, *SHAPE, generator=torch.Generator().manual_seed(1)) * 0.3
+    write_safetensors(tmp_path / "data.safetensors", {"latents": latents, "labels": torch.arange(64) % 2}, {})
+    options = ("--objective", "published", "--latents", tmp_path / "data.safetensors", "--backbone", BACKBONE)
+    _, card = run(
+        folder / "branch",
+        tmp_path / "p.safetensors",
+        *options,
+        *QUICK,
+        "--anchors",
+        "1",
+        "--steps",
+        "60",
+        "--batch",
+        "32",
+    )
+    assert card.training["backbone_calls"] == {"published": 60 * 9 * 32}
+    assert card.evaluation["residual_variance"]["kind"]["last"] < 0.9
+
+
+def test_published_loss_is_zero_for_an_exact_sidenet():
+    """With the exact change of velocity in the SideNet's place nothing is left, whatever the steps."""
+    from ba_solver.training.backbones import Backbone
+
+    backbone = Backbone("still", "python", "1", SHAPE, lambda x, t, y, scale: (3 * t**2)[:, None, None, None] + 0 * x)
+    latents = published.Latents(torch.zeros(4, *SHAPE), torch.zeros(4, dtype=torch.long))
+
+    def exact(x, v, t, h, y):
+        return (3 * (t - h) ** 2 - 3 * t**2)[:, None, None, None] + 0 * x
+
+    def blank(x, v, t, h, y):
+        return 0 * x
+
+    for network, low, high in ((exact, 0, 1e-10), (blank, 1e-4, 1)):
+        loss = published_loss(network, backbone, latents, 64, torch.Generator().manual_seed(0), Share())
+        assert low <= loss <= high
+
+
+def test_latents_come_from_folders_of_images(tmp_path):
+    """Subfolders are classes in alphabetical order; images are resized to the model's size."""
+    from ba_solver.training.backbones import Backbone
+    from matplotlib.image import imsave
+
+    for name, value in (("ant", 0.0), ("bee", 1.0)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        imsave(tmp_path / "images" / name / "a.png", torch.full((8, 6, 3), value).numpy())
+    backbone = Backbone(
+        "x", "python", "1", (3, 4, 4), lambda *a: a[0], conditions=2, encode=lambda images: images * 2 - 1
+    )
+    latents = load_latents(tmp_path / "images", backbone)
+    assert latents.labels.tolist() == [0, 1]
+    torch.testing.assert_close(latents.states, torch.tensor([-1.0, 1.0])[:, None, None, None].expand(2, 3, 4, 4))
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match="holds no images"):
+        load_latents(tmp_path / "none", backbone)
+
+
+def test_coordinate_search_finds_the_minimum():
+    target = torch.tensor([1.0, 0.9, 0.45, 0.05, 0.0])
+    found = coordinate_search(lambda grid: (grid - target).square().sum().item(), torch.linspace(1, 0, 5), rounds=30)
+    torch.testing.assert_close(found, target, atol=0.01, rtol=0)
+
+
+def test_bfloat16_trains_and_float16_needs_a_gpu(folder, tmp_path, capsys):
+    AcceleratorState._reset_state()
+    _, card = run(
+        folder / "guided", tmp_path / "b.safetensors", *QUICK, "--batch", "64", "--steps", "150", "--precision", "bf16"
+    )
+    AcceleratorState._reset_state()
+    assert card.evaluation["residual_variance"]["kind"]["beyond"] < 0.95
+    run(folder / "guided", tmp_path / "c.safetensors", *SMALL, "--precision", "fp16", status=2)
+    assert "fp16 needs a GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--guidance", "3"), "recorded with guidance [2.0, 2.0]; [3.0, 3.0] is asked for"),
+        (("--objective", "magic"), "--objective must be one of all_pairs, published"),
+        (("--objective", "published"), "--latents and --objective published go together"),
+        (("--grid-nfe", "5"), "need --backbone"),
+        (
+            ("--objective", "published", "--latents", "x.safetensors", "--backbone", BACKBONE),
+            "record with --mode branch",
+        ),
+        (("--rule", "legendre3"), "--rule must be one of lobatto3"),
+        (("--nfe-range", "9", "5"), "--nfe-range must be two numbers"),
+        (("--held-out", "96"), "leaves none of the 96 recorded runs"),
+        (("--base-channels", "10"), "base_channels must be a multiple of num_heads"),
+        (("--batch", "0"), "--batch must be at least 1"),
+        (("--precision", "fp8"), "--precision must be one of fp32, bf16, fp16"),
+        (("--start-from", "missing.safetensors"), "no file missing.safetensors"),
+        (
+            ("--grid-nfe", "5", "--backbone", "python:training_problems:other_backbone"),
+            "'other' (swirl-2) is asked for",
+        ),
+        (("--grid-nfe", "5", "--backbone", "python:training_problems:larger_backbone"), "asked for at [2, 8, 8]"),
+    ],
+)
+def test_bad_settings_are_refused_in_words(options, message, folder, tmp_path, capsys):
+    out = tmp_path / "out.safetensors"
+    assert main(["train", "--chains", str(folder / "guided"), "--out", str(out), *options]) in (1, 2)
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_sidenet_of_another_model_is_not_started_from(folder, trained, tmp_path, capsys):
+    from dataclasses import replace
+
+    _, sidenet, card = trained
+    save_sidenet(tmp_path / "s.safetensors", sidenet, replace(card, backbone={"name": "else", "fingerprint": "0"}))
+    run(folder / "guided", tmp_path / "o.safetensors", "--start-from", tmp_path / "s.safetensors", status=1)
+    assert "belongs to 'else', the chains to 'swirl'" in capsys.readouterr().err
+
+
+def test_unwritable_places_and_wrong_suffixes_are_refused(folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    run(folder / "guided", tmp_path / "file" / "o.safetensors", status=2)
+    assert "cannot be written" in capsys.readouterr().err
+    run(folder / "guided", tmp_path / "o.pt", status=2)
+    assert "must end in .safetensors" in capsys.readouterr().err
+
+
+def test_a_run_state_of_another_network_is_refused(folder, tmp_path, capsys):
+    out = tmp_path / "o.safetensors"
+    run(folder / "guided", out, *SMALL, "--steps", "0")
+    (tmp_path / "o.run").mkdir(exist_ok=True)
+    torch.save({"step": 3}, tmp_path / "o.run" / "all_pairs.pt")
+    out.unlink()
+    run(folder / "guided", out, *SMALL, "--steps", "2", "--resume", status=2)
+    assert "steps was 0, now 2" in capsys.readouterr().err
+    settings = json.loads((tmp_path / "o.run" / "settings.json").read_text()) | {"steps": 2}
+    (tmp_path / "o.run" / "settings.json").write_text(json.dumps(settings))
+    run(folder / "guided", out, *SMALL, "--steps", "2", "--resume", status=1)
+    assert "is the state of another run" in capsys.readouterr().err

@@ -1,0 +1,271 @@
+"""Recording: what the shards hold, that it can be interrupted, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from ba_solver.bas_core import CheckpointError, Guidance, model_field, run_baseline
+from ba_solver.training import record as recording
+from ba_solver.training.backbones import open_backbone
+from ba_solver.training.backbones.base import BackboneChoice
+from ba_solver.training.chains import Chains, open_chains, open_shard, record_chains, save_shard
+from ba_solver.training.cli import main
+from training_problems import BACKBONE, SHAPE, swirl
+
+
+def arguments(out, **changes):
+    values = {"backbone": BACKBONE, "chains": 10, "record_batch": 4, "points": 24, "guidance": 2.0, **changes}
+    flags = []
+    for name, value in values.items():
+        flags += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
+    return [*flags, "--out", str(out)]
+
+
+def record(out, **changes):
+    assert main(["record", *arguments(out, **changes)]) == 0
+    return open_chains([out])
+
+
+def guided(x, t, y, scale):
+    return torch.lerp(swirl(x, t, torch.full_like(y, 2)), swirl(x, t, y), scale)
+
+
+def test_shards_hold_the_guided_field_along_its_path(tmp_path, capsys):
+    chains, about = record(tmp_path / "chains")
+    printed = capsys.readouterr().out
+    assert "240 backbone calls" in printed and "teacher's own error" in printed and "to go" in printed
+    assert len(chains) == 10 and about["guidance"] == [2.0, 2.0] and about["backbone"]["fingerprint"] == "swirl-1"
+    assert chains.labels.tolist() == [i % 2 for i in range(10)]
+    rows = torch.arange(10)
+    for point in (0, 9, 23):
+        at = torch.full((10,), point)
+        x, v = chains.states[rows, at], chains.velocities[rows, at]
+        torch.testing.assert_close(v, guided(x, chains.times[rows, at], chains.labels, 2.0))
+    # Two shards of a recording have noises and times of their own.
+    first = chains.states[rows, torch.zeros(10, dtype=torch.long)]
+    assert torch.pdist(first.flatten(1)).min() > 1 and (chains.times[0] != chains.times[4]).any()
+
+
+def test_streamed_chains_are_the_same_as_chains_in_memory(tmp_path):
+    """Indexing, splitting and reading between the points do not depend on where the numbers lie."""
+    chains, _ = record(tmp_path / "chains")
+    states, velocities = (torch.stack([part[i] for i in range(10)]) for part in (chains.states, chains.velocities))
+    memory = Chains(chains.times, states, velocities, chains.labels, chains.scales)
+    rows, points = torch.tensor([9, 0, 5]), torch.tensor([3, 23, 0])
+    assert torch.equal(chains.states[rows, points], states[rows, points])
+    for streamed, kept in zip(chains.split(3), memory.split(3), strict=True):
+        assert len(streamed) == len(kept)
+        some = torch.tensor([0, 2])
+        assert torch.equal(streamed.velocities[some, some], kept.velocities[some, some])
+        assert torch.equal(streamed.ends(some), kept.ends(some))
+
+
+def test_states_between_points_are_of_fourth_order():
+    """The cubic through states and velocities: halving the steps leaves a sixteenth of the error."""
+    errors = []
+    for points in (20, 40):
+        times = torch.linspace(1, 0.01, points, dtype=torch.float64).expand(2, -1)
+        phase = 5 * times[..., None, None, None] + torch.arange(2)[:, None, None, None, None]
+        chains = Chains(times, phase.sin(), 5 * phase.cos(), torch.arange(2))
+        at = torch.linspace(0.95, 0.05, 37, dtype=torch.float64)
+        found = torch.stack([chains.at(torch.tensor([1, 0]), t).flatten() for t in at])
+        errors.append((found - (5 * at[:, None] + torch.tensor([1, 0])).sin()).abs().max().item())
+    assert 3.7 < torch.log2(torch.tensor(errors[0] / errors[1])).item() < 4.3, errors
+
+
+def test_branch_mode_records_both_branches_on_the_guided_path(tmp_path):
+    chains, about = record(tmp_path / "branches", mode="branch", guidance_interval=(0.0, 0.7))
+    path, _ = record(tmp_path / "guided", guidance_interval=(0.0, 0.7))
+    assert len(chains) == 20 and chains.branches == 2 and about["velocity"] == "branch"
+    assert chains.labels.tolist()[:4] == [0, 2, 1, 2]
+    rows = torch.arange(20)
+    for point in (0, 7, 23):
+        at = torch.full((20,), point)
+        x, v = chains.states[rows, at], chains.velocities[rows, at]
+        torch.testing.assert_close(v, swirl(x, chains.times[rows, at], chains.labels))
+        torch.testing.assert_close(x[::2], path.states[rows[:10], at[:10]])
+    train, held_out = chains.split(3)
+    assert len(train) == 14 and len(held_out) == 6
+
+
+def test_guidance_range_is_recorded_with_its_scales(tmp_path):
+    chains, about = record(tmp_path / "chains", guidance=(1.5, 4.0), chains=24)
+    assert about["guidance"] == [1.5, 4.0]
+    assert 1.5 <= chains.scales.min() < 2.5 and 3 < chains.scales.max() <= 4
+    rows, at = torch.arange(24), torch.full((24,), 11)
+    x, v = chains.states[rows, at], chains.velocities[rows, at]
+    expected = guided(x, chains.times[rows, at], chains.labels, chains.scales[:, None, None, None])
+    torch.testing.assert_close(v, expected)
+
+
+def test_an_interrupted_recording_goes_on_to_the_same_chains(tmp_path, monkeypatch, capsys):
+    whole, _ = record(tmp_path / "whole")
+    out, count = tmp_path / "parts", []
+    real = recording.record_shard
+
+    def interrupted(*rest):
+        if len(count) == 1:
+            raise KeyboardInterrupt
+        count.append(rest)
+        return real(*rest)
+
+    monkeypatch.setattr(recording, "record_shard", interrupted)
+    assert main(["record", *arguments(out)]) == 130
+    assert len(list(out.glob("*.safetensors"))) == 1
+    monkeypatch.setattr(recording, "record_shard", real)
+    resumed, _ = record(out)
+    assert "1 of 3 shards are there already" in capsys.readouterr().out
+    for i in range(10):
+        assert torch.equal(whole.states[i], resumed.states[i])
+        assert torch.equal(whole.velocities[i], resumed.velocities[i])
+
+
+def test_a_coarse_teacher_is_measured_and_warned_about(tmp_path, capsys):
+    """The measured error is the distance from the converged end, and few points are called coarse."""
+    choice = BackboneChoice(backbone=BACKBONE, guidance=(2.0,))
+    backbone = open_backbone(choice)
+    errors = {}
+    for points in (10, 96):
+        settings = recording.Recording(chains=8, points=points, record_batch=8)
+        errors[points] = recording.teacher_error(settings, choice, backbone)
+        drawn = recording.draw_batch(settings, choice, backbone, 0)
+        field = backbone.field(drawn["labels"], 2.0)
+        times = drawn["times"]
+        converged = run_baseline("rk4", field, drawn["noise"], torch.linspace(1, 0.01, 400))
+        truth = (run_baseline("adams_bashforth3", field, drawn["noise"], times) - converged).square().mean().sqrt()
+        assert errors[points]["error"] == pytest.approx(truth.item(), rel=0.35)
+    assert errors[96]["error"] < errors[10]["error"] / 50
+    record(tmp_path / "fine", points=96)
+    assert "coarse" not in capsys.readouterr().out
+    record(tmp_path / "coarse", points=10)
+    assert "Warning: that is coarse" in capsys.readouterr().out
+
+
+def refused(capsys, *command):
+    status = main([str(part) for part in command])
+    said = capsys.readouterr().err
+    assert status in (1, 2), said
+    return said
+
+
+def test_what_is_there_is_never_overwritten(tmp_path, capsys):
+    out = tmp_path / "chains"
+    record(out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    said = refused(capsys, "record", *arguments(out, guidance=3.0))
+    assert "guidance was [2.0, 2.0], now [3.0, 3.0]" in said and "nothing is overwritten" in said
+    assert "record_batch was 4, now 5" in refused(capsys, "record", *arguments(out, record_batch=5))
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "holiday.jpg").write_text("dear")
+    assert "holds other things (holiday.jpg)" in refused(capsys, "record", *arguments(tmp_path / "other"))
+
+
+def damage(path, kind):
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif kind == "flipped":
+        content = bytearray(path.read_bytes())
+        content[-1000] ^= 1
+        path.write_bytes(content)
+    elif kind == "not chains":
+        save_shard(path, {"weights": torch.zeros(3)}, {})
+    else:
+        tensors, about = open_shard(path)
+        tensors = {name: value.clone() for name, value in tensors.items()}
+        tensors["states"][1, 3] = float("nan")
+        save_shard(path, tensors, about)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("truncated", "truncated"), ("flipped", "check sum"), ("NaN", "NaN"), ("not chains", "holds no chains")],
+)
+def test_damaged_shards_are_refused_by_name(kind, message, tmp_path):
+    out = tmp_path / "chains"
+    record(out)
+    path = sorted(out.iterdir())[1]
+    damage(path, kind)
+    with pytest.raises(CheckpointError, match=f"{path.name}.*{message}"):
+        open_chains([out])
+
+
+def test_shards_of_the_same_name_or_of_another_recording_are_refused(tmp_path):
+    record(tmp_path / "a")
+    record(tmp_path / "b")
+    with pytest.raises(CheckpointError, match="same name, hence the same seed and the same noises"):
+        open_chains([tmp_path / "a", tmp_path / "b"])
+    record(tmp_path / "c", seed=2)
+    assert len(open_chains([tmp_path / "a", tmp_path / "c"])[0]) == 20
+    record(tmp_path / "d", seed=3, guidance=3.0)
+    with pytest.raises(CheckpointError, match=r"guidance is \[3.0, 3.0\]"):
+        open_chains([tmp_path / "a", tmp_path / "d"])
+    with pytest.raises(FileNotFoundError, match="Record chains first"):
+        open_chains([tmp_path / "nowhere"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"backbone": "sit"}, "must be a kind, a colon and where"),
+        ({"backbone": "magic:x"}, "must be a kind"),
+        ({"backbone": "python:no_such_module:f"}, "no module no_such_module"),
+        ({"backbone": "python:training_problems:nothing"}, "no function nothing"),
+        (
+            {"backbone": "python:training_problems:not_a_backbone"},
+            "must return a ba_solver.training.backbones.Backbone; got int",
+        ),
+        ({"backbone": "sit:missing.safetensors"}, "There is no file missing.safetensors"),
+        ({"backbone": "python:training_problems:broken_backbone"}, "NaN or infinity"),
+        ({"points": 3}, "--points must be at least 8"),
+        ({"chains": 0}, "--chains must be at least 1"),
+        ({"mode": "both"}, "--mode must be one of guided, branch"),
+        ({"storage": "int8"}, "--storage must be one of"),
+        ({"dtype": "half"}, "--dtype must be one of"),
+        ({"device": "abacus"}, "--device abacus cannot be used"),
+        ({"guidance": (3.0, 2.0)}, "--guidance must be one scale"),
+        ({"prompts": "p.txt"}, "--prompts means nothing to a python backbone"),
+    ],
+)
+def test_bad_settings_are_refused_in_words(changes, message, tmp_path, capsys):
+    said = refused(capsys, "record", *arguments(tmp_path / "out", **changes))
+    assert message in said
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_settings_come_from_a_file_and_flags_win(tmp_path, capsys):
+    config = tmp_path / "record.toml"
+    config.write_text(f'backbone = "{BACKBONE}"\nchains = 4\npoints = 8\nrecord_batch = 4\nguidance = [2.0]\n')
+    assert main(["record", "--config", str(config), "--chains", "8", "--out", str(tmp_path / "out")]) == 0
+    assert len(open_chains([tmp_path / "out"])[0]) == 8
+    config.write_text('backbone = "x"\nchian = 4\n')
+    said = refused(capsys, "record", "--config", config, "--out", tmp_path)
+    assert "Unknown key chian" in said and "chains" in said and "guidance_interval" in said
+    said = refused(capsys, "record", "--backbone", "x", "--out", tmp_path, "--chian", "4")
+    assert "Unknown option --chian" in said and "chains" in said
+    config.write_text("chains = = 4")
+    assert "is no TOML file" in refused(capsys, "record", "--config", config, "--out", tmp_path)
+    assert "no such file" in refused(capsys, "record", "--config", tmp_path / "none.toml")
+
+
+def test_in_memory_and_streamed_recording_agree(tmp_path):
+    """`record_chains`, which the demo uses, and the command record the same numbers."""
+    streamed, _ = record(tmp_path / "chains", record_batch=10)
+    guidance = Guidance(2.0)
+
+    def field_of(y):
+        return model_field(swirl, y, torch.full_like(y, 2), guidance, "guided")
+
+    memory = record_chains(field_of, torch.arange(10) % 2, SHAPE, 24, seed=1, batch=10)
+    # The command draws the scale before the noise, so only the times are alike; each follows its own noise.
+    assert torch.equal(memory.times, streamed.times)
+
+
+def test_the_documented_example_is_recorded(tmp_path):
+    """docs/training.md shows the file that is used here, to the letter."""
+    chains, about = record(
+        tmp_path / "chains", backbone="python:example_backbone:my_model", guidance=1.0, chains=4, points=12
+    )
+    assert about["backbone"]["name"] == "my model" and tuple(chains.states.shape) == (4, 12, 4, 32, 32)
+    root = Path(__file__).resolve().parents[1]
+    assert (root / "tests" / "example_backbone.py").read_text() in (root / "docs" / "training.md").read_text()

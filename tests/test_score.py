@@ -1,0 +1,216 @@
+"""Evaluation: the learned multistep rival, the report, the checkpoint's table, and the smaller commands."""
+
+import csv
+import json
+
+import pytest
+import torch
+from ba_solver.bas_core import Field, SideNet, SideNetConfig, load_sidenet, model_field, run_baseline, time_grid
+from ba_solver.training import score
+from ba_solver.training.backbones import BackboneChoice, open_backbone
+from ba_solver.training.chains import Chains, open_chains
+from ba_solver.training.cli import main
+from ba_solver.training.evaluate import endpoint_errors
+from ba_solver.training.multistep import LearnedMultistep
+from matplotlib.image import imread
+from training_problems import BACKBONE, SHAPE, swirl
+
+torch.set_num_threads(1)
+
+
+def reference(noise, labels, points=400):
+    """The exact path of the test field, at any time."""
+    from ba_solver.training.chains import record_chain
+
+    times = torch.linspace(1, 0, points)
+    states, velocities = record_chain(model_field(swirl, labels), noise, times, "adams_bashforth4")
+    chains = Chains(times.expand(len(noise), -1), states, velocities, labels)
+    return lambda t: chains.at(torch.arange(len(noise)), t)
+
+
+def test_learned_multistep_finds_a_multistep_solver_that_is_there():
+    """Where the recorded path is itself one of Adams-Bashforth 2 on the grid, its weights are found."""
+
+    def wave(x, t):
+        return torch.sin(3 * x + 9 * t[:, None, None, None])
+
+    grid = time_grid(5, dtype=torch.float64)
+    noise = torch.randn(16, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    visited = {}
+
+    def keep(step):
+        visited[round(step.next_time, 4)] = step.x_next
+
+    field = model_field(wave)
+    end = run_baseline("adams_bashforth2", field, noise, grid, keep)
+    solver = LearnedMultistep(field, noise, lambda t: visited[round(float(t), 4)])
+    torch.testing.assert_close(solver(field, noise, grid), end, atol=1e-4, rtol=0)
+    (found,) = solver.known.values()
+    assert [len(c) for c in found] == [1, 2, 3, 4, 5]
+    torch.testing.assert_close(found[0], torch.tensor([-0.2], dtype=torch.float64), atol=1e-5, rtol=0)
+    for c in found[1:]:
+        expected = torch.zeros(len(c), dtype=torch.float64)
+        expected[-2:] = torch.tensor([0.1, -0.3])
+        torch.testing.assert_close(c, expected, atol=1e-4, rtol=0)
+
+
+def test_learned_multistep_beats_adams_bashforth_on_other_noises():
+    """Same calls, same grid, held-out noises; it costs one call a step, and its fit one run."""
+    labels = torch.arange(64) % 2
+    noise = torch.randn(64, *SHAPE, generator=torch.Generator().manual_seed(1))
+    held_out = torch.randn(16, *SHAPE, generator=torch.Generator().manual_seed(2))
+    truth = reference(held_out, labels[:16])(0.0)
+    fitted = model_field(swirl, labels)
+    solver, field = LearnedMultistep(fitted, noise, reference(noise, labels)), model_field(swirl, labels[:16])
+    learned = endpoint_errors(solver(field, held_out, time_grid(6)), truth).mean()
+    assert (field.calls, fitted.calls) == (6, 6)
+    known = endpoint_errors(run_baseline("adams_bashforth2", field, held_out, time_grid(6)), truth).mean()
+    assert learned < 0.7 * known
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """`ba-solver make` on the test field."""
+    out = tmp_path_factory.mktemp("made") / "mine.safetensors"
+    command = f"make --backbone {BACKBONE} --guidance 2 --chains 48 --points 32 --record-batch 16 --out {out} "
+    command += "--base-channels 16 --embedding-dim 16 --num-layers 2 --patch-size 1 --batch 64 --steps 250 --warmup 10 "
+    command += "--learning-rate 1e-2 --ema 0.95 --nfe 4,6 --noises 12 --noise-batch 6 --search-noises 4 --reference 64"
+    assert main(command.split()) == 0
+    return out
+
+
+def lines(out):
+    with (out / "results.csv").open() as file:
+        return {(row["sampler"], int(row["calls"]), row["grid"]): row for row in csv.DictReader(file)}
+
+
+def test_make_records_trains_and_evaluates(made):
+    sidenet, card = load_sidenet(made)
+    report = made.with_suffix(".report")
+    rows = lines(report)
+    names = {"euler", "heun", "adams_bashforth2", "dpmpp_2m", "unipc", "predictor_corrector", "learned_multistep"}
+    assert {name for name, _, _ in rows} == names | {"ba_solver"}
+    assert {(n, g) for name, n, g in rows if name == "ba_solver"} == {
+        (n, g) for n in (4, 6) for g in ("uniform", "best", "learned")
+    }
+    assert sorted(card.time_grids) == [4, 6] and card.training["settings"]["chains"] == 48
+    for calls in (4, 6):
+        ours = float(rows["ba_solver", calls, "uniform"]["error"])
+        assert ours < float(rows["predictor_corrector", calls, "uniform"]["error"])
+        learned = float(rows["ba_solver", calls, "learned"]["error"])
+        assert learned < ours
+    found = json.loads((report / "results.json").read_text())
+    assert found["reference_error"] < 0.01 * float(rows["euler", 4, "uniform"]["error"])
+    assert found["settings"]["noises"] == 12 and found["endpoint_error"] == card.evaluation["endpoint_error"]
+    for name in ("images.png", "errors.png"):
+        assert imread(report / name).std() > 0.03
+    chains, _ = open_chains([made.with_suffix(".chains")])
+    assert len(chains) == 48 and sidenet.config.in_channels == 2
+
+
+def test_measured_errors_are_the_distances_to_the_exact_end(made):
+    """One line of the table, computed anew by other means."""
+    choice = BackboneChoice(backbone=BACKBONE)
+    backbone = open_backbone(choice)
+    parts = []
+    for batch in range(2):
+        generator = torch.Generator().manual_seed(score.REPORT_SEED + 1000 + batch)
+        noise, labels = torch.randn((6, *SHAPE), generator=generator), torch.arange(6) % 2
+        field = backbone.field(labels, 2.0)
+        end = run_baseline("rk4", field, noise, torch.linspace(1, 0.0, 300))
+        parts.append(endpoint_errors(run_baseline("euler", field, noise, time_grid(4)), end))
+    row = lines(made.with_suffix(".report"))["euler", 4, "uniform"]
+    assert float(row["error"]) == pytest.approx(torch.cat(parts).mean().item(), rel=2e-3)
+    assert float(row["spread"]) == pytest.approx(torch.cat(parts).std().item() / 12**0.5, rel=0.02)
+
+
+def test_evaluate_alone_fits_the_rival_on_noises_of_its_own(made, tmp_path):
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(made.read_bytes())
+    command = (
+        f"evaluate --backbone {BACKBONE} --sidenet {copy} --out {tmp_path / 'r'} --nfe 5 --noises 6 --search-noises 4"
+    )
+    assert main(f"{command} --reference 64".split()) == 0
+    rows = lines(tmp_path / "r")
+    assert ("learned_multistep", 5, "best") in rows and ("ba_solver", 5, "learned") not in rows
+    # The best grid found becomes the file's, beside those that were learned.
+    assert sorted(load_sidenet(copy)[1].time_grids) == [4, 5, 6]
+    assert main(f"{command} --reference 64 --search-noises 0".split()) == 0
+    assert {(name, grid) for name, n, grid in lines(tmp_path / "r") if n == 5 and grid != "uniform"} == {
+        ("ba_solver", "learned")
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--guidance 5", "trained for guidance 2 to 2"),
+        ("--backbone python:training_problems:other_backbone", "belongs to 'swirl'; 'other' is asked for"),
+        ("--nfe 5,x", "--nfe must be whole numbers"),
+        ("--reference 10", "--reference must be at least four times"),
+        ("--chains nowhere", "no folder nowhere"),
+        ("--sidenet nothing.safetensors", "no file nothing.safetensors"),
+        ("--noises 0", "--noises must be at least 1"),
+    ],
+)
+def test_bad_evaluations_are_refused_in_words(options, message, made, tmp_path, capsys):
+    command = f"evaluate --backbone {BACKBONE} --sidenet {made} --out {tmp_path / 'r'} {options}"
+    assert main(command.split()) in (1, 2)
+    assert message in capsys.readouterr().err
+
+
+def test_make_does_not_train_over_a_sidenet(made, capsys):
+    before = made.read_bytes()
+    command = f"make --backbone {BACKBONE} --guidance 2 --chains 48 --points 32 --record-batch 16 --out {made}"
+    assert main(command.split()) == 2
+    assert "exists already; nothing is overwritten" in capsys.readouterr().err
+    assert made.read_bytes() == before
+
+
+def test_info_says_what_a_sidenet_is(made, capsys):
+    assert main(["info", str(made)]) == 0
+    said = capsys.readouterr().out
+    for fact in ("swirl (python, fingerprint swirl-1)", "2 anchor(s)", "guided, guidance 2", "4 calls, 6 calls",
+                 "48 runs of 32 points of (2, 4, 4)", "residual variance left by kind", "Euler"):  # fmt: skip
+        assert fact in said, said
+
+
+def test_official_sidenets_are_converted(tmp_path, capsys):
+    sidenet = SideNet(SideNetConfig(base_channels=16, embedding_dim=16, num_classes=10))
+    torch.save({"ema_side_model": sidenet.state_dict(), "step": 5}, tmp_path / "official.pt")
+    target = tmp_path / "out.safetensors"
+    assert main(["convert", str(tmp_path / "official.pt"), str(target)]) == 0
+    converted, card = load_sidenet(target)
+    assert card.velocity == "branch" and card.training["converted_from"] == "official.pt"
+    state = sidenet.state_dict()
+    assert all(torch.equal(converted.state_dict()[name], state[name]) for name in state)
+    assert main(["convert", str(tmp_path / "official.pt"), str(target)]) == 2
+    assert "exists already" in capsys.readouterr().err
+    (tmp_path / "bad.pt").write_bytes(b"nothing")
+    assert main(["convert", str(tmp_path / "bad.pt"), str(tmp_path / "b.safetensors")]) == 1
+    assert main(["info", str(tmp_path / "official.pt")]) == 1
+    assert "cannot be read as safetensors" in capsys.readouterr().err
+
+
+def test_out_of_memory_says_what_to_lower(monkeypatch, capsys):
+    def explode(settings):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr("ba_solver.training.record.run_record", explode)
+    assert main(["record", "--backbone", BACKBONE, "--out", "x"]) == 1
+    said = capsys.readouterr().err
+    assert "GPU's memory is too small" in said and "Lower --record-batch" in said
+
+
+def test_a_field_that_takes_other_guidance_is_combined_by_its_own_rule():
+    """`Backbone.combine` replaces CFG; outside the interval the conditional branch stands alone."""
+    import dataclasses
+
+    plain = open_backbone(BackboneChoice(backbone=BACKBONE))
+    special = dataclasses.replace(plain, combine=lambda c, u, s: c - s * u)
+    x, labels = torch.randn(2, *SHAPE), torch.tensor([0, 1])
+    field: Field = special.field(labels, 3.0, (0.0, 0.5))
+    null = torch.full_like(labels, 2)
+    for t, expected in ((0.4, swirl(x, torch.full((2,), 0.4), labels) - 3 * swirl(x, torch.full((2,), 0.4), null)),
+                        (0.6, swirl(x, torch.full((2,), 0.6), labels))):  # fmt: skip
+        torch.testing.assert_close(field.velocity(x, t), expected)

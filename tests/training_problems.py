@@ -1,0 +1,47 @@
+"""A backbone with known velocities for the training tests: `python:training_problems:swirl_backbone`."""
+
+import torch
+from ba_solver.training.backbones import Backbone
+
+SHAPE = (2, 4, 4)
+BACKBONE = "python:training_problems:swirl_backbone"
+
+
+def swirl(x, t, y):
+    """A curved field that depends on state, time and class; class 2 is the unconditional branch."""
+    turn = torch.stack([-x[:, 1], x[:, 0]], 1)
+    return 3.0 * turn * (1 + y[:, None, None, None] * torch.cos(4 * t)[:, None, None, None] / 2) - x
+
+
+def swirl_backbone(device, dtype):
+    return Backbone(
+        name="swirl",
+        kind="python",
+        fingerprint="swirl-1",
+        shape=SHAPE,
+        velocity=lambda x, t, y, scale: swirl(x, t, y),
+        conditions=2,
+        null=2,
+        num_classes=2,
+        device=device,
+    )
+
+
+def broken_backbone(device, dtype):
+    """Returns NaN near the data."""
+    whole = swirl_backbone(device, dtype)
+    return Backbone(
+        **{**vars(whole), "velocity": lambda x, t, y, scale: swirl(x, t, y) / (t > 0.3)[:, None, None, None]}
+    )
+
+
+def not_a_backbone(device, dtype):
+    return 5
+
+
+def other_backbone(device, dtype):
+    return Backbone(**{**vars(swirl_backbone(device, dtype)), "name": "other", "fingerprint": "swirl-2"})
+
+
+def larger_backbone(device, dtype):
+    return Backbone(**{**vars(swirl_backbone(device, dtype)), "shape": (2, 8, 8)})

@@ -1,0 +1,181 @@
+"""What the trainer needs of a model, whatever made it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...bas_core.guidance import NO_GUIDANCE, Field, Guidance, Mode, just_inside, model_field
+from ..settings import UsageError
+
+Velocity = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+Combine = Callable[[Tensor, Tensor, float], Tensor]
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A model that gives velocities.
+
+    Attributes:
+        name: for people.
+        kind: of backbone: sit, diffusers, python.
+        fingerprint: tells one model's weights from another's.
+        shape: [C, *spatial] of a state.
+        velocity: `(x [N, C, *spatial], t [N], conditions [N], scale) -> [N, C, *spatial]`, in the convention of
+            `bas_core/flow.py`. `conditions` are indices; `scale` is the CFG scale, for models that take it as an
+            input (see `embedded_guidance`).
+        conditions: how many conditions (classes, prompts) there are to sample; index 0 … conditions - 1.
+        null: index of the unconditional branch; None where there is none.
+        num_classes: how many classes a SideNet can be told of; 0 where conditions are texts.
+        embedded_guidance: the model takes the CFG scale as an input instead of being combined from two branches.
+        shift: the time shift that the model is usually sampled with.
+        start: the time that sampling starts from; below 1 for diffusion models, whose last noise level is finite.
+        combine: other guidance than CFG, `(conditional, unconditional, scale) -> velocity`; guided mode only.
+        device, dtype: where states go, and what the network computes in.
+        decode: states [B, C, *spatial] to images [B, 3, H, W] in [0, 1], or None.
+        encode: images [B, 3, H, W] in [0, 1] to states, or None.
+        pixels_per_latent: along a side.
+    """
+
+    name: str
+    kind: str
+    fingerprint: str
+    shape: tuple[int, ...]
+    velocity: Velocity
+    conditions: int = 1
+    null: int | None = None
+    num_classes: int = 0
+    embedded_guidance: bool = False
+    shift: float = 1.0
+    start: float = 1.0
+    combine: Combine | None = None
+    device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
+    decode: Callable[[Tensor], Tensor] | None = None
+    encode: Callable[[Tensor], Tensor] | None = None
+    pixels_per_latent: int = 1
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a SideNet's file says of the model it belongs to."""
+        return {"name": self.name, "kind": self.kind, "fingerprint": self.fingerprint}
+
+    def field(
+        self, conditions: Tensor, scale: float, interval: tuple[float, float] = (0.0, 1.0), mode: Mode = "guided"
+    ) -> Field:
+        """The velocity field for conditions [B] at one CFG scale."""
+        conditions = conditions.to(self.device)
+        branched = scale != 1 and self.null is not None and not self.embedded_guidance
+        null = torch.full_like(conditions, self.null or 0) if branched else None
+
+        def model(x: Tensor, t: Tensor, which: Tensor) -> Tensor:
+            return self.velocity(x, t, which, scale)
+
+        guidance = Guidance(scale, interval) if branched else NO_GUIDANCE
+        if self.combine is None or not branched:
+            field = model_field(model, conditions, null, guidance, mode)
+        else:
+            field = self._combined(model_field(model, conditions, null, guidance), self.combine)
+        if not self.num_classes:
+            field.conditions = (None,) * len(field.conditions)
+        field.scale = scale
+        return field
+
+    def _combined(self, branches: Field, combine: Combine) -> Field:
+        """A field of two branches, guided by a rule of the model's own."""
+        guidance = branches.guidance
+
+        def evaluate(x: Tensor, t: Tensor, count: int) -> Tensor:
+            if not guidance.active(just_inside(t[0])):
+                return branches.evaluate(x, t, 1)
+            conditional, unconditional = branches.evaluate(x, t, 2)
+            return combine(conditional, unconditional, guidance.scale)[None]
+
+        return Field(evaluate, branches.conditions[:1])
+
+    def noise(self, gaussian: Tensor) -> Tensor:
+        """The state that sampling starts from, of unit normal noise."""
+        return gaussian * (1.0 if self.start == 1 else (self.start**2 + (1 - self.start) ** 2) ** 0.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneChoice:
+    """Which model, and how it is sampled.
+
+    Attributes:
+        backbone: the model as kind:where: sit:FILE, diffusers:FOLDER (a pipeline), or python:MODULE:FUNCTION.
+        guidance: CFG scale, or lowest and highest of a range, which is then an input of the SideNet.
+        guidance_interval: guidance applies where lo < t <= hi.
+        prompts: text file with a prompt a line (diffusers).
+        negative_prompt: the unconditional branch's prompt (diffusers).
+        height: of images, in pixels (diffusers); 0 = the pipeline's default.
+        width: of images, in pixels (diffusers); 0 = the pipeline's default.
+        frames: of videos (diffusers); 0 = the pipeline's default.
+        offload: hold the network in main memory and stream it through the GPU (diffusers).
+        dtype: what the network computes in: float32, bfloat16, float16.
+        device: cpu, cuda, cuda:1, mps …
+    """
+
+    backbone: str
+    guidance: tuple[float, ...] = (1.0,)
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    prompts: Path | None = None
+    negative_prompt: str = ""
+    height: int = 0
+    width: int = 0
+    frames: int = 0
+    offload: bool = False
+    dtype: str = "float32"
+    device: str = "cpu"
+
+    def check_guidance(self, backbone: Backbone) -> None:
+        """Refuse guidance that the model cannot have.
+
+        Raises:
+            UsageError: saying why.
+        """
+        low, high = self.scales
+        if not 0 <= low <= high <= 100 or len(self.guidance) > 2:
+            raise UsageError(
+                f"--guidance must be one scale, or the lowest and highest of a range; got {self.guidance}."
+            )
+        if (low, high) != (1, 1) and backbone.null is None and not backbone.embedded_guidance:
+            raise UsageError(
+                f"{backbone.name} has no unconditional branch; leave --guidance at 1, got {self.guidance}."
+            )
+
+    @property
+    def scales(self) -> tuple[float, float]:
+        """Lowest and highest CFG scale."""
+        return float(self.guidance[0]), float(self.guidance[-1])
+
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype by name.
+
+        Raises:
+            UsageError: there is no such dtype.
+        """
+        known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+        if self.dtype not in known:
+            raise UsageError(f"--dtype must be one of {', '.join(known)}; got {self.dtype!r}.")
+        return known[self.dtype]
+
+    def refuse_unused(self, kind: str, *names: str) -> None:
+        """Refuse settings that a kind of backbone has no use for.
+
+        Raises:
+            UsageError: naming the first of them.
+        """
+        defaults: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(BackboneChoice)}
+        for name in names:
+            if getattr(self, name) != defaults[name]:
+                raise UsageError(f"--{name.replace('_', '-')} means nothing to a {kind} backbone; leave it out.")
+
+
+DIFFUSERS_ONLY = ("prompts", "negative_prompt", "height", "width", "frames", "offload")

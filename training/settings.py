@@ -1,0 +1,155 @@
+"""Settings: one frozen dataclass a command, read from a TOML file and overridden by flags."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from ..bas_core.checkpoint import write_atomically
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+S = TypeVar("S")
+
+
+class UsageError(ValueError):
+    """A setting that cannot be used; the message says which and why."""
+
+
+def read_settings(kind: type[S], arguments: Sequence[str], program: str) -> S:
+    """Settings from `--config FILE` (TOML) and flags; a flag wins over the file.
+
+    Args:
+        kind: the command's dataclass.
+        arguments: the command line after the command.
+        program: for the help text.
+
+    Raises:
+        UsageError: an unknown key or flag (the message lists the valid ones), or a file that is no TOML.
+        SystemExit: `--help`, or a value of the wrong type (the message names it).
+    """
+    import tyro
+
+    flags = list(arguments)
+    config = _take_config(flags)
+    valid = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    given = [flag.partition("=")[0].removeprefix("--") for flag in flags if flag.startswith("--")]
+    allowed = valid | {"help", "config"} | {f"no_{name}" for name in valid}
+    _check_known([name for name in given if name.replace("-", "_") not in allowed], valid, "option --", program)
+    from_file = _toml_flags(config, valid, program) if config else []
+    return tyro.cli(kind, args=[*from_file, *flags], prog=program)
+
+
+def _take_config(flags: list[str]) -> Path | None:
+    """Remove `--config FILE` from the flags and return the file."""
+    for i, flag in enumerate(flags):
+        name, equals, value = flag.partition("=")
+        if name == "--config":
+            if not equals and i + 1 == len(flags):
+                raise UsageError("--config needs the name of a TOML file.")
+            taken = flags[i : i + (1 if equals else 2)]
+            del flags[i : i + len(taken)]
+            return Path(value if equals else taken[1])
+    return None
+
+
+def _check_known(unknown: Sequence[str], valid: set[str], what: str, where: str) -> None:
+    if unknown:
+        raise UsageError(f"Unknown {what}{unknown[0]} in {where}. Valid ones: {', '.join(sorted(valid))}.")
+
+
+def _toml_flags(path: Path, valid: set[str], program: str) -> list[str]:
+    """The file as flags, so that types are checked in one place."""
+    if not path.is_file():
+        raise UsageError(f"--config {path}: there is no such file.")
+    try:
+        content: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path} is no TOML file: {error}") from error
+    _check_known([key for key in content if key.replace("-", "_") not in valid], valid, "key ", f"{path} for {program}")
+    flags: list[str] = []
+    for key, value in content.items():
+        name = key.replace("_", "-")
+        if isinstance(value, dict):
+            raise UsageError(f"{path}: {key} must be a value or a list of values, not a table.")
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return flags
+
+
+def plain(settings: Any) -> dict[str, Any]:
+    """Settings as values that JSON can hold, to be stored with the result."""
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
+    return values
+
+
+# --- values that several commands check -----------------------------------------------------------------------------
+
+
+def parse_calls(text: str, flag: str = "--nfe") -> list[int]:
+    """'4,5,7' to numbers of calls.
+
+    Raises:
+        UsageError: not whole numbers from 1 to 1000.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and 1 <= int(part) <= 1000 for part in parts):
+        raise UsageError(f"{flag} must be whole numbers from 1 to 1000 separated by commas, such as 5,7; got {text!r}.")
+    return sorted({int(part) for part in parts})
+
+
+def check_device(name: str) -> torch.device:
+    """A device that is there; of several processes (`accelerate launch`) each gets its own.
+
+    Raises:
+        UsageError: it is not.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--device {name} cannot be used here ({reason}). Try --device cpu.") from error
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState
+
+        local: torch.device = PartialState(cpu=device.type == "cpu").device
+        return local
+    return device
+
+
+def check_positive(settings: Any, *names: str) -> None:
+    """Refuse settings below 1.
+
+    Raises:
+        UsageError: naming the first of them.
+    """
+    for name in names:
+        if getattr(settings, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(settings, name)}.")
+
+
+def prepare_folder(path: Path, flag: str = "--out") -> None:
+    """Make the output folder and see that it can be written, before the work starts.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    probe = path / ".writable"
+    try:
+        write_atomically(probe, lambda temporary: temporary.touch())
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(f"{flag} {path} cannot be written: {error}") from error
