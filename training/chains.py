@@ -137,7 +137,7 @@ def random_times(points: int, generator: torch.Generator, shift: float = 1.0, st
     t = torch.linspace(1, LAST_TIME, points)
     t[1:-1] += (torch.rand(points - 2, generator=generator) - 0.5) * 0.8 / (points - 1)
     t = time_shift(t, shift) * start
-    t[-1] = LAST_TIME
+    t[0], t[-1] = start, LAST_TIME  # rounding must not move the ends
     return t
 
 
