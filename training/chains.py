@@ -141,7 +141,7 @@ def random_times(
     t = torch.linspace(1, until, points)
     t[1:-1] += (torch.rand(points - 2, generator=generator) - 0.5) * 0.8 * (1 - until) / (points - 1)
     t = time_shift(t, shift) * start
-    t[-1] = until
+    t[0], t[-1] = start, until  # rounding must not move the ends
     return t
 
 

@@ -98,7 +98,7 @@ def rivals(start: float = 1.0) -> list[Sampler]:
 def line_up(samplers: Sequence[Sampler], calls: Sequence[int]) -> list[tuple[Sampler, int, str]]:
     """What a table compares: every sampler at every number of calls on both grids, and Euler with 100 calls."""
     jobs = [(sampler, n, grid) for n in calls for sampler in samplers for grid in ("uniform", "best")]
-    return [*jobs, (baseline_sampler("euler"), 100, "uniform")]
+    return [*jobs, (baseline_sampler("euler", samplers[0].start), 100, "uniform")]
 
 
 def converged_reference(field: Field, noise: Tensor, tolerance: float = 1e-5) -> Tensor:

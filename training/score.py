@@ -108,7 +108,7 @@ class Paths:
 def reference_times(backbone: Backbone, points: int) -> Tensor:
     """Fine descending times, as a recording has them, without jitter."""
     t = time_shift(torch.linspace(1, LAST_TIME, points), backbone.shift**0.5) * backbone.start
-    t[-1] = LAST_TIME
+    t[0], t[-1] = backbone.start, LAST_TIME  # rounding must not move the ends
     return t
 
 
