@@ -9,15 +9,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..bas_core.checkpoint import CheckpointError, read_pickled_tensors, write_atomically
 from .progress import progress
 from .settings import UsageError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 Model = TypeVar("Model", bound=nn.Module)
 # What accelerate calls them.
@@ -138,6 +140,8 @@ def accelerator_for(model: nn.Module, settings: LoopSettings) -> Accelerator:
     on_cpu = next(model.parameters()).device.type == "cpu"
     if on_cpu and settings.precision == "fp16":
         raise UsageError("--precision fp16 needs a GPU; use bf16 or fp32 on a CPU.")
+    from accelerate import Accelerator  # here, so that what only reads weights does without it
+
     accelerator = Accelerator(cpu=on_cpu, mixed_precision=PRECISIONS[settings.precision])
     passes = accelerator.num_processes * settings.accumulate
     if settings.accumulate < 1 or settings.batch % passes:
