@@ -60,7 +60,7 @@ class Server:
         self.base, self.url, self.log = base, f"http://127.0.0.1:{port}", log
 
     def get(self, path):
-        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
+        with urllib.request.urlopen(self.url + path, timeout=120) as answer:
             return answer.read()
 
     def json(self, path):
@@ -70,7 +70,7 @@ class Server:
         """Run an API workflow; returns its history entry."""
         body = json.dumps({"prompt": graph}).encode()
         request = urllib.request.Request(self.url + "/prompt", body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=120) as answer:
             prompt = json.load(answer)["prompt_id"]
         for _ in range(limit * 5):
             history = self.json(f"/history/{prompt}")
@@ -112,7 +112,7 @@ def serve(base):
             yield server
         finally:
             process.terminate()
-            process.wait(30)
+            process.wait(120)
 
 
 @pytest.fixture(scope="module")
@@ -158,11 +158,34 @@ def test_zip_holds_what_nodes_need_and_nothing_that_scanners_dislike(base):
 
 def test_server_starts_without_a_warning_from_us(server):
     log = server.log.read_text()
-    took = re.search(r"([\d.]+) seconds(?: \(IMPORT FAILED\))?: .*ba-solver", log)
-    assert took and float(took[1]) < 0.1, "import time of the pack"
+    assert re.search(r"seconds: .*ba-solver", log), "the pack is listed among the imported ones"
     assert "IMPORT FAILED" not in log
     ours = [line for line in log.splitlines() if re.search("ba.solver|BASolver|sidenet", line, re.IGNORECASE)]
     assert not [line for line in ours if re.search("warn|error|cannot|failed", line, re.IGNORECASE)], ours
+
+
+def test_import_takes_less_than_a_tenth_of_a_second(base):
+    """In processor time, for the log's figure grows with whatever else the machine does."""
+    code = f"""
+import asyncio, importlib.util, sys, time
+sys.path.insert(0, {str(COMFYUI)!r})
+from comfy.cli_args import args
+args.cpu = True
+import nodes, comfy_extras.nodes_custom_sampler
+start = time.process_time()
+spec = importlib.util.spec_from_file_location("the_pack", {str(base / "custom_nodes" / "ba-solver" / "__init__.py")!r})
+module = importlib.util.module_from_spec(spec)
+sys.modules["the_pack"] = module
+spec.loader.exec_module(module)
+async def load():
+    extension = await module.comfy_entrypoint()
+    await extension.on_load()
+    return [node.GET_SCHEMA() for node in await extension.get_node_list()]
+assert len(asyncio.run(load())) == {len(NODES)}
+print("took", time.process_time() - start)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=base, check=True)
+    assert float(done.stdout.split("took")[-1]) < 0.1
 
 
 def test_nodes_sampler_and_files_are_listed(server):
