@@ -9,6 +9,8 @@ from .attach import LoadedSideNet
 from .paths import path_of
 
 SIT_RECORD = "ba_solver_sit"
+# Kinds that the trainer writes for models that it reached through another library: they say nothing of ComfyUI's class.
+OTHER_LIBRARIES = ("diffusers", "python")
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def misfits(sidenet: LoadedSideNet, facts: ModelFacts) -> list[str]:
             f"{name!r} takes latents of {config.in_channels} channels, and this MODEL's have {facts.channels}."
         )
     kind = backbone.get("kind", "").lower()
-    if kind and kind != facts.kind:
+    if kind and kind not in OTHER_LIBRARIES and kind != facts.kind:
         found.append(f"{name!r} was made for {backbone.get('name') or kind}, and this MODEL is of kind {facts.kind!r}.")
     return found
 
@@ -68,6 +70,12 @@ def doubts(sidenet: LoadedSideNet, facts: ModelFacts) -> list[str]:
             f"{sidenet.name!r} was made for {backbone.get('name') or 'other weights'}, and this MODEL has other "
             "weights. It runs, and is less accurate the more they differ."
         ]
-    if not backbone.get("kind"):
+    kind = backbone.get("kind", "").lower()
+    if not kind:
         return [f"{sidenet.name!r} does not say which model it was made for; its channels fit, and no more is known."]
+    if kind in OTHER_LIBRARIES:
+        return [
+            f"{sidenet.name!r} was made for {backbone.get('name') or 'a model'} outside ComfyUI; its channels fit. See "
+            "that this MODEL is the same."
+        ]
     return []

@@ -593,6 +593,11 @@ def test_sidenet_of_another_model_is_refused_in_words(model, sidenet, tmp_path, 
     with caplog.at_level(logging.WARNING):
         ApplySideNet.execute(model("sd3"), sidenet(16))
     assert "does not say which model it was made for" in caplog.text
+    # The trainer reaches a pipeline through diffusers, and cannot know what ComfyUI calls the model.
+    card = SideNetCard(backbone={"name": "FLUX.1-dev", "kind": "diffusers"})
+    foreign = models.make_sidenet(tmp_path / "foreign.safetensors", 16, card)
+    assert misfits(foreign, facts_of(model("flux"))) == []
+    assert "outside ComfyUI" in doubts(foreign, facts_of(model("flux")))[0]
 
 
 def test_model_without_flow_or_diffusion_is_refused(model, sidenet):
