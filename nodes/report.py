@@ -47,17 +47,22 @@ def _row(errors: dict[int, float]) -> str:
     return ", ".join(f"{errors[calls]:.4g} at {calls} calls" for calls in sorted(errors))
 
 
-def error_curves(evaluation: dict[str, Any], name: str = "") -> Curves:
-    """Every table {number of calls: error} anywhere in a card's evaluation, under the names that lead to it."""
-    numbers = {
-        int(key): float(value)
-        for key, value in evaluation.items()
-        if str(key).isdecimal() and isinstance(value, (int, float)) and math.isfinite(value) and value > 0
-    }
-    curves = {name or "SideNet": numbers} if numbers else {}
-    for key, value in evaluation.items():
-        if isinstance(value, dict):
-            curves |= error_curves(value, f"{name} {key}".strip().replace("_", " "))
+def error_curves(evaluation: dict[str, Any]) -> Curves:
+    """Endpoint errors by solver and number of calls, each on the grid where it is best.
+
+    Reads the rows {label, grid, calls, error} that the trainer writes; what does not look like one is left out.
+    """
+    tables: dict[tuple[str, str], dict[int, float]] = {}
+    rows = evaluation.get("endpoint_error", [])
+    for row in rows if isinstance(rows, list) else []:
+        match row:
+            case {"label": str(label), "grid": str(grid), "calls": int(calls), "error": float(error)}:
+                if math.isfinite(error) and error > 0:
+                    tables.setdefault((label, grid), {})[calls] = error
+    curves: Curves = {}
+    # The grid with the most numbers of calls, and of those the one with the least error on average.
+    for (label, _), errors in sorted(tables.items(), key=lambda item: (-len(item[1]), sum(item[1].values()))):
+        curves.setdefault(label, errors)
     return curves
 
 

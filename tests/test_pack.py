@@ -96,12 +96,19 @@ def test_class_names():
             class_index(entry, index, known)
 
 
-def test_error_tables_are_found_wherever_they_are():
-    table = {"5": 0.08, "7": 0.04}
-    assert error_curves(table) == {"SideNet": {5: 0.08, 7: 0.04}}
-    nested = {"validation_error": {"best": table, "uniform": {"5": 0.1}}, "residual": {"first": 0.5}, "note": "x"}
-    assert error_curves(nested) == {"validation error best": {5: 0.08, 7: 0.04}, "validation error uniform": {5: 0.1}}
-    assert error_curves({"5": float("nan"), "7": 0.0, "9": "x"}) == {} == error_curves({})
+def test_error_tables_are_read_as_the_trainer_writes_them():
+    """Each solver on its better grid; rows that are none are left out."""
+
+    def row(label, grid, calls, error):
+        return {"label": label, "grid": grid, "calls": calls, "error": error, "seconds": 1.0}
+
+    rows = [row("BA-solver", "uniform", 5, 0.1), row("BA-solver", "best", 5, 0.08), row("BA-solver", "best", 7, 0.04)]
+    rows += [row("BA-solver", "uniform", 7, 0.05), row("Euler", "uniform", 5, 0.2), row("Euler", "uniform", 100, 0.01)]
+    expected = {"BA-solver": {5: 0.08, 7: 0.04}, "Euler": {5: 0.2, 100: 0.01}}
+    assert error_curves({"endpoint_error": rows, "residual_variance": {"first": 0.5}}) == expected
+    spoilt = [row("x", "best", 5, float("nan")), row("x", "best", "5", 0.1), row("x", "best", 5, 0.0), "x", {}]
+    assert error_curves({"endpoint_error": [*rows, *spoilt]}) == expected
+    assert error_curves({"endpoint_error": "x"}) == error_curves({}) == {}
 
 
 def test_plots_show_their_curves():

@@ -4,6 +4,7 @@
     python -m ba_solver.training.demo.benchmark --out runs/benchmark --search   # first search every solver's grids
 
 The search uses noises of its own and writes `weights/demo_grids.json`; the reported noises are never searched on.
+With it, the error tables go into the shipped SideNet's file too, where `ba-solver info` and SideNet Info show them.
 """
 
 from __future__ import annotations
@@ -125,6 +126,26 @@ def error_tables(settings: BenchmarkSettings, demo: Demo, samplers: list[Sampler
         "reference_error": convergence,
         "errors": {k: {"mean": statistics.fmean(v), "sd": statistics.pstdev(v)} for k, v in found.items()},
     }
+
+
+def error_rows(tables: dict[str, Any]) -> list[dict[str, Any]]:
+    """The tables as a SideNet's file keeps them."""
+    rows = []
+    for key, found in tables["errors"].items():
+        grid, label, calls = key.split("/")
+        rows.append({"label": label, "grid": grid, "calls": int(calls), "error": found["mean"], "spread": found["sd"]})
+    return rows
+
+
+def store_errors(tables: dict[str, Any], settings: BenchmarkSettings, demo: Demo) -> None:
+    """Write the error tables into the shipped SideNet's file."""
+    evaluation = {
+        **{k: v for k, v in demo.card.evaluation.items() if k == "residual_variance"},
+        "guidance": DEMO_CFG,
+        "noises": settings.noises * settings.seeds,
+        "endpoint_error": error_rows(tables),
+    }
+    save_sidenet(SIDENET_FILE, demo.sidenet, replace(demo.card, evaluation=evaluation))
 
 
 def compute_share(demo: Demo) -> dict[str, float]:
@@ -273,6 +294,8 @@ def run_benchmark(settings: BenchmarkSettings) -> dict[str, Any]:
         "cost": cost(demo.field(labels), demo.sidenet, noise),
         "accuracy": sample_accuracy(demo, device),
     }
+    if settings.search:
+        store_errors(result["tables"], settings, demo)
     if settings.large:
         result["cost_sit_xl_2"] = large_cost(device)
     text = markdown(result, settings)

@@ -133,10 +133,10 @@ def make_demo_sidenet(settings: DemoSideNetSettings) -> Path:
             demo_sidenet_config(anchors), chains, held_out, settings.train, out / f"run_{anchors}_anchor.pt", openings
         )
         errors = rollout_errors(sit, trained[name])
-        comparison[name] = {"endpoint_error": errors, "residual_variance": left}
+        comparison[name] = {"validation_error": errors, "residual_variance": {"kind": left}}
         print(f"{name}: {json.dumps(comparison[name])}")
     write_text(out / "comparison.json", json.dumps(comparison, indent=1))
-    better = min(comparison, key=lambda name: sum(comparison[name]["endpoint_error"]["best"].values()))
+    better = min(comparison, key=lambda name: sum(comparison[name]["validation_error"]["best"].values()))
     card = SideNetCard(
         velocity="guided",
         guidance_range=(DEMO_CFG, DEMO_CFG),
