@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from comfy_api.v0_0_2 import io
 
-from ..bas_core.editing import Control
+from ..bas_core.editing import FADE, Control
 from .edit_inputs import as_many_images_as_prompts, image_of, mask_of
 from .edit_sampling import (
     METHODS,
@@ -31,7 +31,7 @@ def _calls(what: str) -> Any:
 def _strength() -> Any:
     return io.Float.Input(
         "strength",
-        default=1.0,
+        default=0.8,
         min=0.01,
         max=1.0,
         step=0.01,
@@ -112,7 +112,7 @@ class BAInvert(io.ComfyNode):
         source: Any,
         latent: dict[str, Any],
         calls: int,
-        strength: float = 1.0,
+        strength: float = 0.8,
         source_guidance: float = 1.0,
         negative: Any = None,
         seed: int = 0,
@@ -225,7 +225,7 @@ class BAEdit(io.ComfyNode):
         positive: Any,
         negative: Any,
         calls: int,
-        strength: float = 1.0,
+        strength: float = 0.8,
         guidance: float = 2.0,
         method: str = METHODS[0],
         mask: torch.Tensor | None = None,
@@ -236,12 +236,13 @@ class BAEdit(io.ComfyNode):
         eta_until: float = 1.0,
         seed: int = 0,
     ) -> io.NodeOutput:
-        control = Control(eta, (eta_from, eta_until))
+        Control(eta, (eta_from, eta_until))  # checked before the model is called
         image = as_many_images_as_prompts(image_of(model, latent), source, positive)
         where = mask_of(mask, latent, image)
         if path is None:
             way = Way(model, source, negative, source_guidance)
             path, _ = make_path(way, image, editing_schedule(model, calls, strength), seed, method)
         check_path(path, model, image)
+        control = Control(eta, (eta_from, eta_until), None if path.straight else FADE)
         out = edited(path, Way(model, positive, negative, guidance), image, control, where)
         return io.NodeOutput({**latent, "samples": out}, {**latent, "samples": reconstructed(path, image)})

@@ -168,7 +168,7 @@ def check_exact_return(kind: str, sidenet, guidance: Guidance, intervals: int) -
     else:
         source = straight_path(field, sidenet, image, noise(2, 2, 4, 4, seed=1), times)
     torch.testing.assert_close(edit(field, sidenet, source), image, **TIGHT)
-    plain = edit(field, sidenet, source, Control(replay=0.0))
+    plain = edit(field, sidenet, source, Control(fade=0.0))
     assert (plain - image).abs().max() > 1e-3, "the case must need its residuals"
 
 
@@ -210,3 +210,14 @@ def check_flowedit_order() -> None:
 
     measured = observed_order([run(80), run(160)])[-1]
     assert abs(measured - 2) <= TOLERANCE, f"order {measured:.2f} instead of 2"
+
+
+def check_fade() -> None:
+    """Residuals fade with the distance from the source path: near it they act as without fading, far from it not."""
+    for fade, like in ((1e9, None), (1e-9, 0.0)):
+        torch.testing.assert_close(
+            edited("inversion", Control(fade=fade)), edited("inversion", Control(fade=like)), rtol=1e-6, atol=1e-6
+        )
+    share = Control(fade=2.0).share(torch.ones(1, 2, 4, 4).cumsum(-1) - 1)
+    expected = 1 - torch.tensor([0.5, 5 / 3, 14 / 3, 6.5]).sqrt() / 2
+    torch.testing.assert_close(share, expected.clamp_min(0).expand(1, 1, 4, 4))

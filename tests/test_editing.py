@@ -19,6 +19,7 @@ from ba_solver.bas_core import (
 from checks import (
     check_eta,
     check_exact_return,
+    check_fade,
     check_flowedit_order,
     check_inversion_order,
     check_mask,
@@ -140,7 +141,7 @@ def test_plain_return_shows_the_solvers_error():
     sidenet, field, source = editing_case("inversion")
     plain = reconstruct(field, sidenet, source)
     assert torch.equal(plain, solve(field, sidenet, source.noise, source.times))
-    torch.testing.assert_close(plain, edit(field, sidenet, source, Control(replay=0.0)))
+    torch.testing.assert_close(plain, edit(field, sidenet, source, Control(fade=0.0)))
     assert (plain - source.image).abs().max() > 1e-3
 
 
@@ -162,6 +163,16 @@ def test_mask_of_ones_is_no_mask_and_soft_edges_lie_between():
 
 def test_eta_pulls_to_the_source_within_its_window():
     check_eta()
+
+
+def test_residuals_fade_where_the_edit_acts():
+    check_fade()
+    assert Control(fade=1.0).share(torch.zeros(1, 2, 3, 4, 4)).shape == (1, 1, 3, 4, 4)
+
+
+def test_fading_keeps_the_exact_return():
+    sidenet, field, source = editing_case("inversion")
+    torch.testing.assert_close(edit(field, sidenet, source, Control(fade=0.3)), source.image, rtol=1e-9, atol=1e-9)
 
 
 def test_samples_of_a_batch_do_not_see_each_other():
@@ -233,7 +244,7 @@ def test_nan_is_named():
         (lambda: editing_grid(time_grid(3), 1.0), "start must lie between 0 and the grid's first time 1"),
         (lambda: editing_grid(time_grid(3), 0.0), "start must lie between 0"),
         (lambda: Control(eta=1.5), r"eta must lie in \[0, 1\]; got 1.5"),
-        (lambda: Control(replay=-1), "replay must lie"),
+        (lambda: Control(fade=-1), "fade must be a distance"),
         (lambda: Control(window=(0.9, 0.1)), "window"),
         (lambda: edited("inversion", mask=torch.zeros(1, 1, 4, 4)), "0 everywhere, so nothing may change"),
         (lambda: edited("inversion", mask=torch.ones(1, 1, 5, 4)), "must broadcast with the image"),

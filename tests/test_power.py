@@ -12,6 +12,7 @@ from checks import (
     check_chunking,
     check_eta,
     check_exact_return,
+    check_fade,
     check_flowedit_order,
     check_independence,
     check_inversion_order,
@@ -321,6 +322,10 @@ def pull_at_all_times(patch):
     patch.setattr(editing.Control, "pull", lambda self, t: self.eta)
 
 
+def never_fade(patch):
+    patch.setattr(editing.Control, "share", lambda self, left: torch.ones_like(left[:, :1]))
+
+
 def never_pull(patch):
     patch.setattr(editing.Control, "pull", lambda self, t: 0.0)
 
@@ -344,7 +349,7 @@ def inversion_check():
     check_inversion_order(Oracle(), 6, (8, 16))
 
 
-EDITING_CHECKS = [return_check, mask_check, check_eta, check_flowedit_order, inversion_check]
+EDITING_CHECKS = [return_check, mask_check, check_eta, check_fade, check_flowedit_order, inversion_check]
 EDITING_DAMAGES = [
     (add_residuals_to_accepted_ends_only, [return_check]),
     (keep_the_wrong_states, [return_check]),
@@ -352,6 +357,7 @@ EDITING_DAMAGES = [
     (swap_the_sides_of_the_mask, [mask_check]),
     (pull_at_all_times, [check_eta]),
     (never_pull, [check_eta]),
+    (never_fade, [check_fade]),
     (stop_a_step_early, [inversion_check]),
 ]
 
