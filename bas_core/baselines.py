@@ -58,6 +58,29 @@ def rk4(velocity: Velocity, x: Tensor, t0: Tensor, t1: Tensor, history: History)
     return x + step / 6 * (a + 2 * b + 2 * c + d), history
 
 
+def rf_solver(velocity: Velocity, x: Tensor, t0: Tensor, t1: Tensor, history: History) -> tuple[Tensor, History]:
+    """RF-Solver's second-order Taylor step (Wang et al. 2024, arXiv 2411.04746), order 2.
+
+    x + d v + d^2 / 2 v', with v' the difference quotient over the first half of the step, as the authors' experiments
+    take it. With that quotient it is the explicit midpoint in other words.
+    """
+    v, history = _evaluate(velocity, x, t0, history, 1)
+    step, half = t1 - t0, (t1 - t0) / 2
+    slope = (velocity(x + half * v, t0 + half) - v) / half
+    return x + step * v + step**2 / 2 * slope, history
+
+
+def fireflow(velocity: Velocity, x: Tensor, t0: Tensor, t1: Tensor, history: History) -> tuple[Tensor, History]:
+    """FireFlow's step (Deng et al. 2024, arXiv 2412.07517), order 2: the midpoint, found with the last step's velocity.
+
+    One call a step, and one more at the start.
+    """
+    half = (t1 - t0) / 2
+    guess = history[-1][1] if history else velocity(x, t0)
+    v, history = _evaluate(velocity, x + half * guess, t0 + half, history, 1)
+    return x + (t1 - t0) * v, history
+
+
 def adams_weights(times: list[float], t0: float, t1: float) -> list[float]:
     """Weights that integrate over [t0, t1] the polynomial through velocities at `times`."""
     # Powers of (t - t0) / (t1 - t0): well scaled whatever the step.
@@ -114,6 +137,7 @@ class Baseline:
         label: what tables and plots call it.
         order: of convergence.
         calls_per_step: backbone calls a step.
+        first_calls: backbone calls before the first step, beside its own.
         step: see the module's docstring; None for the one that is `solve` without a SideNet.
     """
 
@@ -122,6 +146,7 @@ class Baseline:
     order: int
     calls_per_step: int
     step: Stepper | None
+    first_calls: int = 0
 
 
 BASELINES: dict[str, Baseline] = {
@@ -130,6 +155,8 @@ BASELINES: dict[str, Baseline] = {
         Baseline("euler", "Euler", 1, 1, euler),
         Baseline("heun", "Heun", 2, 2, heun),
         Baseline("midpoint", "midpoint", 2, 2, midpoint),
+        Baseline("rf_solver", "RF-Solver", 2, 2, rf_solver),
+        Baseline("fireflow", "FireFlow", 2, 1, fireflow, first_calls=1),
         Baseline("rk4", "RK4", 4, 4, rk4),
         Baseline("adams_bashforth2", "Adams-Bashforth 2", 2, 1, _adams_bashforth(2)),
         Baseline("adams_bashforth3", "Adams-Bashforth 3", 3, 1, _adams_bashforth(3)),

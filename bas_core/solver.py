@@ -340,7 +340,7 @@ def solve(
     plan = Plan(field, StraightLine() if sidenet is None else sidenet, get_rule(rule or DEFAULT_RULES[method]), chunk)
     if method == "bi_anchor" and not plan.rule.has_both_ends:
         raise ValueError(f"bi_anchor needs a rule whose nodes include 0 and 1, such as lobatto4; got {plan.rule.name}.")
-    steps = _bi_anchor_steps(plan, grid) if method == "bi_anchor" else _single_anchor_steps(plan)
+    steps = bi_anchor_steps(plan, grid) if method == "bi_anchor" else _single_anchor_steps(plan)
     return run_steps(steps, field, x, grid, callback)
 
 
@@ -386,7 +386,23 @@ def run_steps(step: StepFunction, field: Field, x: Tensor, grid: Sequence[Tensor
     return x
 
 
-def _bi_anchor_steps(plan: Plan, grid: Sequence[Tensor]) -> StepFunction:
+Correct = Callable[[int, bool, Tensor], Tensor]
+
+
+def as_proposed(index: int, accepted: bool, x: Tensor) -> Tensor:
+    """The `Correct` of plain sampling: it leaves every proposed state as it is."""
+    return x
+
+
+def bi_anchor_steps(plan: Plan, grid: Sequence[Tensor], correct: Correct = as_proposed) -> StepFunction:
+    """The bi-anchor step for `run_steps`.
+
+    Args:
+        plan: rule, SideNet and field.
+        grid: the times of the whole run.
+        correct: (step's number, whether x is the accepted end or the provisional one, x) to the state to go on with,
+            for what steers a run from outside. The backbone is called at the corrected provisional end.
+    """
     needed = branches_needed(plan, grid)
 
     def step(index: int, x: Tensor, t0: Tensor, t1: Tensor, state: tuple[Anchor | None, Anchor] | None) -> Advance:
@@ -398,10 +414,11 @@ def _bi_anchor_steps(plan: Plan, grid: Sequence[Tensor]) -> StepFunction:
         velocity = plan.field.guidance.combine(left.v, t0)
         end, velocities = probe(plan, left, previous, t1)
         if index == len(grid) - 2:
-            return Advance(end, velocity, None)
+            return Advance(correct(index, True, end), velocity, None)
+        end = correct(index, False, end)
         right = Anchor(end, plan.field(end, t1, needed[index + 1]), t1)
         end, _ = refine(plan, left, right, velocities)
-        return Advance(end, velocity, (left, right))
+        return Advance(correct(index, True, end), velocity, (left, right))
 
     return step
 

@@ -1,7 +1,8 @@
 """The ComfyUI nodes: the only code that knows ComfyUI, and only once ComfyUI asks for it.
 
-`paths`, `attach`, `fit`, `labels` and `adapter` are what the nodes are made of; `sidenet_nodes`, `sampling_nodes` and
-`sit_nodes` are the nodes; `folders` and `ksampler` are what is registered with ComfyUI at load.
+`paths`, `attach`, `fit`, `labels`, `adapter`, `edit_inputs` and `edit_sampling` are what the nodes are made of;
+`sidenet_nodes`, `sampling_nodes`, `sit_nodes` and `edit_nodes` are the nodes; `folders` and `ksampler` are what is
+registered with ComfyUI at load.
 """
 
 from __future__ import annotations
@@ -33,11 +34,22 @@ def _extension() -> Any:
             ksampler.register()
 
         async def get_node_list(self) -> list[type[io.ComfyNode]]:
+            from .edit_nodes import BAEdit, BAInvert
             from .sampling_nodes import BASampler, BAScheduler
             from .sidenet_nodes import ApplySideNet, LoadSideNet, SideNetInfo
             from .sit_nodes import ClassLabel, LoadSiT
 
-            return [LoadSideNet, ApplySideNet, BASampler, BAScheduler, LoadSiT, ClassLabel, SideNetInfo]
+            return [
+                LoadSideNet,
+                ApplySideNet,
+                BASampler,
+                BAScheduler,
+                LoadSiT,
+                ClassLabel,
+                SideNetInfo,
+                BAInvert,
+                BAEdit,
+            ]
 
     return BASolverExtension()
 

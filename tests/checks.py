@@ -3,7 +3,20 @@
 from collections.abc import Callable
 
 import torch
-from ba_solver.bas_core import Baseline, Guidance, get_rule, model_field, run_baseline, solve
+from ba_solver.bas_core import (
+    Baseline,
+    Control,
+    Field,
+    Guidance,
+    edit,
+    get_rule,
+    invert,
+    model_field,
+    run_baseline,
+    solve,
+    straight_path,
+    time_grid,
+)
 from problems import (
     Oracle,
     class_velocity,
@@ -63,7 +76,7 @@ def check_calls(sidenet, method: str, intervals: int) -> None:
 def check_baseline_calls(solver: Baseline, intervals: int) -> None:
     field = exact_field()
     run_baseline(solver, field, state(), smooth_grid(intervals, 0.9, 0.1))
-    assert field.calls == intervals * solver.calls_per_step
+    assert field.calls == solver.first_calls + intervals * solver.calls_per_step
 
 
 def guided_field(batch: int, guidance: Guidance, mode: str = "branch"):
@@ -111,3 +124,100 @@ def check_test_field_tells_branches_apart() -> None:
     t = torch.full((3,), 0.5, dtype=torch.float64)
     apart = (class_velocity(x, t, cond) - class_velocity(x, t, uncond)).abs().mean((1, 2, 3))
     assert apart.min() > 0.1
+
+
+# --- editing ------------------------------------------------------------------------------------------------------
+
+
+def check_inversion_order(sidenet, order: int, steps: tuple[int, ...]) -> None:
+    """The noise that an image at t = 0.05 is taken to, against the exact path's state at t = 1."""
+
+    def run(x: Tensor, up: Tensor) -> Tensor:
+        return invert(exact_field(), sidenet, x, torch.cat([up.flip(0), torch.zeros(1).to(up)])).noise
+
+    grid = uneven_grid if sidenet is None else smooth_grid
+    check_order(run, order, [grid(n, 0.05, 1.0) for n in steps])
+
+
+def source_path(kind: str, batch: int = 2, sidenet=None, guidance: Guidance = Guidance(2.0), intervals: int = 4):  # noqa: B008
+    """A path of either kind to random images, of their own classes."""
+    sidenet, field = sidenet or small_sidenet(), guided_field(batch, guidance)
+    image, times = noise(batch, 2, 4, 4), smooth_grid(intervals)
+    if kind == "inversion":
+        return invert(field, sidenet, image, times)
+    return straight_path(field, sidenet, image, noise(batch, 2, 4, 4, seed=1), times)
+
+
+def editing_case(kind: str, batch: int = 2):
+    """SideNet, the source's field, and its path."""
+    return small_sidenet(), guided_field(batch, Guidance(2.0)), source_path(kind, batch)
+
+
+def edited(kind: str, control: Control = Control(), mask: Tensor | None = None, batch: int = 2) -> Tensor:  # noqa: B008
+    """The images of `source_path` as the next class."""
+    cond, uncond = labels(batch)
+    target = model_field(class_velocity, (cond + 1) % 3, uncond, Guidance(2.0))
+    return edit(target, small_sidenet(), source_path(kind, batch), control, mask)
+
+
+def check_exact_return(kind: str, sidenet, guidance: Guidance, intervals: int) -> None:
+    """Under its own condition, a path ends in its image up to rounding, while the plain solver's return does not."""
+    field, image, times = guided_field(2, guidance), noise(2, 2, 4, 4), smooth_grid(intervals)
+    if kind == "inversion":
+        source = invert(field, sidenet, image, times)
+    else:
+        source = straight_path(field, sidenet, image, noise(2, 2, 4, 4, seed=1), times)
+    torch.testing.assert_close(edit(field, sidenet, source), image, **TIGHT)
+    plain = edit(field, sidenet, source, Control(fade=0.0))
+    assert (plain - image).abs().max() > 1e-3, "the case must need its residuals"
+
+
+def check_mask(kind: str) -> None:
+    """Where the mask is 0 the image comes back bit by bit; where it is 1 it changes."""
+    mask = torch.zeros(1, 1, 4, 4, dtype=torch.float64)
+    mask[..., :2] = 1
+    out, image = edited(kind, mask=mask), source_path(kind).image
+    assert torch.equal(out[..., 2:], image[..., 2:]), "outside"
+    assert (out - image)[..., :2].abs().mean() > 0.05, "inside"
+
+
+def check_eta() -> None:
+    """eta = 1 follows the source wherever its window is; eta between, in between; outside the window nothing."""
+    image, free = source_path("inversion").image, edited("inversion")
+    torch.testing.assert_close(edited("inversion", Control(1.0)), image, **TIGHT)
+    torch.testing.assert_close(edited("inversion", Control(1.0, (0.98, 1.0))), free, **TIGHT)
+    torch.testing.assert_close(edited("inversion", Control(1.0, (0.0, 0.01))), image, **TIGHT)
+    distances = [(edited("inversion", Control(eta, (0.3, 1.0))) - image).abs().mean() for eta in (0.0, 0.5, 1.0)]
+    assert distances[0] > distances[1] > distances[2] > 0
+
+
+def check_flowedit_order() -> None:
+    """Editing on the straight path solves dz/dt = v_target(z + x_t - x_0, t) - v_source(x_t, t) at order 2."""
+    image, z = noise(2, 2, 4, 4), noise(2, 2, 4, 4, seed=1)
+    cond, _ = labels(2)
+    own, other = (model_field(class_velocity, (cond + shift) % 3) for shift in (0, 1))
+
+    def difference(x: Tensor, t: Tensor, count: int) -> Tensor:
+        line = torch.lerp(image, z, float(t[0]))
+        return (other(x + line - image, t[0])[0] - own(line, t[0])[0])[None]
+
+    exact = run_baseline("rk4", Field(difference), image, time_grid(200, dtype=torch.float64))
+
+    def run(intervals: int) -> float:
+        times = uneven_grid(intervals)
+        out = edit(other, None, straight_path(own, None, image, z, times))
+        return (out - exact).square().mean().sqrt().item()
+
+    measured = observed_order([run(80), run(160)])[-1]
+    assert abs(measured - 2) <= TOLERANCE, f"order {measured:.2f} instead of 2"
+
+
+def check_fade() -> None:
+    """Residuals fade with the distance from the source path: near it they act as without fading, far from it not."""
+    for fade, like in ((1e9, None), (1e-9, 0.0)):
+        torch.testing.assert_close(
+            edited("inversion", Control(fade=fade)), edited("inversion", Control(fade=like)), rtol=1e-6, atol=1e-6
+        )
+    share = Control(fade=2.0).share(torch.ones(1, 2, 4, 4).cumsum(-1) - 1)
+    expected = 1 - torch.tensor([0.5, 5 / 3, 14 / 3, 6.5]).sqrt() / 2
+    torch.testing.assert_close(share, expected.clamp_min(0).expand(1, 1, 4, 4))

@@ -37,6 +37,8 @@ NODES = {
     "BASolverLoadSiT",
     "BASolverClassLabel",
     "BASolverSideNetInfo",
+    "BASolverInvert",
+    "BASolverEdit",
 }
 WORKFLOWS = sorted(path.stem.removesuffix("_api") for path in (ROOT / "tests" / "workflows").glob("*_api.json"))
 EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))

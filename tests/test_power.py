@@ -5,12 +5,18 @@ import dataclasses
 
 import pytest
 import torch
-from ba_solver.bas_core import BASELINES, Guidance, solver, time_grid
+from ba_solver.bas_core import BASELINES, Guidance, editing, solver, time_grid
 from checks import (
     check_baseline_order,
     check_calls,
     check_chunking,
+    check_eta,
+    check_exact_return,
+    check_fade,
+    check_flowedit_order,
     check_independence,
+    check_inversion_order,
+    check_mask,
     check_matches_naive,
     check_oracle_order,
 )
@@ -38,6 +44,18 @@ def adams_bashforth2_for_constant_steps(velocity, x, t0, t1, history):
     return x + (t1 - t0) * slope, (v,)
 
 
+def rf_solver_with_half_the_slope(velocity, x, t0, t1, history):
+    v, half = velocity(x, t0), (t1 - t0) / 2
+    slope = (velocity(x + half * v, t0 + half) - v) / (t1 - t0)
+    return x + (t1 - t0) * v + (t1 - t0) ** 2 / 2 * slope, history
+
+
+def fireflow_that_reuses_the_wrong_end(velocity, x, t0, t1, history):
+    guess = history[-1][1] if history else velocity(x, t0)
+    v = velocity(x + (t1 - t0) / 2 * guess, t0)
+    return x + (t1 - t0) * v, ((t0, v),)
+
+
 @pytest.mark.parametrize(
     ("name", "step"),
     [
@@ -45,6 +63,8 @@ def adams_bashforth2_for_constant_steps(velocity, x, t0, t1, history):
         ("heun", heun_with_lopsided_weights),
         ("adams_bashforth2", adams_bashforth2_for_constant_steps),
         ("midpoint", BASELINES["euler"].step),
+        ("rf_solver", rf_solver_with_half_the_slope),
+        ("fireflow", fireflow_that_reuses_the_wrong_end),
         ("adams_bashforth4", BASELINES["adams_bashforth3"].step),
     ],
 )
@@ -260,4 +280,98 @@ def test_the_checks_pass_when_nothing_is_damaged(check):
 def test_a_damaged_solver_fails_the_check(damage, check, monkeypatch):
     damage(monkeypatch)
     with pytest.raises(AssertionError):
+        check()
+
+
+# --- damages to editing -------------------------------------------------------------------------------------------
+
+
+def add_residuals_to_accepted_ends_only(patch):
+    """The right anchor of an edit is where the solver proposes it, without the path's residual."""
+    intact = editing.bi_anchor_steps
+
+    def steps(plan, grid, correct):
+        return intact(plan, grid, lambda i, accepted, x: correct(i, accepted, x) if accepted else x)
+
+    patch.setattr(editing, "bi_anchor_steps", steps)
+
+
+def keep_the_wrong_states(patch):
+    """The path's states are those of the steps before."""
+    intact = editing._source_path
+
+    def path(field, sidenet, grid, states, *rest):
+        return intact(field, sidenet, grid, [states[0], *states[:-2], states[-1]], *rest)
+
+    patch.setattr(editing, "_source_path", path)
+
+
+def tell_the_velocities_in_the_wrong_order(patch):
+    intact = editing._source_path
+    patch.setattr(
+        editing, "_source_path", lambda f, n, grid, states, vs, chunk: intact(f, n, grid, states, vs[::-1], chunk)
+    )
+
+
+def swap_the_sides_of_the_mask(patch):
+    intact = editing.check_mask
+    patch.setattr(editing, "check_mask", lambda mask, image: 1 - intact(mask, image))
+
+
+def pull_at_all_times(patch):
+    patch.setattr(editing.Control, "pull", lambda self, t: self.eta)
+
+
+def never_fade(patch):
+    patch.setattr(editing.Control, "share", lambda self, left: torch.ones_like(left[:, :1]))
+
+
+def never_pull(patch):
+    patch.setattr(editing.Control, "pull", lambda self, t: 0.0)
+
+
+def stop_a_step_early(patch):
+    """The path's noise is the state before the last step up."""
+    intact = editing.run_steps
+    patch.setattr(editing, "run_steps", lambda steps, f, x, grid, callback: intact(steps, f, x, grid[:-1], callback))
+
+
+def return_check():
+    for kind in ("inversion", "straight"):
+        check_exact_return(kind, small_sidenet(), Guidance(2.0), 4)
+
+
+def mask_check():
+    check_mask("inversion")
+
+
+def inversion_check():
+    check_inversion_order(Oracle(), 6, (8, 16))
+
+
+EDITING_CHECKS = [return_check, mask_check, check_eta, check_fade, check_flowedit_order, inversion_check]
+EDITING_DAMAGES = [
+    (add_residuals_to_accepted_ends_only, [return_check]),
+    (keep_the_wrong_states, [return_check]),
+    (tell_the_velocities_in_the_wrong_order, [return_check, check_flowedit_order]),
+    (swap_the_sides_of_the_mask, [mask_check]),
+    (pull_at_all_times, [check_eta]),
+    (never_pull, [check_eta]),
+    (never_fade, [check_fade]),
+    (stop_a_step_early, [inversion_check]),
+]
+
+
+@pytest.mark.parametrize("check", EDITING_CHECKS)
+def test_the_editing_checks_pass_when_nothing_is_damaged(check):
+    check()
+
+
+@pytest.mark.parametrize(
+    ("damage", "check"),
+    [pytest.param(d, c, id=f"{d.__name__}-{c.__name__}") for d, checks in EDITING_DAMAGES for c in checks],
+)
+def test_damaged_editing_fails_the_check(damage, check, monkeypatch):
+    damage(monkeypatch)
+    with pytest.raises((AssertionError, RuntimeError)):
         check()

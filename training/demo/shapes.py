@@ -26,6 +26,7 @@ class ShapeBatch:
         centres: [B, 2] shape centre (x, y) in [-1, 1], x to the right and y down.
         colours: [B, 3] mean shape colour in [-1, 1].
         grounds: [B, 2, 3] the ground's two end colours in [-1, 1].
+        behind: [B, 3, 32, 32] in [-1, 1], the ground without the shape.
     """
 
     images: Tensor
@@ -33,6 +34,7 @@ class ShapeBatch:
     centres: Tensor
     colours: Tensor
     grounds: Tensor
+    behind: Tensor
 
 
 def _polygon(x: Tensor, y: Tensor, corners: list[tuple[float, float]]) -> Tensor:
@@ -153,4 +155,4 @@ def draw_shapes(generator: torch.Generator, count: int, labels: Tensor | None = 
     shade = (1 - light[:, None, None] * (x + y)).clamp(0.5, 1.5)
     shape = (colours[:, :, None, None] * shade[:, None]).clamp(0, 1)
     images = torch.lerp(ground, shape, coverage[:, None])
-    return ShapeBatch(images * 2 - 1, labels, centres, colours * 2 - 1, grounds * 2 - 1)
+    return ShapeBatch(images * 2 - 1, labels, centres, colours * 2 - 1, grounds * 2 - 1, ground * 2 - 1)

@@ -1,0 +1,248 @@
+"""The nodes BA Invert and BA Edit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy_api.v0_0_2 import io
+
+from ..bas_core.editing import FADE, Control
+from .edit_inputs import as_many_images_as_prompts, image_of, mask_of
+from .edit_sampling import (
+    METHODS,
+    HeldPath,
+    InvertedNoise,
+    Way,
+    check_path,
+    edited,
+    editing_schedule,
+    make_path,
+    reconstructed,
+)
+
+SourcePathLink = io.Custom("BA_SOURCE_PATH")
+
+
+def _calls(what: str) -> Any:
+    return io.Int.Input("calls", default=10, min=2, max=1000, tooltip=what)
+
+
+def _strength() -> Any:
+    return io.Float.Input(
+        "strength",
+        default=0.8,
+        min=0.01,
+        max=1.0,
+        step=0.01,
+        tooltip="How far toward noise the image is taken, and so how much of it may change. 1 = to pure noise; less "
+        "keeps the layout more.",
+    )
+
+
+def _source_guidance() -> Any:
+    return io.Float.Input(
+        "source_guidance",
+        default=1.0,
+        min=0.0,
+        max=30.0,
+        step=0.1,
+        optional=True,
+        advanced=True,
+        tooltip="CFG on the way to noise. 1 is the safest: at more the inversion is less accurate, and at much more it "
+        "diverges.",
+    )
+
+
+def _seed() -> Any:
+    return io.Int.Input(
+        "seed",
+        default=0,
+        min=0,
+        max=0xFFFFFFFFFFFFFFFF,
+        optional=True,
+        advanced=True,
+        tooltip="Of the noise that the image is mixed with: very little of it where an inversion starts, all of it "
+        "with the method inversion-free.",
+    )
+
+
+class BAInvert(io.ComfyNode):
+    """An image's latent to the noise that it comes from."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="BASolverInvert",
+            display_name="BA Invert",
+            category="BA-Solver/Editing",
+            description="Find the noise that a model would have drawn an image from. With the path of the way there, "
+            "BA Edit changes the image as often as you like without inverting it again. Works with or without a "
+            "SideNet on the MODEL.",
+            search_aliases=["inversion", "unsample", "unsampler", "RF inversion", "reverse sampling", "image to noise"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model, with its SideNet if it has one (Apply SideNet)."),
+                io.Conditioning.Input("source", tooltip="What the image shows."),
+                io.Latent.Input("latent", tooltip="The image, from VAE Encode. A batch, or a video, works too."),
+                _calls("How often the model is called. 5 to 10 is what BA-solver is for."),
+                _strength(),
+                _source_guidance(),
+                io.Conditioning.Input(
+                    "negative",
+                    optional=True,
+                    tooltip="Only for a source_guidance other than 1.",
+                ),
+                _seed(),
+            ],
+            outputs=[
+                io.Latent.Output("inverted", tooltip="The noisy end of the path, to look at or to work with."),
+                io.Noise.Output(
+                    "noise",
+                    tooltip="For SamplerCustomAdvanced: with the same latent and sigmas of the same strength "
+                    "(BA-Solver Scheduler's denoise), any sampler starts where the inversion ended.",
+                ),
+                SourcePathLink.Output("path", tooltip="For BA Edit: an exact return, and no second inversion."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        source: Any,
+        latent: dict[str, Any],
+        calls: int,
+        strength: float = 0.8,
+        source_guidance: float = 1.0,
+        negative: Any = None,
+        seed: int = 0,
+    ) -> io.NodeOutput:
+        image = as_many_images_as_prompts(image_of(model, latent), source)
+        way = Way(model, source, negative, source_guidance)
+        held, noisy = make_path(way, image, editing_schedule(model, calls, strength), seed, METHODS[0])
+        return io.NodeOutput({**latent, "samples": noisy}, InvertedNoise(model, held), held)
+
+
+class BAEdit(io.ComfyNode):
+    """An image regenerated as something else."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="BASolverEdit",
+            display_name="BA Edit",
+            category="BA-Solver/Editing",
+            description="Regenerate an image under another prompt, keeping what the two prompts share. The second "
+            "output shows what the inversion alone would have lost. Works with or without a SideNet on the MODEL.",
+            search_aliases=["edit image", "inversion", "FlowEdit", "RF edit", "prompt to prompt", "change object"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model, with its SideNet if it has one (Apply SideNet)."),
+                io.Latent.Input("latent", tooltip="The image, from VAE Encode. A batch, or a video, works too."),
+                io.Conditioning.Input("source", tooltip="What the image shows now."),
+                io.Conditioning.Input("positive", tooltip="What it is to show."),
+                io.Conditioning.Input("negative", tooltip="What it is not to show. Not used where guidance is 1."),
+                _calls(
+                    "Model calls on the way to the source path, and again on the way to the edited image (and once "
+                    "more for the reconstruction). 5 to 10 is what BA-solver is for."
+                ),
+                _strength(),
+                io.Float.Input(
+                    "guidance",
+                    default=2.0,
+                    min=0.0,
+                    max=30.0,
+                    step=0.1,
+                    tooltip="CFG toward the positive. Models with a guidance of their own, such as FLUX, take 1 here.",
+                ),
+                io.Combo.Input(
+                    "method",
+                    options=list(METHODS),
+                    default=METHODS[0],
+                    tooltip="inversion: along the path that the image takes to noise. inversion-free: along the "
+                    "difference between the two prompts' velocities, from random noise (as FlowEdit); keeps the place "
+                    "of things better and changes them less.",
+                ),
+                io.Mask.Input(
+                    "mask", optional=True, tooltip="Where the image may change; soft edges work. Of any size."
+                ),
+                SourcePathLink.Input(
+                    "path",
+                    optional=True,
+                    tooltip="From BA Invert, for the same MODEL and latent. Then calls, strength, source, "
+                    "source_guidance, method and seed are those of the path.",
+                ),
+                _source_guidance(),
+                io.Float.Input(
+                    "eta",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    advanced=True,
+                    tooltip="How strongly each step is pulled back to the source image's path: 0 = not at all, 1 = the "
+                    "image does not change. For more of the source than strength alone keeps.",
+                ),
+                io.Float.Input(
+                    "eta_from",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    advanced=True,
+                    tooltip="eta acts where the flow time t is at least this. t = 1 is noise (layout), t = 0 the image "
+                    "(detail).",
+                ),
+                io.Float.Input(
+                    "eta_until",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    advanced=True,
+                    tooltip="eta acts where the flow time t is at most this.",
+                ),
+                _seed(),
+            ],
+            outputs=[
+                io.Latent.Output("edited", tooltip="The image as the positive says."),
+                io.Latent.Output(
+                    "reconstruction",
+                    tooltip="The image, inverted and brought back under the source's own prompt without correction: "
+                    "what an inversion with these calls loses. The edit does not lose it.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(  # noqa: PLR0913, one argument an input
+        cls,
+        model: Any,
+        latent: dict[str, Any],
+        source: Any,
+        positive: Any,
+        negative: Any,
+        calls: int,
+        strength: float = 0.8,
+        guidance: float = 2.0,
+        method: str = METHODS[0],
+        mask: torch.Tensor | None = None,
+        path: HeldPath | None = None,
+        source_guidance: float = 1.0,
+        eta: float = 0.0,
+        eta_from: float = 0.0,
+        eta_until: float = 1.0,
+        seed: int = 0,
+    ) -> io.NodeOutput:
+        Control(eta, (eta_from, eta_until))  # checked before the model is called
+        image = as_many_images_as_prompts(image_of(model, latent), source, positive)
+        where = mask_of(mask, latent, image)
+        if path is None:
+            way = Way(model, source, negative, source_guidance)
+            path, _ = make_path(way, image, editing_schedule(model, calls, strength), seed, method)
+        check_path(path, model, image)
+        control = Control(eta, (eta_from, eta_until), None if path.straight else FADE)
+        out = edited(path, Way(model, positive, negative, guidance), image, control, where)
+        return io.NodeOutput({**latent, "samples": out}, {**latent, "samples": reconstructed(path, image)})
