@@ -326,10 +326,11 @@ def test_info_says_what_the_file_says(demo, tmp_path):
     for part in ("demo SiT", "3 channels", "the guided velocity, CFG 2", "anchors: 2", "4, 5, 7, 10 calls", "MIT"):
         assert part in text
     assert plot.shape[0] == 1 and plot.shape[3] == 3
-    card = SideNetCard(evaluation={"error": {"best": {"5": 0.08, "7": 0.04}, "uniform": {"5": 0.1}}, "other": {"a": 1}})
+    rows = [{"label": "BA-solver", "grid": "best", "calls": n, "error": e} for n, e in ((5, 0.08), (7, 0.04))]
+    card = SideNetCard(evaluation={"endpoint_error": rows, "other": {"a": 1}})
     known = models.make_sidenet(tmp_path / "known.safetensors", 3, card)
     text, plotted = SideNetInfo.execute(known).result
-    assert "error best error: 0.08 at 5 calls, 0.04 at 7 calls" in text
+    assert "BA-solver error: 0.08 at 5 calls, 0.04 at 7 calls" in text
     empty = models.make_sidenet(tmp_path / "empty.safetensors", 3)
     assert (plotted - SideNetInfo.execute(empty).result[1]).abs().max() > 0.5
 

@@ -212,6 +212,9 @@ def test_workflows_run(name, server):
     assert previews
     for node in previews:
         images = server.images(entry, node)
+        if graph(name)[node].get("_meta", {}).get("title") == "Difference":
+            assert 0 < images.mean() < 0.1, "inversion alone loses a little, and only a little"
+            continue
         assert images.std() > 0.05 and all(image.std() > 0.02 for image in images), "blank image"
 
 
