@@ -329,11 +329,11 @@ def search_edits(settings: EditingSettings, demo: Demo) -> dict[str, dict[int, t
     found: dict[str, dict[int, tuple[float, float]]] = {}
     jobs = [(name, calls) for name in EDITS for calls in settings.edit_calls]
     for name, calls in progress(jobs, "edit settings"):
-        best = min(
-            itertools.product(STARTS, GUIDANCES),
-            key=lambda pair: fault_of(judge(demo, EDITS[name][1], calls, *pair, SEARCH_SEED, 0)),
-        )
-        found.setdefault(name, {})[calls] = best
+        faults_by_setting = {
+            (start, cfg): fault_of(judge(demo, EDITS[name][1], calls, start, cfg, SEARCH_SEED, 0))
+            for start, cfg in itertools.product(STARTS, GUIDANCES)
+        }
+        found.setdefault(name, {})[calls] = min(faults_by_setting, key=faults_by_setting.__getitem__)
     return found
 
 
