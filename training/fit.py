@@ -69,6 +69,7 @@ class Training:
         nfe_range: fewest and most backbone calls it will be used with.
         rule: quadrature.
         anchors: 2, or 1 (the paper).
+        body: of the SideNet: convolution (the paper) or tokens.
         base_channels: the SideNet's width.
         embedding_dim: width of its time, step and class embeddings.
         num_layers: its blocks.
@@ -102,6 +103,7 @@ class Training:
     nfe_range: tuple[int, int] = (4, 15)
     rule: str = "lobatto4"
     anchors: int = 2
+    body: str = "convolution"
     base_channels: int = 64
     embedding_dim: int = 64
     num_layers: int = 4
