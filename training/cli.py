@@ -23,20 +23,37 @@ class Command(NamedTuple):
     module: str
     settings: str
     run: str
-    lower: str = "--batch"
+    lower: str = ""
     needs: tuple[str, ...] = ()
 
 
 COMMANDS = {
     "make": Command(
-        "record, train and evaluate in a row: a SideNet for your model", "make", "MakeSettings", "run_make"
+        "record, train and evaluate in a row: a SideNet for your model",
+        "make",
+        "MakeSettings",
+        "run_make",
+        "--record-batch, --batch or --noise-batch",
+        ("matplotlib", "tensorboard"),
     ),
     "record": Command(
         "record sampling runs of a model", "record", "RecordSettings", "run_record", "--record-batch, or use --offload"
     ),
-    "train": Command("train a SideNet from recorded runs", "fit", "FitSettings", "run_fit"),
+    "train": Command(
+        "train a SideNet from recorded runs",
+        "fit",
+        "FitSettings",
+        "run_fit",
+        "--batch, or raise --accumulate",
+        ("matplotlib", "tensorboard"),
+    ),
     "evaluate": Command(
-        "measure a SideNet beside other solvers", "score", "ScoreSettings", "run_score", "--noise-batch"
+        "measure a SideNet beside other solvers",
+        "score",
+        "ScoreSettings",
+        "run_score",
+        "--noise-batch",
+        ("matplotlib",),
     ),
     "convert": Command("an official SideNet (.pt) to safetensors", "files", "ConvertSettings", "run_convert"),
     "info": Command("what a SideNet file is for, and how good it is", "files", "InfoSettings", "run_info"),
