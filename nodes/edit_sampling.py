@@ -7,8 +7,8 @@ second divides by zero at sigma 1, where an inversion ends. `PathSampler` does n
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import comfy.model_management
 import comfy.sample
@@ -41,8 +41,7 @@ from .schedule import sigmas_for
 METHODS = ("inversion", "inversion-free")
 
 
-@dataclass(frozen=True)
-class Way:
+class Way(NamedTuple):
     """One side of an edit: what the MODEL is told, and how strongly.
 
     Attributes:
@@ -77,8 +76,7 @@ class Way:
         return guider
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """What the core's editing functions are called with, in ComfyUI's sampling."""
 
     field: Field
@@ -180,8 +178,7 @@ def editing_schedule(model: Any, calls: int, strength: float) -> Schedule:
 # --- what a source path link carries ------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class HeldPath:
+class HeldPath(NamedTuple):
     """A source path between nodes, with what it was made of.
 
     Attributes:
