@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -69,6 +70,28 @@ def resample_grid(times: Tensor, intervals: int) -> Tensor:
     left = position.floor().long().clamp(max=len(known) - 2)
     values = known.double()
     return torch.lerp(values[left], values[left + 1], position - left).to(times.dtype)
+
+
+# The longest first interval whose call can be saved (see `solver.solve`): what the mean of the data does not say of the
+# single image grows with it.
+SHORT_START = 0.1
+
+
+def starts_short(t0: float, t1: float) -> bool:
+    """Whether the call at the start of a first interval from t0 to t1 can be saved."""
+    return t0 == 1 and 0 < t0 - t1 <= SHORT_START
+
+
+def grid_of_calls(make: Callable[[int], Tensor], calls: int, skip_first: bool) -> Tensor:
+    """The grid that spends a number of backbone calls, from `make`, which makes one of so many intervals.
+
+    Args:
+        make: intervals to a descending grid [intervals + 1].
+        calls: at least 1.
+        skip_first: the run may save its first call (see `solver.solve`), which makes room for one more interval.
+    """
+    longer = make(calls + 1)
+    return longer if skip_first and starts_short(float(longer[0]), float(longer[1])) else make(calls)
 
 
 def check_grid(times: Tensor) -> Tensor:

@@ -47,6 +47,8 @@ class SideNetConfig:
         guidance_input: takes the CFG scale as an input.
         body: "convolution" (the official network: block number `num_layers // 2` is attention, the others are
             residual convolutions) or "tokens" (transformer blocks).
+        mean_size: it keeps the mean of the model's data, on a grid of this many by as many cells, which saves a run's
+            first backbone call (see `solver.solve`); 0 = it does not.
     """
 
     in_channels: int = 4
@@ -60,13 +62,15 @@ class SideNetConfig:
     anchors: int = 1
     guidance_input: bool = False
     body: str = "convolution"
+    mean_size: int = 0
 
     def __post_init__(self) -> None:
         for name in ("in_channels", "base_channels", "embedding_dim", "num_layers", "num_heads", "patch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"SideNetConfig.{name} must be at least 1; got {getattr(self, name)}.")
-        if self.num_classes < 0:
-            raise ValueError(f"SideNetConfig.num_classes must not be negative; got {self.num_classes}.")
+        for name in ("num_classes", "mean_size"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"SideNetConfig.{name} must not be negative; got {getattr(self, name)}.")
         if self.body not in BODIES:
             raise ValueError(f"SideNetConfig.body must be one of {', '.join(BODIES)}; got {self.body!r}.")
         if self.body == "tokens" and self.base_channels % 4:
@@ -206,10 +210,33 @@ class SideNet(nn.Module):
         self.input_conv = operations.Conv2d(inputs, c, k, padding=k // 2, bias=False, **factory)
         self.blocks = make_blocks(config, operations, **factory)
         self.output_conv = operations.Conv2d(c, config.in_channels * p * p, k, padding=k // 2, **factory)
+        if config.mean_size:
+            size = (config.in_channels, config.mean_size, config.mean_size)
+            self.data_mean: Tensor
+            self.register_buffer("data_mean", torch.zeros(size, device=device, dtype=dtype))
 
     @property
     def anchors(self) -> int:
         return self.config.anchors
+
+    def first_velocity(self, x: Tensor, t: Tensor) -> Tensor | None:
+        """The velocity at pure noise without a backbone call: straight to the mean of the data.
+
+        Args:
+            x: [B, C, *spatial] noise, of any size.
+            t: 0-d time, 1 or just below.
+
+        Returns:
+            Like x; None for a network that does not know the mean.
+
+        Raises:
+            ValueError: x has other channels than the network takes.
+        """
+        if not self.config.mean_size:
+            return None
+        self._check_state(x)
+        mean = F.interpolate(self.data_mean[None].to(x), size=x.shape[-2:], mode="bilinear")
+        return (x - (mean[:, :, None] if x.ndim == 5 else mean)) / t.to(x)
 
     def zero_output(self) -> SideNet:
         """Zero the last layer, so that an untrained SideNet adds nothing (the published initialisation)."""
@@ -294,13 +321,17 @@ class SideNet(nn.Module):
             out = rearrange(out, "(b t) c y x -> b c t y x", t=frames)
         return out.to(like.dtype)
 
+    def _check_state(self, x: Tensor) -> None:
+        channels = self.config.in_channels
+        if x.ndim not in (4, 5) or x.shape[1] != channels:
+            raise ValueError(
+                f"This SideNet takes x of [B, {channels}, H, W] or [B, {channels}, T, H, W]; got {tuple(x.shape)}. "
+                "Use a SideNet made for this model."
+            )
+
     def _check(self, x: Tensor, v: Tensor, t: Tensor, h: Tensor, cond: Tensor | None, scale: Tensor | None) -> None:
         c = self.config
-        if x.ndim not in (4, 5) or x.shape[1] != c.in_channels:
-            raise ValueError(
-                f"This SideNet takes x of [B, {c.in_channels}, H, W] or [B, {c.in_channels}, T, H, W]; "
-                f"got {tuple(x.shape)}. Use a SideNet made for this model."
-            )
+        self._check_state(x)
         if v.shape != x.shape:
             raise ValueError(f"v must have x's shape {tuple(x.shape)}; got {tuple(v.shape)}.")
         if c.num_classes and cond is None:

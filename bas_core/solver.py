@@ -8,7 +8,9 @@ A step from t to s = t - delta, with the velocity known at the left anchor (x, t
    predicts all inner nodes anew, from the anchor nearer to each and the other one;
 4. quadrature again gives the accepted end.
 
-The right anchor is the next step's left one, and the last step ends after the probe: N intervals are N calls.
+The right anchor is the next step's left one, and the last step ends after the probe: N intervals are N calls. At
+t = 1 the velocity is the noise minus what the model takes for the mean of its data, and hardly more: a SideNet that
+keeps that mean can stand in for the first call, where the first interval is short, and saves it.
 Nothing here switches gradients off or draws random numbers: a step can be differentiated, and tested with an exact
 velocity in the SideNet's place. To sample, call `solve` under `torch.inference_mode()`.
 """
@@ -24,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .flow import per_sample, velocity_to_x0
-from .grids import check_grid
+from .grids import check_grid, starts_short
 from .guidance import Field, NonFiniteError
 from .quadrature import Rule, get_rule
 
@@ -36,7 +38,8 @@ class Predictor(Protocol):
     """What the solver needs of a SideNet: `SideNet` is one, and so is any function that takes its arguments by name.
 
     It is called with `x, v, t, h, cond`; an attribute `anchors` of 2 asks for `slope` and `span` too, and
-    `config.guidance_input` for `scale`. It returns the change of velocity from t to t - h.
+    `config.guidance_input` for `scale`. It returns the change of velocity from t to t - h. A method
+    `first_velocity(x, t)` can stand in for the first call.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor: ...
@@ -185,6 +188,7 @@ class Plan(NamedTuple):
     sidenet: Predictor
     rule: Rule
     chunk: int | None
+    skip_first: bool = False
 
     @property
     def two_anchors(self) -> bool:
@@ -196,6 +200,15 @@ class Plan(NamedTuple):
     def branches_at(self, times: Sequence[Tensor]) -> int:
         """How many branches velocities at these times need."""
         return 2 if any(self.field.guidance.active(t) for t in times) else 1
+
+    def first_anchor(self, x: Tensor, t0: Tensor, t1: Tensor, branches: int) -> Anchor:
+        """Where a run begins: by a backbone call, or by what the SideNet knows of it."""
+        known: Callable[..., Tensor | None] | None = getattr(self.sidenet, "first_velocity", None)
+        if self.skip_first and known and starts_short(float(t0), float(t1)):
+            velocity = known(x, t0)
+            if velocity is not None:
+                return Anchor(x, velocity.expand(branches, *x.shape), t0)
+        return Anchor(x, self.field(x, t0, branches), t0)
 
     def seen_again(self) -> tuple[float, ...]:
         """The inner nodes that the backward refinement predicts anew."""
@@ -300,7 +313,7 @@ def branches_needed(plan: Plan, times: Sequence[Tensor]) -> list[int]:
 # --- the loop -----------------------------------------------------------------------------------------------------
 
 
-def solve(
+def solve(  # noqa: PLR0913 - all but four have defaults, and go by name
     field: Field,
     sidenet: Predictor | None,
     x: Tensor,
@@ -310,6 +323,7 @@ def solve(
     rule: Rule | str | None = None,
     callback: Callback | None = None,
     chunk: int | None = None,
+    skip_first: bool = False,
 ) -> Tensor:
     """Integrate the field over a time grid with the bi-anchor or the single-anchor solver.
 
@@ -323,6 +337,9 @@ def solve(
         rule: a quadrature rule or its name. Default: lobatto4 for bi_anchor, legendre3 for single_anchor.
         callback: sees every finished `Step`; may raise to stop.
         chunk: largest number of samples in one SideNet call, when memory is short; None = one batch a phase.
+        skip_first: a SideNet that knows the mean of the model's data may save the call at t = 1, which it does where
+            the first interval is short (`grids.starts_short`): N - 1 calls. For noise from a random generator only:
+            that from an inversion leads to one image and not to the mean.
 
     Returns:
         [B, C, *spatial] state at `times[-1]`.
@@ -337,7 +354,8 @@ def solve(
         raise ValueError(f"Unknown method {method!r}. Valid methods: {', '.join(METHODS)}.")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1 sample, or None; got {chunk}.")
-    plan = Plan(field, StraightLine() if sidenet is None else sidenet, get_rule(rule or DEFAULT_RULES[method]), chunk)
+    predictor = StraightLine() if sidenet is None else sidenet
+    plan = Plan(field, predictor, get_rule(rule or DEFAULT_RULES[method]), chunk, skip_first)
     if method == "bi_anchor" and not plan.rule.has_both_ends:
         raise ValueError(f"bi_anchor needs a rule whose nodes include 0 and 1, such as lobatto4; got {plan.rule.name}.")
     steps = bi_anchor_steps(plan, grid) if method == "bi_anchor" else _single_anchor_steps(plan)
@@ -407,7 +425,7 @@ def bi_anchor_steps(plan: Plan, grid: Sequence[Tensor], correct: Correct = as_pr
 
     def step(index: int, x: Tensor, t0: Tensor, t1: Tensor, state: tuple[Anchor | None, Anchor] | None) -> Advance:
         if state is None:
-            previous, left = None, Anchor(x, plan.field(x, t0, needed[0]), t0)
+            previous, left = None, plan.first_anchor(x, t0, t1, needed[0])
         else:
             previous, reused = state
             left = reused._replace(x=x)
@@ -425,8 +443,8 @@ def bi_anchor_steps(plan: Plan, grid: Sequence[Tensor], correct: Correct = as_pr
 
 def _single_anchor_steps(plan: Plan) -> StepFunction:
     def step(index: int, x: Tensor, t0: Tensor, t1: Tensor, state: None) -> Advance:
-        guided = plan.field.guidance.active(t0)
-        anchor = Anchor(x, plan.field(x, t0, 2 if guided else 1), t0)
+        branches = 2 if plan.field.guidance.active(t0) else 1
+        anchor = Anchor(x, plan.field(x, t0, branches), t0) if index else plan.first_anchor(x, t0, t1, branches)
         return Advance(single_anchor_step(plan, anchor, t1), plan.field.guidance.combine(anchor.v, t0), None)
 
     return step

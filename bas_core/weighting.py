@@ -37,6 +37,11 @@ class WeightedSideNet:
         self.weight = weight
         self.config = getattr(sidenet, "config", None)
 
+    def first_velocity(self, x: Tensor, t: Tensor) -> Tensor | None:
+        """What the SideNet knows of the first velocity, whatever its weight: it says nothing of the change from it."""
+        known = getattr(self.sidenet, "first_velocity", None)
+        return None if known is None else known(x, t)
+
     def __call__(self, *, t: Tensor, h: Tensor, slope: Tensor, span: Tensor, **inputs: Any) -> Tensor:
         second = {"slope": slope, "span": span} if getattr(self.sidenet, "anchors", 1) == 2 else {}
         change = self.sidenet(t=t, h=h, **inputs, **second)

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..bas_core.flow import x0_to_velocity
+from ..bas_core.grids import starts_short
 from ..bas_core.guidance import NO_GUIDANCE, Field, Guidance
 from ..bas_core.solver import Predictor, Step, solve
 from ..bas_core.weighting import WeightedSideNet, with_strength
@@ -40,11 +41,13 @@ class Options:
         method: one of METHODS.
         rule: name of a quadrature rule; None = the method's own.
         interval: (lo, hi), the flow times between which CFG applies.
+        skip_first: a SideNet that knows the mean of the model's data may save the first call.
     """
 
     method: str = "bi_anchor"
     rule: str | None = None
     interval: tuple[float, float] = WHOLE_RANGE
+    skip_first: bool = True
 
     def __post_init__(self) -> None:
         Guidance(1.0, self.interval)  # checks the interval
@@ -65,7 +68,8 @@ def sample_ba_solver(
     Args:
         model: ComfyUI's `KSamplerX0Inpaint`: `model(x, sigma, **extra_args)` is the denoised state.
         x: [B, C, *spatial] noised state at `sigmas[0]`.
-        sigmas: [N + 1], falling. N backbone calls are made; the last sigma is not evaluated.
+        sigmas: [N + 1], falling. N backbone calls are made, or one fewer (see `bas_core.solve`); the last sigma is
+            not evaluated.
         extra_args: passed on to the model.
         callback: sees a dictionary a step.
         disable: no progress bar.
@@ -85,7 +89,8 @@ def sample_ba_solver(
     if sidenet is not None:
         check_latent(sidenet, x)
     shape = x.shape if x.ndim > 3 else (*x.shape[:2], 1, x.shape[2])
-    with tqdm(total=len(sigmas) - 1, disable=disable, desc="backbone calls") as progress:
+    calls = len(sigmas) - 1 - skips(sidenet, options, schedule.times)
+    with tqdm(total=calls, disable=disable, desc="backbone calls") as progress:
         backbone = Backbone(model, extra_args or {}, schedule, x.shape, progress.update)
         velocity = _field(backbone, sidenet, options, x)
         end = solve(
@@ -97,6 +102,7 @@ def sample_ba_solver(
             rule=options.rule,
             callback=None if callback is None else _step_callback(schedule, x.shape, callback),
             chunk=None if sidenet is None else sidenet_chunk(sidenet, x),
+            skip_first=options.skip_first,
         )
     return schedule.path.from_flow(end.reshape(x.shape), sigmas[-1].to(x))
 
@@ -310,6 +316,12 @@ def _sidenet_for(options: Options, guider: Any) -> LoadedSideNet | None:
         trained = f"{low:g}" if low == high else f"{low:g} to {high:g}"
         warn(f"the SideNet {sidenet.name!r} was trained for CFG {trained}; at {scale:g} it is less accurate.")
     return sidenet
+
+
+def skips(sidenet: LoadedSideNet | None, options: Options, times: Tensor) -> bool:
+    """Whether a run over these flow times saves its first call."""
+    knows = sidenet is not None and bool(sidenet.network.config.mean_size)
+    return knows and options.skip_first and starts_short(float(times[0]), float(times[1]))
 
 
 def check_latent(sidenet: LoadedSideNet, x: Tensor) -> None:

@@ -35,7 +35,8 @@ class BASampler(io.ComfyNode):
                     default=METHODS[0],
                     tooltip="bi_anchor: the SideNet predicts the velocities between two backbone calls from both "
                     "ends. single_anchor: from the start alone; a baseline. multistep: no SideNet, the best that "
-                    "two calls on a straight line give. Each costs one backbone call a step.",
+                    "two calls on a straight line give. Each costs one backbone call a step, or one fewer in all "
+                    "(skip_first_call).",
                 ),
                 io.Combo.Input(
                     "quadrature",
@@ -69,15 +70,30 @@ class BASampler(io.ComfyNode):
                     tooltip="CFG applies where the flow time t is at most this; above, the positive alone is "
                     "evaluated. The paper samples SiT-XL/2 with CFG 1.5 until 0.7.",
                 ),
+                io.Boolean.Input(
+                    "skip_first_call",
+                    default=True,
+                    optional=True,
+                    advanced=True,
+                    tooltip="A SideNet that knows the mean of the model's images stands in for the first call, which "
+                    "sees pure noise and says little else; where the first step is short, that call is saved. Turn "
+                    "it off for noise that BA Invert made: it leads to one image, not to the mean.",
+                ),
             ],
             outputs=[io.Sampler.Output(tooltip="For SamplerCustom and SamplerCustomAdvanced.")],
         )
 
     @classmethod
     def execute(
-        cls, method: str, quadrature: str = AUTO, cfg_from: float = 0.0, cfg_until: float = 1.0
+        cls,
+        method: str,
+        quadrature: str = AUTO,
+        cfg_from: float = 0.0,
+        cfg_until: float = 1.0,
+        skip_first_call: bool = True,
     ) -> io.NodeOutput:
-        options = Options(method, None if quadrature == AUTO else quadrature, (cfg_from, cfg_until))
+        rule = None if quadrature == AUTO else quadrature
+        options = Options(method, rule, (cfg_from, cfg_until), skip_first_call)
         return io.NodeOutput(comfy.samplers.KSAMPLER(sample_ba_solver, {"options": options}))
 
 
@@ -100,8 +116,8 @@ class BAScheduler(io.ComfyNode):
                     default=7,
                     min=1,
                     max=1000,
-                    tooltip="How often the model is called, which is the number of steps. 5 to 10 is what BA-solver "
-                    "is for.",
+                    tooltip="How often the model is called; 5 to 10 is what BA-solver is for. There are as many steps, "
+                    "or one more where the SideNet saves the first call.",
                 ),
                 io.Float.Input(
                     "denoise",
@@ -130,5 +146,8 @@ class BAScheduler(io.ComfyNode):
         if denoise <= 0:
             return io.NodeOutput(torch.FloatTensor([]))  # ComfyUI's sign for: leave the latent as it is
         sidenet = applied_sidenet(model)
-        learned = sidenet.card.time_grids if sidenet is not None and grid == GRIDS[0] else {}
-        return io.NodeOutput(sigmas_for(model.get_model_object("model_sampling"), calls, denoise, learned))
+        sampling = model.get_model_object("model_sampling")
+        if sidenet is None or sidenet.strength == 0 or grid != GRIDS[0]:
+            return io.NodeOutput(sigmas_for(sampling, calls, denoise, {}))
+        knows_mean = bool(sidenet.network.config.mean_size)
+        return io.NodeOutput(sigmas_for(sampling, calls, denoise, sidenet.card.time_grids, knows_mean))

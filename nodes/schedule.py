@@ -8,20 +8,23 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ..bas_core.grids import resample_grid
+from ..bas_core.grids import grid_of_calls, resample_grid
 from .paths import path_of
 
 GRIDS = ("auto", "model")
 
 
-def sigmas_for(model_sampling: Any, calls: int, denoise: float, learned: dict[int, list[float]]) -> Tensor:
+def sigmas_for(
+    model_sampling: Any, calls: int, denoise: float, learned: dict[int, list[float]], skip_first: bool = False
+) -> Tensor:
     """The last `calls` + 1 sigmas of a grid long enough to start at the noise level that `denoise` asks for.
 
     Args:
         model_sampling: the MODEL's.
-        calls: number of steps.
+        calls: of the backbone.
         denoise: in (0, 1]; the whole grid has calls / denoise steps, as in ComfyUI's own schedulers.
         learned: time grids by number of calls; may be empty.
+        skip_first: the SideNet may save the call at t = 1; a whole run then has one sigma more.
 
     Raises:
         ValueError: the MODEL is neither a flow nor a diffusion model.
@@ -30,9 +33,10 @@ def sigmas_for(model_sampling: Any, calls: int, denoise: float, learned: dict[in
     if not learned:
         whole = comfy.samplers.calculate_sigmas(model_sampling, "simple", total)
     else:
-        nearest = min(learned, key=lambda known: abs(known - total))
-        whole = _on_path(model_sampling, resample_grid(torch.tensor(learned[nearest]), total))
-    return whole[-(calls + 1) :].cpu()
+        nearest = torch.tensor(learned[min(learned, key=lambda known: abs(known - total))])
+        times = grid_of_calls(lambda intervals: resample_grid(nearest, intervals), total, skip_first)
+        whole = _on_path(model_sampling, times)
+    return whole.cpu() if total == calls else whole[-(calls + 1) :].cpu()
 
 
 def _on_path(model_sampling: Any, times: Tensor) -> Tensor:

@@ -4,17 +4,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from ba_solver.bas_core import CheckpointError, Guidance, model_field, run_baseline
+from ba_solver.bas_core import CheckpointError, run_baseline
 from ba_solver.training import record as recording
 from ba_solver.training.backbones import open_backbone
 from ba_solver.training.backbones.base import BackboneChoice
-from ba_solver.training.chains import Chains, open_chains, open_shard, record_chains, save_shard
+from ba_solver.training.chains import Chains, open_chains, open_shard, save_shard
 from ba_solver.training.cli import main
-from training_problems import BACKBONE, SHAPE, swirl
+from training_problems import BACKBONE, swirl
 
 
 def arguments(out, **changes):
-    values = {"backbone": BACKBONE, "chains": 10, "record_batch": 4, "points": 24, "guidance": 2.0, **changes}
+    values = {
+        "backbone": BACKBONE,
+        "chains": 10,
+        "record_batch": 4,
+        "points": 24,
+        "guidance": 2.0,
+        "starts": 0,
+        **changes,
+    }
     flags = []
     for name, value in values.items():
         flags += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
@@ -128,7 +136,8 @@ def test_a_coarse_teacher_is_measured_and_warned_about(tmp_path, capsys):
     for points in (10, 96):
         settings = recording.Recording(chains=8, points=points, record_batch=8)
         errors[points] = recording.teacher_error(settings, choice, backbone)
-        drawn = recording.draw_batch(settings, choice, backbone, 0)
+        whole = recording.stretches(settings, Path(), backbone)[0]
+        drawn = recording.draw_batch(settings, whole, choice, backbone, 0)
         field = backbone.field(drawn["labels"], 2.0)
         times = drawn["times"]
         converged = run_baseline("rk4", field, drawn["noise"], torch.linspace(1, 0.01, 400))
@@ -246,19 +255,6 @@ def test_settings_come_from_a_file_and_flags_win(tmp_path, capsys):
     config.write_text("chains = = 4")
     assert "is no TOML file" in refused(capsys, "record", "--config", config, "--out", tmp_path)
     assert "no such file" in refused(capsys, "record", "--config", tmp_path / "none.toml")
-
-
-def test_in_memory_and_streamed_recording_agree(tmp_path):
-    """`record_chains`, which the demo uses, and the command record the same numbers."""
-    streamed, _ = record(tmp_path / "chains", record_batch=10)
-    guidance = Guidance(2.0)
-
-    def field_of(y):
-        return model_field(swirl, y, torch.full_like(y, 2), guidance, "guided")
-
-    memory = record_chains(field_of, torch.arange(10) % 2, SHAPE, 24, seed=1, batch=10)
-    # The command draws the scale before the noise, so only the times are alike; each follows its own noise.
-    assert torch.equal(memory.times, streamed.times)
 
 
 def test_the_documented_example_is_recorded(tmp_path):

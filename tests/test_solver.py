@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ba_solver.bas_core import BASELINES, Field, Guidance, get_rule, model_field, run_baseline, solve, time_grid
+from ba_solver.bas_core.grids import grid_of_calls
 from ba_solver.bas_core.solver import Anchor, Plan, Query, StraightLine, predict, probe, refine, single_anchor_step
 from checks import (
     TIGHT,
@@ -43,6 +44,59 @@ def random_anchors(*times: float) -> list[Anchor]:
     return [
         Anchor(noise(2, 2, 4, 4, seed=s), noise(2, 2, 2, 4, 4, seed=s + 9), as_tensor(t)) for s, t in enumerate(times)
     ]
+
+
+# --- the call at t = 1 ------------------------------------------------------------------------------------------------
+
+MEAN = noise(2, 4, 4, seed=5)
+SHORT = torch.tensor([1.0, 0.93, 0.6, 0.3, 0.0], dtype=torch.float64)
+
+
+def gaussian_velocity(x, t):
+    """The flow to independent normal data with mean MEAN and variance 0.3: at t = 1 exactly x - MEAN."""
+    t = spread(t, x)
+    variance = t**2 + 0.3 * (1 - t) ** 2
+    return (t - 0.3 * (1 - t)) / variance * (x - (1 - t) * MEAN) - MEAN
+
+
+def sidenet_with_mean(anchors=2, mean=MEAN):
+    sidenet = small_sidenet(anchors=anchors, mean_size=4, num_classes=0)
+    sidenet.data_mean.copy_(mean)
+    return sidenet
+
+
+@pytest.mark.parametrize("method", ["bi_anchor", "single_anchor"])
+@pytest.mark.parametrize("anchors", [1, 2])
+def test_a_sidenet_that_knows_the_mean_saves_the_first_call_and_nothing_else(anchors, method):
+    sidenet, x = sidenet_with_mean(anchors), noise(3, 2, 4, 4)
+    fields = [model_field(gaussian_velocity) for _ in range(3)]
+    whole = solve(fields[0], sidenet, x, SHORT, method=method)
+    saved = solve(fields[1], sidenet, x, SHORT, method=method, skip_first=True)
+    other = solve(fields[2], sidenet_with_mean(anchors, MEAN + 0.1), x, SHORT, method=method, skip_first=True)
+    assert [field.calls for field in fields] == [4, 3, 3]
+    torch.testing.assert_close(saved, whole, **TIGHT)
+    assert (other - whole).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("times", [[1.0, 0.89, 0.5, 0.0], [0.99, 0.95, 0.5, 0.0], [0.0, 0.07, 0.5, 1.0]], ids=str)
+def test_the_first_call_is_made_unless_a_short_step_leads_away_from_pure_noise(times):
+    field = model_field(gaussian_velocity)
+    solve(field, sidenet_with_mean(), noise(1, 2, 4, 4), torch.tensor(times, dtype=torch.float64), skip_first=True)
+    assert field.calls == 3
+
+
+def test_without_a_mean_the_first_call_is_made():
+    for sidenet in (None, small_sidenet(anchors=2, num_classes=0), Oracle(2)):
+        field = exact_field()
+        solve(field, sidenet, noise(1, 2, 4, 4).abs(), SHORT, skip_first=True)
+        assert field.calls == 4
+
+
+def test_a_grid_for_a_number_of_calls_has_one_more_step_where_the_first_is_saved():
+    made = [
+        grid_of_calls(lambda n: time_grid(n, 3.0), calls, skip) for calls, skip in ((5, True), (5, False), (2, True))
+    ]
+    assert [len(grid) - 1 for grid in made] == [6, 5, 2]
 
 
 # --- against the paper, written out -----------------------------------------------------------------------------------

@@ -4,26 +4,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ba_solver.bas_core import RULES, CheckpointError, Field, SideNetConfig, model_field
-from ba_solver.training.chains import LAST_TIME, Chains, load_chains, record_chains, save_chains
+from ba_solver.bas_core import RULES, model_field
+from ba_solver.training.chains import LAST_TIME, Chains, random_times, record_chain
 from ba_solver.training.evaluate import converged_reference
 from ba_solver.training.loop import LoopSettings, train
+from ba_solver.training.losses import squared_errors
 from ba_solver.training.pairs import KINDS, QueryRange, draw_examples, draw_queries
-from ba_solver.training.train import TrainSettings, residual_variance, squared_errors, train_sidenet
+from training_problems import SHAPE, chains_of, swirl
 
-SHAPE = (2, 4, 4)
 RULE = RULES["lobatto4"]
 
 
-def swirl(x, t, y):
-    """A curved field that depends on state, time and class."""
-    turn = torch.stack([-x[:, 1], x[:, 0]], 1)
-    return 3.0 * turn * (1 + y[:, None, None, None] * torch.cos(4 * t)[:, None, None, None]) - x
-
-
-def record(count=24, points=40, field=swirl):
-    labels = torch.arange(count) % 2
-    return record_chains(lambda y: model_field(field, y), labels, SHAPE, points, seed=3, batch=8)
+def record(count=24, points=40):
+    return chains_of(swirl, torch.arange(count) % 2, points)
 
 
 def generator(seed=0):
@@ -32,68 +25,43 @@ def generator(seed=0):
 
 def test_chains_hold_the_field_along_its_path():
     """Each recorded velocity is the field at its recorded state, and the path follows it; one call a point."""
-    fields: list[Field] = []
-
-    def field_of(y):
-        fields.append(model_field(swirl, y))
-        return fields[-1]
-
-    chains = record_chains(field_of, torch.tensor([0, 1, 0]), SHAPE, 160, seed=3)
-    assert fields[0].calls == 160
-    assert (
-        (chains.times[:, 0] == 1).all()
-        and (chains.times[:, -1] == torch.tensor(LAST_TIME)).all()
-        and (chains.times.diff() < 0).all()
-    )
+    field = model_field(swirl, torch.tensor([0, 1, 0]))
+    times = random_times(160, generator())
+    states, velocities = record_chain(field, torch.randn(3, *SHAPE, generator=generator()), times)
+    assert field.calls == 160
     for i in (0, 57, 159):
-        expected = swirl(chains.states[:, i], chains.times[:, i], chains.labels)
-        torch.testing.assert_close(chains.velocities[:, i], expected)
-    steps = chains.times.diff()[:, :, None, None, None]
-    trapezoid = steps * (chains.velocities[:, 1:] + chains.velocities[:, :-1]) / 2
-    torch.testing.assert_close(chains.states[:, 1:] - chains.states[:, :-1], trapezoid, atol=2e-3, rtol=0)
+        torch.testing.assert_close(velocities[:, i], swirl(states[:, i], times[i].expand(3), torch.tensor([0, 1, 0])))
+    trapezoid = times.diff()[None, :, None, None, None] * (velocities[:, 1:] + velocities[:, :-1]) / 2
+    torch.testing.assert_close(states[:, 1:] - states[:, :-1], trapezoid, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize(("shift", "start", "until"), [(1.0, 1.0, LAST_TIME), (3.0, 1.0, 0.87), (1.0, 0.93, LAST_TIME)])
+def test_recorded_times_fall_between_their_ends_and_begin_finely(shift, start, until):
+    """They fall, whatever the jitter; two recordings differ; a multistep teacher finds short first steps."""
+    for seed in range(20):
+        times = random_times(24, generator(seed), shift, start, until)
+        assert times[0] == torch.tensor(start) and times[-1] == torch.tensor(until) and (times.diff() < 0).all()
+        assert times.diff()[0].abs() < 0.25 * times.diff().abs().max()
+    assert (random_times(24, generator(1)) != random_times(24, generator(2))).sum() == 22
 
 
 def test_chains_may_end_early_and_know_where_their_paths_end():
-    """Openings end where they are told to; whole chains end at their images."""
+    """Starts end where they are told to; whole chains end at their images."""
     labels = torch.zeros(3, dtype=torch.long)
-    opening = record_chains(lambda y: model_field(swirl, y), labels, SHAPE, 12, seed=3, until=0.7)
-    assert (opening.times[:, -1] == torch.tensor(0.7)).all() and (opening.times.diff() < 0).all()
-    whole = record_chains(lambda y: model_field(swirl, y), labels, SHAPE, 200, seed=3)
+    start = chains_of(swirl, labels, 12, until=0.7)
+    assert (start.times[:, -1] == torch.tensor(0.7)).all() and (start.times.diff() < 0).all()
+    whole = chains_of(swirl, labels, 200)
     expected = converged_reference(model_field(swirl, labels), whole.states[:, 0])
     missing = (whole.states[:, -1] - expected).norm()
     assert (whole.ends(torch.arange(3)) - expected).norm() < 0.05 * missing
 
 
-def test_recording_is_reproducible_and_shards_round_trip(tmp_path):
-    first, second = record(), record()
-    path = tmp_path / "chains.safetensors"
-    save_chains(path, first, {"backbone": "abc"})
-    loaded, about = load_chains(path)
-    assert about == {"backbone": "abc"}
-    for name in ("times", "states", "velocities", "labels"):
-        assert torch.equal(getattr(first, name), getattr(second, name))
-        assert torch.equal(getattr(first, name), getattr(loaded, name))
-
-
-def test_damaged_chains_are_refused_by_name(tmp_path):
-    path = tmp_path / "chains.safetensors"
-    save_chains(path, record(), {})
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CheckpointError, match="truncated"):
-        load_chains(path)
-    chains = record()
-    chains.states[0, 3] = float("nan")
-    save_chains(path, chains, {})
-    with pytest.raises(CheckpointError, match="NaN"):
-        load_chains(path)
-
-
 @pytest.mark.parametrize("anchors", [1, 2])
 def test_queries_are_those_of_the_sampler(anchors):
     """Targets lie where the kind says, toward the data in descending runs; every kind occurs."""
-    wanted, kinds = draw_queries(RULE, anchors, 4000, QueryRange(ascending=0.0), generator())
+    wanted, kinds, skipped = draw_queries(RULE, anchors, 4000, QueryRange(ascending=0.0), generator())
     near, far, target = wanted.unbind(1)
+    assert not skipped.any()
     of = {kind: kinds == i for i, kind in enumerate(KINDS)}
     assert all(rows.sum() > 50 for rows in of.values())
     ahead = ~of["between"]
@@ -128,41 +96,40 @@ def test_examples_are_read_off_the_chains_and_lines_are_exact_for_linear_velocit
     assert (e.h != 0).all() and (e.h != e.span).float().mean() > 0.95
 
 
-def test_openings_answer_the_first_interval_and_chains_the_rest():
-    """Where an opening reaches it is asked; queries beyond its end, and all others, go to the whole chains."""
-    chains, openings = (
+def test_starts_answer_what_they_reach_and_chains_the_rest():
+    """Queries that lie within the starts' stretch go to them; all others to the whole chains."""
+    chains, starts = (
         record(count=12),
-        record_chains(lambda y: model_field(swirl, y), torch.full((8,), 1), SHAPE, 10, seed=9, until=0.8),
+        chains_of(swirl, torch.full((8,), 1), 10, seed=9, until=0.8),
     )
-    marked = replace(openings, labels=torch.full((8,), 7))
+    marked = replace(starts, labels=torch.full((8,), 7))
     e = draw_examples(chains, RULE, 2, 600, QueryRange(), generator(1), marked)
-    from_opening = e.labels == 7
-    first = (e.t == 1) & (e.span == 0)
-    assert from_opening.sum() > 30 and first[from_opening].all()
-    assert ((e.t - e.h)[from_opening] >= 0.8 - 1e-6).all()
-    assert ((e.t - e.h)[first & ~from_opening] < 0.8 + 0.02).all() and (first & ~from_opening).any()
+    from_start = e.labels == 7
+    earliest = torch.stack([e.t, e.t - e.h, e.t - e.span]).amin(0)
+    assert from_start.sum() > 30 and (earliest[from_start] >= 0.8 - 1e-6).all()
+    assert (earliest[~from_start] < 0.8 + 0.02).all() and (from_start & (e.t < 1)).any()
     # Whatever the source, the target is the field at a recorded state that follows from the near anchor's.
-    labels = torch.where(from_opening, 1, e.labels)
+    labels = torch.where(from_start, 1, e.labels)
     torch.testing.assert_close(e.v, swirl(e.x, e.t, labels))
 
 
-@pytest.mark.parametrize("anchors", [1, 2])
-def test_training_learns_what_the_line_misses(anchors):
-    """On held-out chains the SideNet explains a good part of what the multistep method leaves.
-
-    The first interval is left out: what eighty chains hold of it, sixteen others do not confirm.
-    """
-    chains = record(count=96)
-    config = SideNetConfig(
-        in_channels=2, base_channels=16, embedding_dim=32, num_layers=2, num_classes=2, anchors=anchors
-    )
-    settings = TrainSettings(LoopSettings(steps=400, batch=64, learning_rate=1e-2, warmup=10, ema=0.95))
-    train_part, held_out = chains.split(16)
-    _, left = train_sidenet(config, train_part, held_out, settings)
-    assert max(left[kind] for kind in ("between", "beyond", "last")) < 0.85, left
-    untrained = train_sidenet(config, train_part, held_out, TrainSettings(LoopSettings(0, 1, 1.0)))[0]
-    blank = residual_variance(untrained, anchors, held_out, settings)
-    assert blank == dict.fromkeys(KINDS, 1.0)
+def test_where_a_run_saves_its_first_call_the_anchor_there_is_the_mean():
+    """Only at t = 1, only in runs toward the data that begin with a short step, and as often as asked."""
+    chains, mean = record(count=12), torch.randn(SHAPE, generator=generator(3))
+    ranges = QueryRange(calls=(8, 15), skip_first=0.5)
+    wanted, _, skipped = draw_queries(RULE, 2, 2000, ranges, generator(1))
+    at_noise = (wanted[:, 0] == 1) & (wanted[:, 2] < 1) & (wanted[:, 1] == 1)
+    assert 0.3 < skipped[at_noise].float().mean() < 0.5
+    e = draw_examples(chains, RULE, 2, 2000, ranges, generator(1), mean=mean)
+    guessed = (e.v - (e.x - mean)).flatten(1).abs().amax(1) < 1e-6
+    torch.testing.assert_close(e.v[~guessed], swirl(e.x, e.t, e.labels)[~guessed])
+    assert (e.t[guessed] == 1).all() and guessed.any() and (skipped & (wanted[:, 0] == 1))[guessed].all()
+    # As the second anchor, it changes the slope alone.
+    second = skipped & (e.t - e.span == 1) & (e.span != 0)
+    assert second.any()
+    there = (e.v + e.slope * e.span[:, None, None, None])[second]
+    nearest = (there[:, None] - (chains.states[:, 0] - mean)).flatten(2).abs().amax(2).amin(1)
+    assert nearest.max() < 1e-4
 
 
 def toy_run(steps, path, stop_after=None):

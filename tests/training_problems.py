@@ -1,7 +1,9 @@
 """A backbone with known velocities for the training tests: `python:training_problems:swirl_backbone`."""
 
 import torch
+from ba_solver.bas_core import model_field
 from ba_solver.training.backbones import Backbone
+from ba_solver.training.chains import LAST_TIME, Chains, batch_generator, random_times, record_chain
 
 SHAPE = (2, 4, 4)
 BACKBONE = "python:training_problems:swirl_backbone"
@@ -45,3 +47,14 @@ def other_backbone(device, dtype):
 
 def larger_backbone(device, dtype):
     return Backbone(**{**vars(swirl_backbone(device, dtype)), "shape": (2, 8, 8)})
+
+
+def chains_of(field, labels, points, seed=3, until=LAST_TIME, batch=8):
+    """Chains of a field `(x, t, y)`, one for every label, in memory."""
+    parts = []
+    for index, rows in enumerate(labels.split(batch)):
+        generator = batch_generator(seed, index)
+        times = random_times(points, generator, until=until)
+        noise = torch.randn((len(rows), *SHAPE), generator=generator)
+        parts.append((times.expand(len(rows), -1), *record_chain(model_field(field, rows), noise, times)))
+    return Chains(*(torch.cat(column).clone() for column in zip(*parts, strict=True)), labels)

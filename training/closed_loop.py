@@ -23,7 +23,7 @@ from .backbones import Backbone
 from .chains import Chains
 from .loop import Share
 
-# Share of the states' mean square that is added to the line's error; see `train.RELATIVE_FLOOR`.
+# Share of the states' mean square that is added to the line's error; see `losses.RELATIVE_FLOOR`.
 FLOOR = 1e-6
 
 
@@ -92,14 +92,16 @@ def interval_loss(sidenet: nn.Module, rollout: Rollout, step_generator: torch.Ge
     """
     field, rows, grid = rollout.draw(step_generator, share)
     rollout.count("closed loop", len(grid) - 1, share)
-    ours, line = (Plan(field, network, rollout.rule, None) for network in (sidenet, StraightLine()))
+    ours = Plan(field, sidenet, rollout.rule, None, skip_first=True)
+    line = Plan(field, StraightLine(), rollout.rule, None)
     branches = len(field.conditions)
 
     def anchor(x: Tensor, t: Tensor) -> Anchor:
         with torch.no_grad():
             return Anchor(x, field(x, t, branches), t)
 
-    left, previous = anchor(rollout.noise(rows), grid[0]), None
+    with torch.no_grad():
+        left, previous = ours.first_anchor(rollout.noise(rows), grid[0], grid[1], branches), None
     losses = []
     for index, (_, t1) in enumerate(pairwise(grid)):
         truth = rollout.truth(rows, t1)
@@ -123,4 +125,4 @@ def end_point_loss(sidenet: nn.Module, rollout: Rollout, step_generator: torch.G
     rollout.count("end point", 2 * (len(grid) - 1), share)
     with torch.no_grad():
         line = solve(field, None, noise, grid, rule=rollout.rule)
-    return relative(solve(field, sidenet, noise, grid, rule=rollout.rule), line, truth)
+    return relative(solve(field, sidenet, noise, grid, rule=rollout.rule, skip_first=True), line, truth)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..bas_core.baselines import BASELINES, run_baseline
-from ..bas_core.grids import time_grid
+from ..bas_core.grids import grid_of_calls, time_grid
 from ..bas_core.guidance import Field
 from ..bas_core.solver import Predictor, solve
 
@@ -32,6 +32,7 @@ class Sampler:
             exactly and keep off t = 0, where a network's velocity means little (as EDM's Heun sampler does).
         start: the time that the model's noise is at; grids are scaled by it.
         grids: times by number of calls, used instead of the family's.
+        skip_first: whether it saves the first call where the first interval is short; it then takes one more.
     """
 
     name: str
@@ -40,12 +41,14 @@ class Sampler:
     calls_per_step: int = 1
     start: float = 1.0
     grids: Mapping[int, Sequence[float]] | None = None
+    skip_first: bool = False
 
     def times(self, calls: int, shape: GridShape = UNIFORM) -> Tensor:
         """The grid of the family (shift, cosine) that spends exactly `calls` backbone calls."""
         if self.grids is not None:
             return torch.tensor(self.grids[calls])
-        return time_grid(calls if self.calls_per_step == 1 else calls // 2 + 1, *shape)
+        intervals = calls if self.calls_per_step == 1 else calls // 2 + 1
+        return grid_of_calls(lambda n: time_grid(n, *shape), intervals, self.skip_first)
 
     def sample(self, field: Field, noise: Tensor, calls: int, shape: GridShape = UNIFORM) -> Tensor:
         """Run on `calls` backbone calls."""
@@ -69,7 +72,12 @@ def sidenet_sampler(
     sidenet: Predictor, name: str = "ba_solver", label: str = "BA-solver", start: float = 1.0, **options: Any
 ) -> Sampler:
     """The bi-anchor solver with a SideNet as a competitor; `options` go to `solve`."""
-    return Sampler(name, label, lambda field, x, t: solve(field, sidenet, x, t, **options), start=start)
+    skips = start == 1 and bool(getattr(getattr(sidenet, "config", None), "mean_size", 0))
+
+    def run(field: Field, x: Tensor, times: Tensor) -> Tensor:
+        return solve(field, sidenet, x, times, skip_first=skips, **options)
+
+    return Sampler(name, label, run, start=start, skip_first=skips)
 
 
 def unipc(field: Field, x: Tensor, times: Tensor) -> Tensor:

@@ -13,12 +13,13 @@ import itertools
 import json
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..bas_core.checkpoint import CheckpointError, SideNetCard, load_sidenet, save_sidenet, write_text
@@ -26,15 +27,16 @@ from ..bas_core.grids import time_grid
 from ..bas_core.quadrature import RULES, get_rule
 from ..bas_core.sidenet import SideNet, SideNetConfig
 from .backbones import Backbone, BackboneChoice, open_backbone
-from .chains import Chains, open_chains
+from .chains import Chains, check_alike, open_chains
 from .closed_loop import Rollout, end_point_loss, interval_loss
 from .loop import LoopSettings, Numbers, Share, train
+from .losses import predicted, relative_loss, squared_errors
 from .pairs import KINDS, Examples, QueryRange, draw_examples
 from .progress import MAIN_PROCESS, say
 from .published import CHAIN_STEPS, load_latents, published_loss
+from .record import STARTS
 from .settings import UsageError, check_device, check_positive, parse_calls, plain, prepare_folder
 from .time_grids import learn_grids
-from .train import predicted, relative_loss, squared_errors
 
 OBJECTIVES = ("all_pairs", "published")
 TIME_BINS, STEP_BINS = (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.05, 0.1, 0.2, 1.0)
@@ -42,6 +44,11 @@ TIME_BINS, STEP_BINS = (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.05, 0.1, 0.2, 1.0)
 LATER_RATE = 0.1
 SCORED_RUNS, SCORED_DRAWS = 16, 4
 VALIDATION_BATCH, VALIDATION_BATCHES = 128, 16
+# Of the runs that could save the call at t = 1, how many do in training: the others are for noise of inversions.
+SKIP_FIRST = 0.85
+# The call at t = 1 is saved where the mean of the data leaves no more of the velocity there than this share of its mean
+# square (the demo at CFG 2: 0.017); the mean is taken over so many chains.
+MEAN_TOLERANCE, MEAN_CHAINS = 0.05, 1024
 # Settings that may change when a run is resumed: they do not change what it computes.
 MAY_CHANGE = ("resume", "device", "compile")
 
@@ -58,7 +65,9 @@ class Training:
         batch: examples a step.
         learning_rate: peak, after a linear warm-up, of a cosine down to 1 %; the later stages take a tenth of it.
         warmup: steps.
-        weight_decay: of AdamW.
+        weight_decay: of Muon and AdamW.
+        muon: orthogonalise the updates of the blocks' matrices (Muon; needs torch 2.9), which transformer blocks learn
+            faster with; the convolution body has none, and is trained by AdamW alone.
         ema: decay of the averaged weights.
         accumulate: backward passes a step, when memory is short.
         precision: fp32, bf16 or fp16.
@@ -69,7 +78,9 @@ class Training:
         nfe_range: fewest and most backbone calls it will be used with.
         rule: quadrature.
         anchors: 2, or 1 (the paper).
-        body: of the SideNet: convolution (the paper) or tokens.
+        body: of the SideNet: tokens (transformer blocks) or convolution (the paper).
+        mean_size: it keeps the mean of the model's data on a grid of this side, which saves each run's first backbone
+            call, if the chains show that the model says no more there; 0 = it does not.
         base_channels: the SideNet's width.
         embedding_dim: width of its time, step and class embeddings.
         num_layers: its blocks.
@@ -90,10 +101,11 @@ class Training:
     start_from: Path | None = None
     steps: int = 2500
     batch: int = 128
-    learning_rate: float = 2e-3
-    warmup: int = 200
+    learning_rate: float = 3e-3
+    warmup: int = 100
     weight_decay: float = 0.01
-    ema: float = 0.998
+    muon: bool = True
+    ema: float = 0.995
     accumulate: int = 1
     precision: str = "fp32"
     compile: bool = False
@@ -103,13 +115,14 @@ class Training:
     nfe_range: tuple[int, int] = (4, 15)
     rule: str = "lobatto4"
     anchors: int = 2
-    body: str = "convolution"
-    base_channels: int = 64
+    body: str = "tokens"
+    mean_size: int = 32
+    base_channels: int = 96
     embedding_dim: int = 64
     num_layers: int = 4
     num_heads: int = 4
     patch_size: int = 2
-    kernel_size: int = 3
+    kernel_size: int = 1
     grid_nfe: str = ""
     grid_runs: int = 24
     closed_loop: int = 0
@@ -126,6 +139,7 @@ class Training:
             learning_rate=self.learning_rate * rate,
             warmup=min(self.warmup, steps),
             weight_decay=self.weight_decay,
+            muon=self.muon and hasattr(torch.optim, "Muon"),
             ema=self.ema,
             seed=self.seed,
             save_every=self.save_every,
@@ -190,6 +204,7 @@ class Job:
     Attributes:
         training: settings.
         chains, held_out: to train on, and to validate on.
+        starts: first stretches of more runs to train on, if they were recorded.
         about: what the chains say of themselves.
         device: where the SideNet is trained.
         folder: of the unfinished run.
@@ -205,6 +220,7 @@ class Job:
     device: torch.device
     folder: Path
     backbone: Backbone | None = None
+    starts: Chains | None = None
     spent: Counter[str] = field(default_factory=Counter)
     time_grids: dict[int, list[float]] = field(default_factory=dict)
 
@@ -215,9 +231,13 @@ class Job:
         highest = max(usual.shift[1], 1.5 * self.about["shift"])
         return dataclasses.replace(usual, calls=self.training.nfe_range, shift=(usual.shift[0], highest))
 
-    def examples(self, chains: Chains, anchors: int, count: int, generator: torch.Generator) -> Examples:
-        """A batch drawn from chains."""
-        return draw_examples(chains, get_rule(self.training.rule), anchors, count, self.ranges, generator)
+    def examples(self, chains: Chains, sidenet: SideNet, count: int, generator: torch.Generator) -> Examples:
+        """A batch drawn from chains; for training, from the starts too."""
+        starts = self.starts if chains is self.chains else None
+        mean = mean_in(sidenet, self.about["shape"])
+        ranges = self.ranges if mean is None else dataclasses.replace(self.ranges, skip_first=SKIP_FIRST)
+        rule = get_rule(self.training.rule)
+        return draw_examples(chains, rule, sidenet.anchors, count, ranges, generator, starts, mean)
 
     def rollout(self, chains: Chains) -> Rollout:
         """What the closed-loop stages roll: the learned grids, or else some of the family.
@@ -235,6 +255,37 @@ class Job:
         return Rollout(self.backbone, chains, self.about, rule, grids or usual, batch, self.spent)
 
 
+def mean_in(sidenet: SideNet, shape: Sequence[int]) -> Tensor | None:
+    """The mean of the data that a SideNet keeps, on the CPU as states of `shape`; None if it keeps none."""
+    known = sidenet.first_velocity(torch.zeros(1, *shape, device=sidenet.input_conv.weight.device), torch.tensor(1.0))
+    return None if known is None else -known[0].cpu()
+
+
+def data_mean(job: Job) -> Tensor | None:
+    """The mean of the model's data, read off the chains' first velocities: at t = 1, velocity = noise - mean.
+
+    Returns:
+        [C, mean_size, mean_size], a video's over its frames. None where it is not asked for, where sampling does not
+        start from pure noise, and where the first velocity says more than that: its call is then not to be saved.
+    """
+    size, chains = job.training.mean_size, job.chains
+    if not size or job.about["start"] != 1:
+        return None
+    rows = torch.arange(len(chains))[:MEAN_CHAINS]
+    first = torch.zeros_like(rows)
+    velocities = chains.velocities[rows, first]
+    seen = chains.states[rows, first] - velocities
+    unexplained = ((seen - seen.mean(0)).square().mean() / velocities.square().mean()).item()
+    if unexplained > MEAN_TOLERANCE:
+        say(
+            f"The first velocity is not noise minus a mean ({100 * unexplained:.0f} % of it is something else), so its "
+            "call is not saved."
+        )
+        return None
+    mean = seen.mean(0)
+    return F.adaptive_avg_pool2d(mean.mean(1) if mean.ndim == 4 else mean, size)
+
+
 @torch.inference_mode()
 def residual_table(sidenet: SideNet, job: Job) -> dict[str, dict[str, float]]:
     """Held-out residual variance left: the SideNet's squared error over the straight line's, by kind of query, by
@@ -242,7 +293,7 @@ def residual_table(sidenet: SideNet, job: Job) -> dict[str, dict[str, float]]:
     generator = torch.Generator().manual_seed(10_007)
     rows = []
     for _ in range(VALIDATION_BATCHES):
-        e = job.examples(job.held_out, sidenet.anchors, VALIDATION_BATCH, generator).share(lambda c: c.to(job.device))
+        e = job.examples(job.held_out, sidenet, VALIDATION_BATCH, generator).share(lambda c: c.to(job.device))
         errors = squared_errors(predicted(sidenet, e, sidenet.anchors), e), squared_errors(e.straight_line(), e)
         rows.append(torch.stack([*errors, e.kinds.float(), e.t, e.h.abs()]).float().cpu())
     ours, line, kinds, t, h = torch.cat(rows, 1)
@@ -259,8 +310,8 @@ def residual_table(sidenet: SideNet, job: Job) -> dict[str, dict[str, float]]:
     return {"kind": by_kind, "time": binned(t, TIME_BINS), "step": binned(h, STEP_BINS)}
 
 
-def make_sidenet(training: Training, about: dict[str, Any]) -> SideNet:
-    """A fresh SideNet that fits the chains, or the one to start from.
+def make_sidenet(training: Training, about: dict[str, Any], mean: Tensor | None = None) -> SideNet:
+    """A fresh SideNet that fits the chains, and keeps the mean of the data if it is given; or the one to start from.
 
     Raises:
         UsageError, CheckpointError: the sizes do not fit each other, or the chains.
@@ -271,17 +322,21 @@ def make_sidenet(training: Training, about: dict[str, Any]) -> SideNet:
             in_channels=about["shape"][0],
             num_classes=about["num_classes"],
             guidance_input=low != high,
+            mean_size=0 if mean is None else training.mean_size,
             **{
                 f.name: getattr(training, f.name)
                 for f in dataclasses.fields(SideNetConfig)
-                if hasattr(training, f.name)
+                if hasattr(training, f.name) and f.name != "mean_size"
             },
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
     if training.start_from is None:
         torch.manual_seed(training.seed)
-        return SideNet(config).zero_output()
+        sidenet = SideNet(config).zero_output()
+        if mean is not None:
+            sidenet.data_mean.copy_(mean)
+        return sidenet
     sidenet, card = load_sidenet(training.start_from, dtype=torch.float32)
     if card.backbone.get("fingerprint") != about["backbone"]["fingerprint"]:
         raise CheckpointError(
@@ -317,6 +372,21 @@ def check_choice(choice: BackboneChoice, about: dict[str, Any], backbone: Backbo
             f"The chains hold states of {about['shape']}; {backbone.name} is asked for at {list(backbone.shape)}. Give "
             "the resolution they were recorded at."
         )
+
+
+def open_starts(folders: tuple[Path, ...], about: dict[str, Any]) -> Chains | None:
+    """The starts that were recorded beside chains; None if there are none.
+
+    Raises:
+        CheckpointError: they do not belong to the chains, or a shard is damaged.
+    """
+    there = [folder / STARTS for folder in folders if (folder / STARTS).is_dir()]
+    if not any(path for folder in there for path in folder.glob("*.safetensors")):
+        return None
+    starts, said = open_chains(there)
+    alike = {key: said.get(key) for key in ("points", "until")}
+    check_alike(about | alike, said, str(there[0]), f"in {folders[0]} it is")
+    return starts
 
 
 def hold_out(chains: Chains, wanted: int) -> tuple[Chains, Chains]:
@@ -359,7 +429,7 @@ def all_pairs_stage(job: Job, sidenet: SideNet) -> SideNet:
     loop = job.training.loop(job.training.steps, job.training.batch)
 
     def loss(network: SideNet, generator: torch.Generator, share: Share) -> Tensor:
-        examples = job.examples(job.chains, network.anchors, loop.batch, generator)
+        examples = job.examples(job.chains, network, loop.batch, generator)
         return relative_loss(network, examples.share(lambda c: share.of(c).to(job.device)), network.anchors)
 
     return run_stage(job, sidenet, "all_pairs", loop, loss, None)
@@ -397,7 +467,7 @@ def rolled_stage(job: Job, sidenet: SideNet, name: str, steps: int, loss: Rolled
 def fit(job: Job) -> SideNet:
     """All stages that are asked for."""
     training = job.training
-    sidenet = make_sidenet(training, job.about).to(job.device)
+    sidenet = make_sidenet(training, job.about, data_mean(job)).to(job.device)
     if training.steps:
         sidenet = (published_stage if training.objective == "published" else all_pairs_stage)(job, sidenet)
     if training.grid_nfe:
@@ -413,11 +483,10 @@ def fit(job: Job) -> SideNet:
 def card_of(job: Job, sidenet: SideNet, settings: Any, seconds: float) -> SideNetCard:
     """What the SideNet's file says of itself."""
     runs = (len(job.chains) + len(job.held_out)) // job.chains.branches
-    spent = (
-        dict(job.spent)
-        if job.training.objective == "published"
-        else {"chains": runs * job.about["points"], **job.spent}
-    )
+    recorded = {"chains": runs * job.about["points"]}
+    if job.starts is not None:
+        recorded["starts"] = len(job.starts) // job.chains.branches * job.starts.times.shape[1]
+    spent = dict(job.spent) if job.training.objective == "published" else {**recorded, **job.spent}
     low, high = job.about["guidance"]
     return SideNetCard(
         velocity=job.about["velocity"],
@@ -488,6 +557,7 @@ def train_from(
     folder = out.with_suffix(".run")
     check_run_folder(folder, settings, training.resume)
     recorded, about = open_chains(chains)
+    starts = open_starts(chains, about)
     if training.needs_backbone:
         backbone = backbone or open_backbone(choice)
     check_choice(choice, about, backbone)
@@ -496,7 +566,8 @@ def train_from(
             "The published objective trains on each branch of guidance, and is validated on chains of them: record "
             "with --mode branch."
         )
-    job = Job(training, *hold_out(recorded, training.held_out), about, check_device(choice.device), folder, backbone)
+    parts = hold_out(recorded, training.held_out)
+    job = Job(training, *parts, about, check_device(choice.device), folder, backbone, starts)
     start = time.perf_counter()
     sidenet = fit(job)
     card = card_of(job, sidenet, settings, time.perf_counter() - start)

@@ -2,20 +2,21 @@
 
 All ordered pairs (or triples, with a second anchor) of a chain's points are usable, in both directions. Those are
 drawn that the sampler asks for: a number of calls, a grid and an interval of it are drawn at random, and each of its
-queries (forward probe, backward refinement) is snapped to the nearest recorded points.
+queries (forward probe, backward refinement) is snapped to the nearest recorded points. Where the sampler would save
+the call at t = 1, the anchor there is what the SideNet is to begin with, instead of the recorded velocity.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..bas_core.flow import per_sample
-from ..bas_core.grids import time_grid
+from ..bas_core.grids import starts_short, time_grid
 from ..bas_core.quadrature import Rule
 from .chains import Chains, Points
 
@@ -68,41 +69,57 @@ class QueryRange:
         shift: lowest and highest time shift of the grids (drawn log-uniformly).
         cosine: lowest and highest cosine blend.
         ascending: share of examples in the other direction (noise-ward), for inversion.
+        skip_first: share of the runs that save the call at t = 1, of those whose first interval is short enough.
     """
 
     calls: tuple[int, int] = (4, 12)
     shift: tuple[float, float] = (0.8, 3.5)
     cosine: tuple[float, float] = (-0.3, 0.6)
     ascending: float = 0.1
+    skip_first: float = 0.0
 
 
-def draw_queries(
-    rule: Rule, anchors: int, count: int, ranges: QueryRange, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Draw queries as times.
+class Queries(NamedTuple):
+    """What to ask.
 
-    Returns:
-        [count, 3] times of (near anchor, second anchor, target); the second anchor's time is the first's where
-        there is none. [count] kinds.
+    Attributes:
+        times: [B, 3] of (near anchor, second anchor, target); the second anchor's time is the first's where there is
+            none.
+        kinds: [B] indices into `KINDS`.
+        skipped: [B] whether the run saves the call at t = 1.
     """
-    uniform = torch.rand(count, 5, generator=generator)
+
+    times: Tensor
+    kinds: Tensor
+    skipped: Tensor
+
+    def of(self, rows: Tensor) -> Queries:
+        """Some of them."""
+        return Queries(*(column[rows] for column in self))
+
+
+def draw_queries(rule: Rule, anchors: int, count: int, ranges: QueryRange, generator: torch.Generator) -> Queries:
+    """Draw queries: a run, and one of its questions."""
+    uniform = torch.rand(count, 6, generator=generator)
     rows: list[tuple[float, float, float]] = []
     kinds: list[int] = []
+    skipped: list[bool] = []
     ahead = [c for c in rule.nodes if c > 0]
     inner = [c for c in rule.nodes if 0 < c < 1]
-    for a, b, c, d, e in uniform.tolist():
+    for a, b, c, d, e, f in uniform.tolist():
         low, high = ranges.calls
-        calls = low + int(a * (high - low + 1))
+        intervals = low + int(a * (high - low + 1 + bool(ranges.skip_first)))
         shift = ranges.shift[0] * (ranges.shift[1] / ranges.shift[0]) ** b
-        grid = time_grid(calls, shift, ranges.cosine[0] + c * (ranges.cosine[1] - ranges.cosine[0])).tolist()
-        last = calls - 1
+        grid = time_grid(intervals, shift, ranges.cosine[0] + c * (ranges.cosine[1] - ranges.cosine[0])).tolist()
+        last = intervals - 1
         # Every query of the run is equally likely, but for those of the first interval, where one anchor must do:
         # they come three times as often. One in `ascending` is read off the reversed run.
-        queries = [(i, node, True) for i in (0, 0, *range(calls)) for node in ahead]
+        queries = [(i, node, True) for i in (0, 0, *range(intervals)) for node in ahead]
         queries += [(i, node, False) for i in range(last) for node in inner if anchors == 2 or node > 0.5]
         i, node, forward = queries[int(d * len(queries))]
         if e < ranges.ascending:
             grid = grid[::-1]
+        skipped.append(f < ranges.skip_first and starts_short(grid[0], grid[1]))
         left, right = grid[i], grid[i + 1]
         target = left + node * (right - left)
         if forward:
@@ -113,7 +130,7 @@ def draw_queries(
             far, kind = (far if anchors == 2 else near), "between"
         rows.append((near, far, target))
         kinds.append(KINDS.index(kind))
-    return torch.tensor(rows), torch.tensor(kinds)
+    return Queries(torch.tensor(rows), torch.tensor(kinds), torch.tensor(skipped))
 
 
 def draw_examples(
@@ -123,7 +140,8 @@ def draw_examples(
     count: int,
     ranges: QueryRange,
     generator: torch.Generator,
-    openings: Chains | None = None,
+    starts: Chains | None = None,
+    mean: Tensor | None = None,
 ) -> Examples:
     """Draw a batch of training examples; see the module's docstring.
 
@@ -133,17 +151,19 @@ def draw_examples(
         count: B.
         ranges: see `QueryRange`.
         generator: of the draws.
-        openings: runs that were recorded from noise for a stretch only; they answer the first interval's queries
-            within it. At t = 1 the velocity says next to nothing of the path, the SideNet must see it in the noise
-            itself, and that takes more different noises than anything else.
+        starts: runs that were recorded from noise for a stretch only; they answer the queries within it. At t = 1 the
+            velocity says next to nothing of the path, the SideNet must see it in the noise itself, and that takes
+            more different noises than anything else.
+        mean: of the data, [C, *spatial] or what broadcasts with it: where a run saves its first call, the velocity
+            at t = 1 is the noise minus this.
     """
-    wanted, kinds = draw_queries(rule, anchors, count, ranges, generator)
-    if openings is None:
-        return read_examples(chains, wanted, kinds, generator)
-    early = (wanted[:, 0] == 1) & (wanted[:, 1] == 1) & (wanted[:, 2] >= openings.times[:, -1].max())
+    queries = draw_queries(rule, anchors, count, ranges, generator)
+    if starts is None:
+        return read_examples(chains, queries, generator, mean)
+    early = queries.times.amin(1) >= starts.times[:, -1].max()
     parts = [
-        read_examples(source, wanted[rows], kinds[rows], generator)
-        for source, rows in ((openings, early), (chains, ~early))
+        read_examples(source, queries.of(rows), generator, mean)
+        for source, rows in ((starts, early), (chains, ~early))
         if rows.any()
     ]
     return joined(parts)
@@ -156,8 +176,9 @@ def joined(parts: Sequence[Examples]) -> Examples:
     return Examples(*together)
 
 
-def read_examples(chains: Chains, wanted: Tensor, kinds: Tensor, generator: torch.Generator) -> Examples:
-    """Answer queries [B, 3] (see `draw_queries`) from randomly drawn chains."""
+def read_examples(chains: Chains, queries: Queries, generator: torch.Generator, mean: Tensor | None = None) -> Examples:
+    """Answer queries from randomly drawn chains."""
+    wanted = queries.times
     rows = torch.randint(len(chains), (len(wanted),), generator=generator)
     times = chains.times[rows]
     near, far, target = (nearest(times, wanted[:, i]) for i in range(3))
@@ -168,11 +189,18 @@ def read_examples(chains: Chains, wanted: Tensor, kinds: Tensor, generator: torc
     def at(values: Points, index: Tensor) -> Tensor:
         return values[rows, index]
 
+    def anchor_velocities(index: Tensor) -> Tensor:
+        v = at(chains.velocities, index)
+        first = (queries.skipped & (index == 0)).nonzero()[:, 0]
+        if mean is not None and len(first):
+            v[first] = chains.states[rows[first], index[first]] - mean
+        return v
+
     t = at(chains.times, near)
     span = torch.where(alone, 0.0, t - at(chains.times, far))
-    v = at(chains.velocities, near)
+    v = anchor_velocities(near)
     per_step = torch.where(alone, 0.0, 1 / torch.where(alone, 1.0, span))
-    slope = (at(chains.velocities, far) - v) * per_sample(per_step, v)
+    slope = (anchor_velocities(far) - v) * per_sample(per_step, v)
     return Examples(
         x=at(chains.states, near),
         v=v,
@@ -182,7 +210,7 @@ def read_examples(chains: Chains, wanted: Tensor, kinds: Tensor, generator: torc
         span=span,
         target=at(chains.velocities, target),
         labels=chains.labels[rows],
-        kinds=kinds,
+        kinds=queries.kinds,
         scales=None if chains.scales is None else chains.scales[rows],
     )
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..bas_core.baselines import run_baseline
 from ..bas_core.checkpoint import CheckpointError
-from ..bas_core.grids import time_grid
+from ..bas_core.grids import time_grid, time_shift
 from .backbones import Backbone, BackboneChoice, open_backbone
 from .chains import (
     LAST_TIME,
@@ -39,6 +39,11 @@ COMPARED_CALLS = 10
 MODES = ("guided", "branch")
 # What an unfinished recording may be gone on with although it differs.
 MAY_GROW = ("chains",)
+# Shards of the starts lie in this folder of the chains'. They end where the first two intervals of few-step grids do.
+STARTS = "starts"
+STARTS_UNTIL = 0.69
+# Added to the seed, so that starts have other noises than the whole runs.
+START_SEEDS = 500_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,14 +53,19 @@ class Recording:
     Attributes:
         chains: how many sampling runs.
         points: points a chain, and as many backbone calls a chain.
+        starts: how many more runs to record from noise for a stretch only: what will become of a noise is decided
+            there, and takes many noises to learn.
+        start_points: points of these.
         record_batch: chains recorded together, and in one shard.
         mode: guided (the SideNet predicts the guided velocity) or branch (each branch of CFG; the paper).
         storage: float32, or float16 for half the disk space.
         seed: of noise and times.
     """
 
-    chains: int = 512
-    points: int = 48
+    chains: int = 384
+    points: int = 32
+    starts: int = 1024
+    start_points: int = 8
     record_batch: int = 32
     mode: str = "guided"
     storage: str = "float32"
@@ -73,7 +83,34 @@ class RecordSettings(BackboneChoice, Recording):
     out: Path
 
 
-def describe(settings: BackboneChoice, recording: Recording, backbone: Backbone) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Stretch:
+    """A part of the path, and runs to record on it.
+
+    Attributes:
+        folder: for the shards.
+        runs: how many.
+        points: points a run.
+        until: time of the last point.
+        seed_offset: makes other noises of the same seed.
+    """
+
+    folder: Path
+    runs: int
+    points: int
+    until: float
+    seed_offset: int = 0
+
+
+def stretches(recording: Recording, out: Path, backbone: Backbone) -> list[Stretch]:
+    """What a recording is made of: whole runs, and the starts of more."""
+    until = time_shift(torch.tensor(STARTS_UNTIL), backbone.shift).item() * backbone.start
+    whole = Stretch(out, recording.chains, recording.points, LAST_TIME)
+    starts = Stretch(out / STARTS, recording.starts, recording.start_points, until, START_SEEDS)
+    return [whole, starts] if recording.starts else [whole]
+
+
+def describe(settings: BackboneChoice, recording: Recording, stretch: Stretch, backbone: Backbone) -> dict[str, Any]:
     """What the shards say of themselves: everything that must be alike for them to be trained on together."""
     prompts = settings.prompts.read_bytes() if settings.prompts else b""
     return {
@@ -82,7 +119,8 @@ def describe(settings: BackboneChoice, recording: Recording, backbone: Backbone)
         "velocity": recording.mode,
         "guidance": list(settings.scales),
         "guidance_interval": list(settings.guidance_interval),
-        "points": recording.points,
+        "points": stretch.points,
+        "until": stretch.until,
         "teacher": TEACHER,
         "shift": backbone.shift,
         "start": backbone.start,
@@ -92,7 +130,7 @@ def describe(settings: BackboneChoice, recording: Recording, backbone: Backbone)
         "prompts": hashlib.sha256(prompts + settings.negative_prompt.encode()).hexdigest()[:16] if prompts else "",
         "storage": recording.storage,
         "record_batch": recording.record_batch,
-        "chains": recording.chains,
+        "chains": stretch.runs,
         "seed": recording.seed,
     }
 
@@ -104,6 +142,11 @@ def check_recording(recording: Recording, backbone: Backbone) -> None:
         UsageError: saying which setting and why.
     """
     check_positive(recording, "chains", "record_batch")
+    if recording.starts < 0 or recording.start_points < 4:
+        raise UsageError(
+            f"--starts must not be negative and --start-points at least 4; got {recording.starts} and "
+            f"{recording.start_points}."
+        )
     if recording.points < 8:
         raise UsageError(
             f"--points must be at least 8, so that chains are finer than what is trained; got {recording.points}."
@@ -117,13 +160,15 @@ def check_recording(recording: Recording, backbone: Backbone) -> None:
         )
 
 
-def draw_batch(recording: Recording, choice: BackboneChoice, backbone: Backbone, index: int) -> dict[str, Any]:
+def draw_batch(
+    recording: Recording, stretch: Stretch, choice: BackboneChoice, backbone: Backbone, index: int
+) -> dict[str, Any]:
     """Times [N + 1], noise [m, C, *spatial], labels [m] and the CFG scale of one shard."""
-    generator = batch_generator(recording.seed, index)
+    generator = batch_generator(recording.seed + stretch.seed_offset, index)
     first = index * recording.record_batch
-    count = min(recording.record_batch, recording.chains - first)
+    count = min(recording.record_batch, stretch.runs - first)
     # The root of the model's own shift: fine where it is sampled finely, and still not coarse near the data.
-    times = random_times(recording.points, generator, backbone.shift**0.5, backbone.start)
+    times = random_times(stretch.points, generator, backbone.shift**0.5, backbone.start, stretch.until)
     low, high = choice.scales
     return {
         "times": times,
@@ -162,7 +207,7 @@ def teacher_error(recording: Recording, choice: BackboneChoice, backbone: Backbo
         same noises, which is what a SideNet is to beat. `calls`: what the measurement cost, in calls a chain times
         chains.
     """
-    drawn = draw_batch(recording, choice, backbone, 0)
+    drawn = draw_batch(recording, stretches(recording, Path(), backbone)[0], choice, backbone, 0)
     noise, labels = drawn["noise"][:CHECKED_CHAINS].to(backbone.device), drawn["labels"][:CHECKED_CHAINS]
     times = drawn["times"]
     field = backbone.field(labels, drawn["scale"], choice.guidance_interval, "guided")
@@ -181,12 +226,12 @@ def teacher_error(recording: Recording, choice: BackboneChoice, backbone: Backbo
 def plan_text(recording: Recording, backbone: Backbone) -> str:
     """What a recording will cost, before it starts."""
     velocities = 2 if recording.mode == "branch" and backbone.null is not None else 1
-    size = shard_bytes(backbone.shape, recording.points, recording.chains, velocities,
-                       2 if recording.storage == "float16" else 4)  # fmt: skip
-    calls = recording.chains * recording.points
+    points = recording.chains * recording.points + recording.starts * recording.start_points
+    size = shard_bytes(backbone.shape, points, velocities, 2 if recording.storage == "float16" else 4)
+    starts = f", and the starts of {recording.starts} more" if recording.starts else ""
     return (
-        f"Recording {recording.chains} chains of {recording.points} points of {backbone.name}: {calls:,} backbone "
-        f"calls (in batches of {recording.record_batch}), {size / 1e9:.3g} GB on disk."
+        f"Recording {recording.chains} chains of {recording.points} points of {backbone.name}{starts}: {points:,} "
+        f"backbone calls (in batches of {recording.record_batch}), {size / 1e9:.3g} GB on disk."
     )
 
 
@@ -197,7 +242,9 @@ def check_out(out: Path) -> None:
         UsageError: it does, or cannot be written.
     """
     prepare_folder(out)
-    strange = sorted(p.name for p in out.iterdir() if p.suffix != ".safetensors" and not p.name.startswith("."))
+    known = set() if out.name == STARTS else {STARTS}
+    there = (path for path in out.iterdir() if path.suffix != ".safetensors" and not path.name.startswith("."))
+    strange = sorted({path.name for path in there} - known)
     if strange:
         raise UsageError(
             f"--out {out} holds other things ({strange[0]}). Choose an empty folder, or that of a recording to go on "
@@ -228,34 +275,42 @@ def record(choice: BackboneChoice, recording: Recording, out: Path, backbone: Ba
     """Record what is missing of a recording. Several processes (`accelerate launch`) share the shards.
 
     Returns:
-        What its shards say of themselves.
+        What the shards of its whole runs say of themselves.
     """
     choice.check_guidance(backbone)
     check_recording(recording, backbone)
-    check_out(out)
-    about = describe(choice, recording, backbone)
+    parts = stretches(recording, out, backbone)
+    for stretch in parts:
+        check_out(stretch.folder)
     say(plan_text(recording, backbone))
-    there = shards_there(out, about)
-    shards = range(-(-recording.chains // recording.record_batch))
-    names = {index: out / f"chains-{recording.seed:04d}-{index:05d}.safetensors" for index in shards}
-    missing = [index for index in shards if names[index].name not in there]
+    abouts = {stretch: describe(choice, recording, stretch, backbone) for stretch in parts}
+    jobs = [(stretch, index) for stretch in parts for index in range(-(-stretch.runs // recording.record_batch))]
+    there = {stretch.folder / name for stretch in parts for name in shards_there(stretch.folder, abouts[stretch])}
+    missing = [job for job in jobs if shard_path(recording, *job) not in there]
     if there:
-        say(f"{len(shards) - len(missing)} of {len(shards)} shards are there already; going on.")
+        say(f"{len(jobs) - len(missing)} of {len(jobs)} shards are there already; going on.")
     if not missing:
-        return about
-    about |= report_teacher(teacher_error(recording, choice, backbone), recording)
+        return abouts[parts[0]]
+    measured = report_teacher(teacher_error(recording, choice, backbone), recording)
     processes = PartialState(cpu=backbone.device.type == "cpu")
     mine = missing[processes.process_index :: processes.num_processes]
-    for index in progress(mine, "record"):
-        start = time.perf_counter()
-        drawn = draw_batch(recording, choice, backbone, index)
-        record_shard(names[index], drawn, recording, choice, backbone, about | {"shard": index})
-        if index == mine[0]:
-            seconds = time.perf_counter() - start
-            left = seconds * (len(mine) - 1) / 60
+    calls = sum(stretch.points for stretch, _ in mine)
+    for stretch, index in progress(mine, "record"):
+        began = time.perf_counter()
+        drawn = draw_batch(recording, stretch, choice, backbone, index)
+        about = abouts[stretch] | measured | {"shard": index}
+        record_shard(shard_path(recording, stretch, index), drawn, recording, choice, backbone, about)
+        if (stretch, index) == mine[0]:
+            seconds = time.perf_counter() - began
+            left = seconds * (calls / stretch.points - 1) / 60
             say(f"The first {len(drawn['labels'])} chains took {seconds:.3g} s; about {left:.2g} minutes to go.")
     processes.wait_for_everyone()
-    return about
+    return abouts[parts[0]] | measured
+
+
+def shard_path(recording: Recording, stretch: Stretch, index: int) -> Path:
+    """Where a shard lies. Its name says the seed: shards of the same name hold the same noises."""
+    return stretch.folder / f"chains-{recording.seed:04d}-{index:05d}.safetensors"
 
 
 def report_teacher(measured: dict[str, float], recording: Recording) -> dict[str, float]:

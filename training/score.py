@@ -41,7 +41,7 @@ from .report import SHOWN, plot_errors, plot_images, summary, table, write_csv
 from .settings import UsageError, check_positive, parse_calls, plain, prepare_folder
 
 REFERENCE = "adams_bashforth4"
-FIT_RUNS = 64
+FIT_RUNS = 32
 # Noises of an evaluation, and of its grid search, are none that were recorded or trained on.
 REPORT_SEED, SEARCH_SEED = 6_000_000, 7_000_000
 # Euler with so many calls is what people know; it is in every table.

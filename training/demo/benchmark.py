@@ -1,7 +1,8 @@
 """The project's figures on the demo model, in one run: errors on uniform and best grids, cost, memory, accuracy.
 
     python -m ba_solver.training.demo.benchmark --out runs/benchmark            # about ten minutes on two cores
-    python -m ba_solver.training.demo.benchmark --out runs/benchmark --search   # first search every solver's grids
+    python -m ba_solver.training.demo.benchmark --out runs/benchmark --search all         # first search the best grids
+    python -m ba_solver.training.demo.benchmark --out runs/benchmark --search ba_solver   # of one solver alone
 
 The search uses noises of its own and writes `weights/demo_grids.json`; the reported noises are never searched on.
 With it, the error tables go into the shipped SideNet's file too, where `ba-solver info` and SideNet Info show them.
@@ -62,7 +63,7 @@ class BenchmarkSettings:
 
     Attributes:
         out: folder for `benchmark.json` and `benchmark.md`.
-        search: search the best grids anew and store them with the package.
+        search: names of the solvers whose best grids are searched anew and stored with the package; or all.
         nfe: numbers of backbone calls.
         noises: noises a seed.
         seeds: independent sets of noises that are reported.
@@ -72,7 +73,7 @@ class BenchmarkSettings:
     """
 
     out: Path = Path("runs/benchmark")
-    search: bool = False
+    search: tuple[str, ...] = ()
     nfe: tuple[int, ...] = (4, 5, 7, 10)
     noises: int = 64
     seeds: int = 3
@@ -85,12 +86,14 @@ def search_grids(settings: BenchmarkSettings, demo: Demo, samplers: list[Sampler
     """Every sampler's best grid for every number of calls, on the search noises."""
     noise, labels = (part.to(settings.device) for part in demo_noise(SEARCH_SEED, settings.search_noises))
     field = demo.field(labels)
-    grids: Grids = {}
+    grids: Grids = dict(demo.grids)
     with torch.inference_mode():
         reference = converged_reference(field, noise)
-        jobs = [(sampler, calls) for sampler in samplers for calls in settings.nfe]
+        asked = [sampler for sampler in samplers if {"all", sampler.name} & set(settings.search)]
+        jobs = [(sampler, calls) for sampler in asked for calls in settings.nfe]
         for sampler, calls in progress(jobs, "grid search"):
-            grids.setdefault(sampler.name, {})[calls] = search_grid(sampler, field, noise, reference, calls)
+            best = search_grid(sampler, field, noise, reference, calls)
+            grids[sampler.name] = {**grids.get(sampler.name, {}), calls: best}
     return grids
 
 

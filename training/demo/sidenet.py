@@ -1,164 +1,275 @@
-"""Record the demo backbone and train its SideNets; the best on held-out noises becomes the shipped one.
+"""SideNets for the demo backbone by the trainer's own recipe: its figures over several seeds, and what each part gives.
 
-    python -m ba_solver.training.demo.sidenet --out runs/demo_sidenet
+    python -m ba_solver.training.demo.sidenet --out runs/demo_sidenet             # about an hour and a half, two cores
+    python -m ba_solver.training.demo.sidenet --out runs/demo_sidenet --levers    # half an hour more
 
-records chains once (later runs reuse them), trains a one-anchor and a two-anchor SideNet, rolls both out on held-out
-noises, and writes the better one as `demo_sidenet.safetensors`. Ctrl-C saves; the same command goes on. About an hour
-on two cores.
+For every seed it records chains, trains a SideNet on them, and trains another by the published objective with twice the
+backbone calls. All of them, the solvers without a SideNet on their best grids and the learned multistep solver are then
+measured on noises that none of them has seen. What is finished is not done again when the same command goes on.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import time
-from dataclasses import asdict, dataclass, field
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ...bas_core.checkpoint import SideNetCard, fingerprint, load_sit, save_sidenet, write_text
-from ...bas_core.sidenet import SideNet, SideNetConfig
-from ...bas_core.sit import SiT
-from ..chains import LAST_TIME, Chains, FieldOf, load_chains, record_chains, save_chains
-from ..evaluate import UNIFORM, converged_reference, endpoint_errors, search_grid, sidenet_sampler
-from ..train import TrainSettings, train_sidenet
-from .assets import DEMO_CFG, SIT_FILE, demo_noise, guided_field
+from ...bas_core.checkpoint import SideNetCard, load_sidenet, write_safetensors, write_text
+from ...bas_core.guidance import Field
+from ..backbones import Backbone, open_backbone
+from ..evaluate import Sampler, converged_reference, endpoint_errors, rivals, search_grid, sidenet_sampler
+from ..fit import train_from
+from ..make import MakeSettings
+from ..progress import progress, say
+from ..published import CHAIN_STEPS
+from ..record import record
+from ..score import draw_paths, learned_multistep
+from .assets import DEMO_CFG, SIT_FILE, demo_noise, load_grids
+from .shapes import draw_shapes
 
-VALIDATION_SEED = 3_000_000
-VALIDATION_CALLS = (5, 7, 10)
-HELD_OUT = 64
-# The first interval of a run of 4 calls or more on the grids that are drawn lies above this time, or nearly so.
-OPENING_END = 0.69
+CALLS = (5, 7, 10)
+REPORT_SEED, SEARCH_SEED = 8_000_000, 9_000_000
+PUBLISHED_IMAGES, PUBLISHED_BATCH = 20_000, 32
+# What the default recipe becomes if one part of it is left out or exchanged.
+LEVERS: Mapping[str, Mapping[str, Any]] = {
+    "one anchor": {"anchors": 1},
+    "convolution body": {"body": "convolution", "base_channels": 96, "num_layers": 4, "embedding_dim": 48},
+    "AdamW": {"muon": False, "learning_rate": 2e-3},
+    "first call made": {"mean_size": 0},
+    "closed loop": {"closed_loop": 200},
+}
 
 
 @dataclass(frozen=True)
-class DemoSideNetSettings:
-    """How the demo SideNet is made.
+class FigureSettings:
+    """What is trained and measured.
 
     Attributes:
-        out: folder for chains, unfinished runs and results.
-        backbone: the demo SiT.
-        chains: sampling runs to record, held-out ones included.
-        points: points a chain, and as many guided backbone calls.
-        openings, opening_points: more runs, of which only the stretch from noise to `OPENING_END` is recorded.
-        train: see `TrainSettings`.
-        seed: of the chains.
+        out: folder for recordings, SideNets, `training.json` and `training.md`.
+        seeds: training seeds.
+        steps: of each training.
+        chains, starts: recorded runs, and starts of more.
+        noises: held-out noises of the report.
+        search_noises: on which the grids of what has no learned grids are searched.
+        levers: also train the variants in `LEVERS`, from the first seed's chains.
     """
 
     out: Path = Path("runs/demo_sidenet")
-    backbone: Path = SIT_FILE
-    chains: int = 1024
-    points: int = 48
-    openings: int = 12288
-    opening_points: int = 10
-    train: TrainSettings = field(default_factory=TrainSettings)
-    seed: int = 1
+    seeds: tuple[int, ...] = (1, 2, 3)
+    steps: int = 2200
+    chains: int = 256
+    starts: int = 1536
+    noises: int = 96
+    search_noises: int = 12
+    levers: bool = False
 
 
-def demo_sidenet_config(anchors: int) -> SideNetConfig:
-    """Under a tenth of the demo backbone's parameters and compute."""
-    return SideNetConfig(
-        in_channels=3,
-        base_channels=96,
-        embedding_dim=48,
-        num_layers=2,
-        num_classes=10,
-        patch_size=4,
-        kernel_size=1,
-        anchors=anchors,
-        body="tokens",
+def recipe(settings: FigureSettings, out: Path, seed: int, **changes: Any) -> MakeSettings:
+    """What `ba-solver make` is told: defaults, but for the SideNet's size, under a tenth of the demo backbone's."""
+    size = {"patch_size": 4, "num_layers": 2, "embedding_dim": 48}
+    return MakeSettings(
+        backbone=f"sit:{SIT_FILE}",
+        guidance=(DEMO_CFG,),
+        out=out,
+        seed=seed,
+        steps=settings.steps,
+        chains=settings.chains,
+        starts=settings.starts,
+        grid_nfe=",".join(map(str, CALLS)),
+        grid_runs=6,
+        resume=True,
+        **{**size, **changes},
     )
 
 
-def recorded(path: Path, sit: SiT, runs: int, points: int, until: float, seed: int) -> Chains:
-    """The chains in a file, recorded first if it is not there.
+def trained(settings: MakeSettings, chains: Path, backbone: Backbone) -> SideNetCard:
+    """Train unless it is done; returns what the file says."""
+    if not settings.out.exists():
+        train_from(settings, settings, (chains,), settings.out, settings, backbone)
+    return load_sidenet(settings.out)[1]
 
-    Raises:
-        ValueError: the file holds other chains than asked for.
+
+def spent(card: SideNetCard) -> int:
+    """Guided backbone calls of a whole training; the published objective's are of one branch, half as dear."""
+    calls: dict[str, int] = card.training["backbone_calls"]
+    return round(sum(n / 2 if name == "published" else n for name, n in calls.items()))
+
+
+def published(settings: FigureSettings, seed: int, calls: int, backbone: Backbone) -> Path:
+    """Train by the published objective with so many guided calls; returns the SideNet's file."""
+    folder = settings.out / "published"
+    latents, few = folder / "images.safetensors", folder / "chains"
+    if not latents.exists():
+        shapes = draw_shapes(torch.Generator().manual_seed(1), PUBLISHED_IMAGES, torch.arange(PUBLISHED_IMAGES) % 10)
+        write_safetensors(latents, {"latents": shapes.images, "labels": shapes.labels}, {})
+    steps = round(calls / ((CHAIN_STEPS + 1) / 2 * PUBLISHED_BATCH))
+    job = recipe(
+        settings,
+        folder / f"seed{seed}.safetensors",
+        seed,
+        objective="published",
+        latents=latents,
+        mode="branch",
+        anchors=1,
+        mean_size=0,
+        batch=PUBLISHED_BATCH,
+    )
+    job = dataclasses.replace(job, steps=steps, chains=32, starts=0, grid_nfe="", save_every=max(1, steps // 4))
+    record(job, dataclasses.replace(job, seed=1), few, backbone)  # to validate on
+    trained(job, few, backbone)
+    return job.out
+
+
+# --- measuring ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Noises, and the exact ends of their paths.
+
+    Attributes:
+        backbone: the demo model.
+        noise, labels: [B, C, H, W], [B].
+        reference: [B, C, H, W].
     """
-    about: dict[str, object] = {
-        "backbone": fingerprint(sit.state_dict()),
-        "cfg": DEMO_CFG,
-        "chains": runs,
-        "points": points,
-        "until": until,
-        "seed": seed,
-    }
-    if path.exists():
-        chains, found = load_chains(path)
-        if found != about:
-            raise ValueError(f"{path} was recorded with {found}, but {about} is asked for. Choose another --out.")
-        return chains
-    chains = record_chains(field_of(sit), torch.arange(runs) % 10, (3, 32, 32), points, seed, until)
-    save_chains(path, chains, about)
-    return chains
+
+    backbone: Backbone
+    noise: Tensor
+    labels: Tensor
+    reference: Tensor
+
+    @classmethod
+    def draw(cls, backbone: Backbone, seed: int, count: int) -> Measured:
+        noise, labels = demo_noise(seed, count)
+        return cls(backbone, noise, labels, converged_reference(backbone.field(labels, DEMO_CFG), noise))
+
+    def field(self, mode: Any = "guided") -> Field:
+        return self.backbone.field(self.labels, DEMO_CFG, mode=mode)
+
+    def error(self, sampler: Sampler, calls: int, shape: tuple[float, float], mode: str = "guided") -> float:
+        """Mean end-point error.
+
+        Raises:
+            RuntimeError: the sampler spent another number of calls than it was given.
+        """
+        field = self.field(mode)
+        x = sampler.sample(field, self.noise, calls, shape)
+        if field.calls != calls:
+            raise RuntimeError(f"{sampler.label} was given {calls} calls and spent {field.calls}.")
+        return endpoint_errors(x, self.reference).mean().item()
 
 
-def field_of(sit: SiT) -> FieldOf:
-    """Labels to the guided field that the SideNet is trained on."""
-    return lambda labels: guided_field(sit, labels, DEMO_CFG)
-
-
-def rollout_errors(sit: SiT, sidenet: SideNet, count: int = 24) -> dict[str, dict[str, float]]:
-    """End-point errors of the sampler on validation noises, on the uniform grid and on the best of the family."""
-    noise, labels = demo_noise(VALIDATION_SEED, count)
+def sidenet_errors(path: Path, report: Measured, search: Measured) -> dict[int, float]:
+    """A SideNet's end-point errors, on its learned grids or else on those searched for it here."""
+    sidenet, card = load_sidenet(path)
     sampler = sidenet_sampler(sidenet)
-    errors: dict[str, dict[str, float]] = {}
-    with torch.inference_mode():
-        velocity = guided_field(sit, labels)
-        reference = converged_reference(velocity, noise)
-        for calls in VALIDATION_CALLS:
-            best = search_grid(sampler, velocity, noise, reference, calls)
-            for name, shape in (("uniform", UNIFORM), ("best", best)):
-                x = sampler.sample(velocity, noise, calls, shape)
-                errors.setdefault(name, {})[str(calls)] = round(endpoint_errors(x, reference).mean().item(), 5)
+    errors = {}
+    for calls in CALLS:
+        if calls in card.time_grids:
+            errors[calls] = report.error(dataclasses.replace(sampler, grids=card.time_grids), calls, (1.0, 0.0))
+        else:
+            shape = search_grid(sampler, search.field(card.velocity), search.noise, search.reference, calls)
+            errors[calls] = report.error(sampler, calls, shape, card.velocity)
     return errors
 
 
-def make_demo_sidenet(settings: DemoSideNetSettings) -> Path:
-    """Record, train both kinds, compare, and write the better one; returns its path."""
-    sit, out = load_sit(settings.backbone), settings.out
-    start = time.perf_counter()
-    whole = recorded(out / "chains.safetensors", sit, settings.chains, settings.points, LAST_TIME, settings.seed)
-    openings = recorded(
-        out / "openings.safetensors", sit, settings.openings, settings.opening_points, OPENING_END, settings.seed + 1
-    )
-    chains, held_out = whole.split(HELD_OUT)
-    comparison: dict[str, Any] = {}
-    trained: dict[str, SideNet] = {}
-    for anchors in (1, 2):
-        name = f"{anchors} anchor"
-        trained[name], left = train_sidenet(
-            demo_sidenet_config(anchors), chains, held_out, settings.train, out / f"run_{anchors}_anchor.pt", openings
-        )
-        errors = rollout_errors(sit, trained[name])
-        comparison[name] = {"validation_error": errors, "residual_variance": {"kind": left}}
-        print(f"{name}: {json.dumps(comparison[name])}")
-    write_text(out / "comparison.json", json.dumps(comparison, indent=1))
-    better = min(comparison, key=lambda name: sum(comparison[name]["validation_error"]["best"].values()))
-    card = SideNetCard(
-        velocity="guided",
-        guidance_range=(DEMO_CFG, DEMO_CFG),
-        backbone={"name": "demo SiT", "kind": "sit", "fingerprint": fingerprint(sit.state_dict())},
-        training={
-            "objective": "all pairs, relative to the straight line",
-            "chains": len(chains),
-            "openings": len(openings),
-            "backbone_calls": settings.chains * settings.points + settings.openings * settings.opening_points,
-            "settings": asdict(settings.train),
-            "seconds": round(time.perf_counter() - start),
-            "torch": torch.__version__,
-        },
-        evaluation=comparison[better],
-        licence="MIT",
-    )
-    path = out / "demo_sidenet.safetensors"
-    save_sidenet(path, trained[better], card)
-    return path
+def rival_errors(chains: Path, report: Measured, search: Measured) -> dict[str, dict[int, float]]:
+    """Solvers without a SideNet, each on its best grid; the learned multistep solver is fitted on chains."""
+    grids = load_grids()
+    errors = {
+        sampler.label: {calls: report.error(sampler, calls, grids[sampler.name][calls]) for calls in CALLS}
+        for sampler in progress(rivals(), "rivals")
+    }
+    backbone = report.backbone
+    paths = draw_paths(backbone, lambda rows: backbone.field(rows, DEMO_CFG), SEARCH_SEED, 1, 64)
+    multistep = learned_multistep((chains,), backbone, paths, DEMO_CFG, "guided")
+    if multistep is not None:
+        for calls in progress(CALLS, "learned multistep"):
+            shape = search_grid(multistep, search.field(), search.noise, search.reference, calls)
+            errors.setdefault(multistep.label, {})[calls] = report.error(multistep, calls, shape)
+    return errors
+
+
+def table(title: str, rows: Mapping[str, Sequence[Mapping[int, float]]]) -> list[str]:
+    """Lines of Markdown: mean over the seeds, and their standard deviation where there are several."""
+    lines = [f"\n### {title}\n", "| | " + " | ".join(map(str, CALLS)) + " |", "|---" * (len(CALLS) + 1) + "|"]
+    for name, runs in rows.items():
+        cells = []
+        for calls in CALLS:
+            values = [run[calls] for run in runs]
+            spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.fmean(values):.4f}{spread}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def run_figures(settings: FigureSettings) -> dict[str, Any]:
+    """Train and measure everything; write it as JSON and Markdown."""
+    first = recipe(settings, settings.out / "seed1.safetensors", settings.seeds[0])
+    backbone = open_backbone(first)
+    ours: list[Path] = []
+    theirs: list[Path] = []
+    costs: dict[str, Any] = {}
+    for seed in settings.seeds:
+        job = recipe(settings, settings.out / f"seed{seed}.safetensors", seed)
+        chains = settings.out / f"chains{seed}"
+        record(job, job, chains, backbone)
+        card = trained(job, chains, backbone)
+        ours.append(job.out)
+        costs[f"seed {seed}"] = {
+            "guided calls": spent(card),
+            "training seconds": card.training["seconds"],
+            "residual": card.evaluation["residual_variance"]["kind"],
+        }
+    for seed in settings.seeds:
+        theirs.append(published(settings, seed, 2 * costs[f"seed {seed}"]["guided calls"], backbone))
+        costs[f"seed {seed}"]["published, guided calls"] = spent(load_sidenet(theirs[-1])[1])
+    chains = settings.out / f"chains{settings.seeds[0]}"
+    levers: dict[str, Path] = {}
+    for name, changes in LEVERS.items() if settings.levers else ():
+        job = recipe(settings, settings.out / f"{name.replace(' ', '_')}.safetensors", settings.seeds[0], **changes)
+        trained(job, chains, backbone)
+        levers[name] = job.out
+    with torch.inference_mode():
+        report = Measured.draw(backbone, REPORT_SEED, settings.noises)
+        search = Measured.draw(backbone, SEARCH_SEED, settings.search_noises)
+        without = rival_errors(chains, report, search)
+        errors = {
+            "ours": [sidenet_errors(path, report, search) for path in progress(ours, "ours")],
+            "published objective, twice the calls": [
+                sidenet_errors(path, report, search) for path in progress(theirs, "published")
+            ],
+        }
+        parts = {name: [sidenet_errors(path, report, search)] for name, path in levers.items()}
+    best = {calls: min(row[calls] for row in without.values()) for calls in CALLS}
+    ratios = {
+        name: [{calls: run[calls] / measure[calls] for calls in CALLS} for run, measure in pairs]
+        for name, pairs in {
+            "ours / best rival": [(run, best) for run in errors["ours"]],
+            "ours / published objective": list(zip(*errors.values(), strict=True)),
+        }.items()
+    }
+    lines = [
+        *table("End-point error", {**{name: [row] for name, row in without.items()}, **errors}),
+        *table("Ratios", ratios),
+        *(table("One part exchanged (first seed)", {"as it is": errors["ours"][:1], **parts}) if parts else []),
+        f"\n```json\n{json.dumps(costs, indent=1)}\n```",
+    ]
+    result = {"rivals": without, "errors": errors, "levers": parts, "ratios": ratios, "costs": costs}
+    write_text(settings.out / "training.json", json.dumps(result, indent=1))
+    write_text(settings.out / "training.md", "\n".join(lines) + "\n")
+    say("\n".join(lines))
+    return result
 
 
 if __name__ == "__main__":
     import tyro
 
-    make_demo_sidenet(tyro.cli(DemoSideNetSettings))
+    run_figures(tyro.cli(FigureSettings))
