@@ -75,7 +75,7 @@ def doubts(sidenet: LoadedSideNet, facts: ModelFacts) -> list[str]:
         return [f"{sidenet.name!r} does not say which model it was made for; its channels fit, and no more is known."]
     if kind in OTHER_LIBRARIES:
         return [
-            f"{sidenet.name!r} was made for {backbone.get('name') or 'a model'} outside ComfyUI; its channels fit. See "
-            "that this MODEL is the same."
+            f"{sidenet.name!r} was made for {backbone.get('name') or 'a model'} outside ComfyUI, and this MODEL is of "
+            f"kind {facts.kind!r}; the channels fit, and no more can be compared. See that the two are the same model."
         ]
     return []

@@ -1,5 +1,6 @@
 """The pack as users get it: the zip, unpacked into a ComfyUI that runs as a server, and asked over HTTP."""
 
+import asyncio
 import io
 import json
 import re
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import aiohttp
 import comfyui
 import numpy as np
 import pytest
@@ -42,6 +44,7 @@ NODES = {
 }
 WORKFLOWS = sorted(path.stem.removesuffix("_api") for path in (ROOT / "tests" / "workflows").glob("*_api.json"))
 EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
+TEXT_EVENT = 3  # ComfyUI's number for text that belongs on a node
 
 
 def make_zip(path):
@@ -274,6 +277,37 @@ def test_a_doubtful_fit_runs_and_is_said(server):
     entry = server.queue(change("demo_ksampler", "BASolverLoadSideNet", name="other.safetensors"))
     assert entry["status"]["status_str"] == "success"
     assert "'other.safetensors' was made for demo SiT, and this MODEL has other weights" in server.log.read_text()
+
+
+def written_on_nodes(server, parts):
+    """What a run writes on its nodes, as a browser is told it: {node id: texts}."""
+    found = {}
+
+    async def listen():
+        address = server.url.replace("http", "ws") + "/ws?clientId=listener"
+        async with aiohttp.ClientSession() as session, session.ws_connect(address) as socket:
+            run = asyncio.create_task(asyncio.to_thread(server.queue, parts))
+            run.add_done_callback(lambda _: asyncio.ensure_future(socket.close()))
+            async for message in socket:
+                if message.type is aiohttp.WSMsgType.BINARY and int.from_bytes(message.data[:4], "big") == TEXT_EVENT:
+                    length = int.from_bytes(message.data[4:8], "big")
+                    node = message.data[8 : 8 + length].decode()
+                    found.setdefault(node, []).append(message.data[8 + length :].decode())
+            return await run
+
+    return asyncio.run(listen()), found
+
+
+def test_warnings_are_written_on_the_node_that_gives_them(server):
+    """Of the fit on Apply SideNet, of the run on the sampler."""
+    parts = change("demo_ksampler", "BASolverLoadSideNet", name="other.safetensors")
+    ids = {part["class_type"]: node for node, part in parts.items()}
+    parts[ids["KSampler"]]["inputs"]["cfg"] = 5.0
+    entry, texts = written_on_nodes(server, parts)
+    assert entry["status"]["status_str"] == "success"
+    assert "this MODEL has other weights" in " ".join(texts[ids["BASolverApplySideNet"]])
+    assert "was trained for CFG 2; at 5 it is less accurate" in " ".join(texts[ids["KSampler"]])
+    assert "was trained" not in " ".join(texts[ids["BASolverApplySideNet"]])
 
 
 def test_a_sidenet_that_is_removed_while_listed(server, base):
