@@ -135,7 +135,7 @@ def check_format(metadata: Mapping[str, str], expected: str, path: Path | str) -
     found = metadata.get("format")
     if found != expected:
         what = f"its format is {found!r}" if found else "it has no 'format' in its metadata"
-        raise CheckpointError(f"{path} is no {expected} file: {what}.")
+        raise CheckpointError(f"{path} is no {expected} file: {what}. Choose another file.")
     version = metadata.get("format_version", "")
     if not version.isdecimal() or int(version) > FORMAT_VERSION:
         raise CheckpointError(

@@ -143,6 +143,12 @@ class Backbone:
         return 1.0 if math.isclose(scale, 1.0) else scale  # as ComfyUI decides whether to skip the negative
 
     @property
+    def told_scale(self) -> float:
+        """The guidance that SideNets with such an input are told: the model's own where it takes one."""
+        embedded = embedded_guidance(self.guider)
+        return self.scale if embedded is None else embedded
+
+    @property
     def plain(self) -> bool:
         """Whether the guider is ComfyUI's own CFG (CFGGuider, BasicGuider, KSampler) over at most two branches."""
         return type(self.guider).predict_noise is comfy.samplers.CFGGuider.predict_noise
@@ -242,7 +248,7 @@ def _field(backbone: Backbone, sidenet: LoadedSideNet | None, options: Options, 
         return backbone(state, t)[0][None]
 
     positive = _labels(backbone, sidenet, "positive", x)
-    return Field(guided, (positive,), NO_GUIDANCE, backbone.scale)
+    return Field(guided, (positive,), NO_GUIDANCE, backbone.told_scale)
 
 
 def _can_split(backbone: Backbone) -> bool:
@@ -310,11 +316,8 @@ def _sidenet_for(options: Options, guider: Any) -> LoadedSideNet | None:
         )
     if sidenet.strength == 0:
         return None
-    low, high = sidenet.card.guidance_range
-    scale = float(getattr(guider, "cfg", 1.0))
-    if not low - 1e-3 <= scale <= high + 1e-3:
-        trained = f"{low:g}" if low == high else f"{low:g} to {high:g}"
-        warn(f"the SideNet {sidenet.name!r} was trained for CFG {trained}; at {scale:g} it is less accurate.")
+    for doubt in guidance_doubts(sidenet, guider):
+        warn(doubt)
     return sidenet
 
 
@@ -322,6 +325,36 @@ def skips(sidenet: LoadedSideNet | None, options: Options, times: Tensor) -> boo
     """Whether a run over these flow times saves its first call."""
     knows = sidenet is not None and bool(sidenet.network.config.mean_size)
     return knows and options.skip_first and starts_short(float(times[0]), float(times[1]))
+
+
+def guidance_doubts(sidenet: LoadedSideNet, guider: Any) -> list[str]:
+    """Where the run's guidance leaves what the SideNet was trained for.
+
+    A model that takes its guidance as an input (FLUX.1-dev) was recorded with that and without CFG.
+    """
+    cfg, embedded = float(getattr(guider, "cfg", 1.0)), embedded_guidance(guider)
+    trained = sidenet.card.guidance_range
+    wanted = [("CFG", cfg, trained)]
+    if embedded is not None:
+        wanted = [("guidance", embedded, trained), ("CFG", cfg, (1.0, 1.0))]
+    return [
+        f"the SideNet {sidenet.name!r} was trained for {what} {low:g}{'' if low == high else f' to {high:g}'}; at "
+        f"{scale:g} it is less accurate."
+        for what, scale, (low, high) in wanted
+        if not low - 1e-3 <= scale <= high + 1e-3
+    ]
+
+
+def embedded_guidance(guider: Any) -> float | None:
+    """The guidance that the model is given as an input (FluxGuidance, or the model's own default); None for others.
+
+    Read where ComfyUI puts it once sampling has begun. Several positive conditions count as the first.
+    """
+    network = getattr(guider.model_patcher.model, "diffusion_model", None)
+    if not getattr(getattr(network, "params", None), "guidance_embed", False):
+        return None
+    given = [c["model_conds"].get("guidance") for c in guider.conds.get("positive", ()) if "model_conds" in c]
+    return float(given[0].cond.flatten()[0]) if given and given[0] is not None else None
 
 
 def check_latent(sidenet: LoadedSideNet, x: Tensor) -> None:

@@ -64,18 +64,19 @@ def misfits(sidenet: LoadedSideNet, facts: ModelFacts) -> list[str]:
 def doubts(sidenet: LoadedSideNet, facts: ModelFacts) -> list[str]:
     """Why this SideNet may be less accurate on this model than it should be."""
     backbone = sidenet.card.backbone
-    known = backbone.get("fingerprint", "")
-    if known and facts.fingerprint and known != facts.fingerprint:
+    kind, known = backbone.get("kind", "").lower(), backbone.get("fingerprint", "")
+    if known and known == facts.fingerprint:
+        return []
+    if not kind:
+        return [f"{sidenet.name!r} does not say which model it was made for; its channels fit, and no more is known."]
+    if kind in OTHER_LIBRARIES:  # their fingerprints are of weights under other names
+        return [
+            f"{sidenet.name!r} was made for {backbone.get('name') or 'a model'} outside ComfyUI, and this MODEL is of "
+            f"kind {facts.kind!r}; the channels fit, and no more can be compared. See that the two are the same model."
+        ]
+    if known and facts.fingerprint:
         return [
             f"{sidenet.name!r} was made for {backbone.get('name') or 'other weights'}, and this MODEL has other "
             "weights. It runs, and is less accurate the more they differ."
-        ]
-    kind = backbone.get("kind", "").lower()
-    if not kind:
-        return [f"{sidenet.name!r} does not say which model it was made for; its channels fit, and no more is known."]
-    if kind in OTHER_LIBRARIES:
-        return [
-            f"{sidenet.name!r} was made for {backbone.get('name') or 'a model'} outside ComfyUI; its channels fit. See "
-            "that this MODEL is the same."
         ]
     return []

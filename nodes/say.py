@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 
+from comfy_execution.utils import get_executing_context
 
-def warn(message: str, node_id: str | None = None) -> None:
-    """Log a warning and, where a node is running in a server, write it on the node."""
+
+def warn(message: str) -> None:
+    """Log a warning and, where a server is running a node, write it on the node."""
     logging.warning(f"BA-solver: {message}")
-    if node_id is None:
+    running = get_executing_context()
+    if running is None:
         return
     from server import PromptServer
 
     server = getattr(PromptServer, "instance", None)
     if server is not None:
-        server.send_progress_text(f"Note: {message}", node_id)
+        server.send_progress_text(f"Note: {message}", running.node_id)

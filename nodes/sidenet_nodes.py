@@ -84,7 +84,6 @@ class ApplySideNet(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The MODEL with its SideNet.")],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -96,7 +95,7 @@ class ApplySideNet(io.ComfyNode):
                 f"This SideNet does not fit this MODEL: {' '.join(reasons)} Choose the SideNet made for it."
             )
         for doubt in doubts(sidenet, facts):
-            warn(doubt, cls.hidden.unique_id if cls.hidden else None)
+            warn(doubt)
         return io.NodeOutput(apply_sidenet(model, sidenet, strength))
 
 

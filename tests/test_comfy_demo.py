@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -220,6 +221,24 @@ def test_other_weights_of_the_same_kind_are_pointed_out(demo, tmp_path, caplog):
         applied = ApplySideNet.execute(other, sidenet).result[0]
     assert "made for demo SiT, and this MODEL has other weights" in caplog.text
     assert sample(applied, label(model, "demo 3: triangle"), noise(1)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("backbone", "said"),
+    [
+        ({"name": "demo SiT", "kind": "sit"}, None),
+        ({"name": "tuned", "kind": "sit", "fingerprint": "ab"}, "made for tuned, and this MODEL has other weights"),
+        ({"name": "a-pipeline", "kind": "diffusers", "fingerprint": "ab"}, "made for a-pipeline outside ComfyUI"),
+        ({"name": "mine", "kind": "python", "fingerprint": "ab"}, "made for mine outside ComfyUI.*of kind 'sit'"),
+        ({}, "does not say which model it was made for"),
+    ],
+)
+def test_every_kind_of_backbone_that_the_trainer_writes_is_spoken_of(backbone, said, demo, tmp_path):
+    """`training/backbones`: sit, diffusers and python; a fingerprint counts where the same code made both."""
+    model, _, _ = demo
+    sidenet = models.make_sidenet(tmp_path / "any.safetensors", 3, SideNetCard(backbone=backbone))
+    found = doubts(sidenet, facts_of(model))
+    assert len(found) == (said is not None) and all(re.search(said, doubt) for doubt in found), found
 
 
 def test_bfloat16_sit(demo):

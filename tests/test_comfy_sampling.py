@@ -89,7 +89,7 @@ def run(model, name, sampler, sigmas, cfg=3.0, batch=1, guider=None, **more):
     return comfy.sample.sample_custom(*arguments, **more)
 
 
-def reference(path, strength=1.0, branches=False, guidance=None, method="bi_anchor", calls=None):
+def reference(path, strength=1.0, branches=False, guidance=None, method="bi_anchor", calls=None, scale=1.0):
     """A sampler that calls `bas_core.solve` by itself on what ComfyUI's model function returns."""
     network = None if path is None else load_sidenet(path)[0]
 
@@ -113,7 +113,7 @@ def reference(path, strength=1.0, branches=False, guidance=None, method="bi_anch
             return torch.stack([x0_to_velocity(y, denoised, t) for denoised in out])
 
         conditions = (None, None) if guidance and guidance.scale != 1 else (None,)
-        field = Field(velocities, conditions, guidance) if branches else Field(velocities)
+        field = Field(velocities, conditions, guidance) if branches else Field(velocities, scale=scale)
         start = x if flow else exploding_to_flow(x, sigmas[0])
         end = solve(field, with_strength(network, strength), start, times, method=method)
         return end if flow else end * (1 + sigmas[-1])
@@ -211,6 +211,26 @@ def test_basic_guider_with_flux_guidance(model, sidenet):
         torch.testing.assert_close(ours, run(applied, "flux", reference(sidenet.path), sigmas, guider=guider), **CLOSE)
         outcomes.append(ours)
     assert (outcomes[0] - outcomes[1]).abs().max() > 0.01, "FLUX guidance must reach the model"
+
+
+def flux_guided(model, guidance):
+    """BasicGuider behind FluxGuidance; without it where guidance is None."""
+    guider, told = Guider_Basic(model), {} if guidance is None else {"guidance": guidance}
+    guider.set_conds([[c, {**d, **told}] for c, d in models.text("flux", 1)])
+    return guider
+
+
+@pytest.mark.parametrize(("name", "given", "told"), [("sd3", 3.0, 3.0), ("flux", 6.0, 6.0), ("flux", None, 3.5)])
+def test_sidenets_that_take_the_guidance_are_told_it(name, given, told, model, sidenet):
+    """CFG, or what FluxGuidance says to a model that takes its guidance as an input, or that model's default."""
+    applied = models.with_sidenet(model(name), sidenet(16, guidance_input=True))
+    sigmas, how = sigmas_of(applied), {"cfg": given}
+    if name == "flux":
+        how = {"guider": flux_guided(applied, given)}
+    ours = run(applied, name, sampler(), sigmas, **how)
+    torch.testing.assert_close(ours, run(applied, name, reference(sidenet.path, scale=told), sigmas, **how), **CLOSE)
+    other = run(applied, name, reference(sidenet.path, scale=1.0), sigmas, **how)
+    assert (ours - other).abs().max() > 10 * CLOSE["atol"], "the SideNet must heed what it is told"
 
 
 def test_cfg_interval_leaves_the_negative_out_outside_it(model, sidenet):
@@ -597,7 +617,10 @@ def test_sidenet_of_another_model_is_refused_in_words(model, sidenet, tmp_path, 
     card = SideNetCard(backbone={"name": "FLUX.1-dev", "kind": "diffusers"})
     foreign = models.make_sidenet(tmp_path / "foreign.safetensors", 16, card)
     assert misfits(foreign, facts_of(model("flux"))) == []
-    assert "outside ComfyUI" in doubts(foreign, facts_of(model("flux")))[0]
+    assert misfits(foreign, facts_of(model("sd3"))) == [], "16 channels too, and nothing else to compare"
+    for name in ("flux", "sd3"):
+        doubt = doubts(foreign, facts_of(model(name)))[0]
+        assert "made for FLUX.1-dev outside ComfyUI" in doubt and f"of kind '{name}'" in doubt
 
 
 def test_model_without_flow_or_diffusion_is_refused(model, sidenet):
@@ -675,3 +698,21 @@ def test_cfg_outside_the_trained_range_is_said(model, tmp_path, caplog):
         with caplog.at_level(logging.WARNING):
             run(applied, "sd3", sampler(), sigmas_of(applied), cfg)
         assert ("was trained for CFG 1 to 2; at 5 it is less accurate" in caplog.text) == said
+
+
+def test_flux_guidance_outside_the_trained_range_is_said(model, tmp_path, caplog):
+    """The trainer records FLUX.1-dev with its guidance as an input; CFG stays at 1 there, and that is no doubt."""
+    net = models.make_sidenet(tmp_path / "flux.safetensors", 16, SideNetCard(guidance_range=(3.5, 3.5)))
+    applied = models.with_sidenet(model("flux"), net)
+    cases = (
+        ({"guider": flux_guided(applied, 3.5)}, []),
+        ({"guider": flux_guided(applied, None)}, []),
+        ({"guider": flux_guided(applied, 1.5)}, ["guidance 3.5; at 1.5"]),
+        ({"cfg": 3.5}, ["CFG 1; at 3.5"]),
+    )
+    for how, said in cases:
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            run(applied, "flux", sampler(), sigmas_of(applied), **how)
+        warned = [record.getMessage() for record in caplog.records if "less accurate" in record.getMessage()]
+        assert len(warned) == len(said) and all(part in text for part, text in zip(said, warned, strict=True)), warned

@@ -1,5 +1,6 @@
 """The pack as users get it: the zip, unpacked into a ComfyUI that runs as a server, and asked over HTTP."""
 
+import asyncio
 import io
 import json
 import re
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import aiohttp
 import comfyui
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ COMFYUI = comfyui.require()
 
 from ba_solver.bas_core import Guidance, load_sidenet, load_sit, model_field, save_sidenet, solve
 from ba_solver.nodes.folders import SIDENETS, SITS
+from graphs import as_prompt, subgraph_prompt
 from PIL import Image
 
 pytestmark = pytest.mark.comfyui
@@ -42,6 +45,7 @@ NODES = {
 }
 WORKFLOWS = sorted(path.stem.removesuffix("_api") for path in (ROOT / "tests" / "workflows").glob("*_api.json"))
 EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
+TEXT_EVENT = 3  # ComfyUI's number for text that belongs on a node
 
 
 def make_zip(path):
@@ -73,7 +77,9 @@ class Server:
         body = json.dumps({"prompt": graph}).encode()
         request = urllib.request.Request(self.url + "/prompt", body, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=120) as answer:
-            prompt = json.load(answer)["prompt_id"]
+            told = json.load(answer)
+        assert not told["node_errors"], told["node_errors"]  # ComfyUI runs the outputs that it finds valid
+        prompt = told["prompt_id"]
         for _ in range(limit * 5):
             history = self.json(f"/history/{prompt}")
             if prompt in history:
@@ -276,6 +282,37 @@ def test_a_doubtful_fit_runs_and_is_said(server):
     assert "'other.safetensors' was made for demo SiT, and this MODEL has other weights" in server.log.read_text()
 
 
+def written_on_nodes(server, parts):
+    """What a run writes on its nodes, as a browser is told it: {node id: texts}."""
+    found = {}
+
+    async def listen():
+        address = server.url.replace("http", "ws") + "/ws?clientId=listener"
+        async with aiohttp.ClientSession() as session, session.ws_connect(address) as socket:
+            run = asyncio.create_task(asyncio.to_thread(server.queue, parts))
+            run.add_done_callback(lambda _: asyncio.ensure_future(socket.close()))
+            async for message in socket:
+                if message.type is aiohttp.WSMsgType.BINARY and int.from_bytes(message.data[:4], "big") == TEXT_EVENT:
+                    length = int.from_bytes(message.data[4:8], "big")
+                    node = message.data[8 : 8 + length].decode()
+                    found.setdefault(node, []).append(message.data[8 + length :].decode())
+            return await run
+
+    return asyncio.run(listen()), found
+
+
+def test_warnings_are_written_on_the_node_that_gives_them(server):
+    """Of the fit on Apply SideNet, of the run on the sampler."""
+    parts = change("demo_ksampler", "BASolverLoadSideNet", name="other.safetensors")
+    ids = {part["class_type"]: node for node, part in parts.items()}
+    parts[ids["KSampler"]]["inputs"]["cfg"] = 5.0
+    entry, texts = written_on_nodes(server, parts)
+    assert entry["status"]["status_str"] == "success"
+    assert "this MODEL has other weights" in " ".join(texts[ids["BASolverApplySideNet"]])
+    assert "was trained for CFG 2; at 5 it is less accurate" in " ".join(texts[ids["KSampler"]])
+    assert "was trained" not in " ".join(texts[ids["BASolverApplySideNet"]])
+
+
 def test_a_sidenet_that_is_removed_while_listed(server, base):
     path = base / "models" / "sidenets" / "mine.safetensors"
     parts = change("demo_ksampler", "BASolverLoadSideNet", name="mine.safetensors")
@@ -315,11 +352,75 @@ def test_example_workflows_are_of_core_and_own_nodes_and_whole(path, server):
     for _, source, slot, target, entry, kind in content["links"]:
         assert nodes[source]["outputs"][slot]["type"] == kind
         assert nodes[target]["inputs"][entry]["link"] is not None
-    api = ROOT / "tests" / "workflows" / f"{path.stem}_api.json"
-    if api.exists():
-        drawn = sorted(node["type"] for node in nodes.values() if node["type"] != "MarkdownNote")
-        assert drawn == sorted(part["class_type"] for part in json.loads(api.read_text()).values())
     assert path.with_suffix(".jpg").stat().st_size < 300_000
+
+
+# What a graph may lack on a machine without the models: files, of these inputs only.
+MODEL_FILES = {"unet_name", "clip_name", "clip_name1", "clip_name2", "vae_name", "ckpt_name", "image"}
+
+
+@pytest.mark.parametrize("with_sidenet", [False, True])
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_workflows_are_what_is_queued_or_lack_nothing_but_model_files(path, with_sidenet, server):
+    """As the frontend sends them: those with an API form are it, and ComfyUI finds all others valid."""
+    content = json.loads(path.read_text())
+    api = ROOT / "tests" / "workflows" / f"{path.stem}_api.json"
+    if with_sidenet:  # the nodes that wait, bypassed, for a SideNet of the user's
+        for node in content["nodes"]:
+            node["mode"] = 0
+    sent = as_prompt(content, server.json("/object_info"))
+    if api.exists():
+        kept = json.loads(api.read_text())
+        assert sent == {key: {"class_type": p["class_type"], "inputs": p["inputs"]} for key, p in kept.items()}
+        return
+    assert ("BASolverApplySideNet" in {part["class_type"] for part in sent.values()}) == (
+        with_sidenet and path.stem != "edit_flux"
+    )
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        server.queue(sent)
+    errors = json.load(refused.value)["node_errors"]
+    found = [error for node in errors.values() for error in node["errors"]]
+    assert found
+    for error in found:
+        assert error["type"] in ("value_not_in_list", "custom_validation_failed"), error
+        assert error["extra_info"]["input_name"] in MODEL_FILES, error
+
+
+def test_blueprint_samples_as_the_graph_it_stands_for(server):
+    """The subgraph in the place of the demo's sampling nodes, at its own settings."""
+    content = json.loads((ROOT / "subgraphs" / "BA-Solver sampling.json").read_text())
+    (definition,) = content["definitions"]["subgraphs"]
+    parts = change("demo", "BASolverScheduler", calls=7)
+    # The same by another setting, for ComfyUI would know an equal graph again and not run it.
+    next(p for p in parts.values() if p["class_type"] == "BASolverLoadSideNet")["inputs"]["weight_dtype"] = "float32"
+    expected = server.queue(parts)
+    old = next(n for n, p in parts.items() if p.get("_meta", {}).get("title") == "BA-Solver: 5 calls")
+    loader = next(n for n, p in parts.items() if p["class_type"] == "BASolverLoadSiT")
+    outside = [[loader, 0], *(parts[old]["inputs"][name] for name in ("positive", "negative", "latent_image"))]
+    assert [entry["name"] for entry in definition["inputs"]] == ["model", "positive", "negative", "latent_image"]
+    parts |= subgraph_prompt(definition, server.json("/object_info"), outside)
+    (end,) = (link for link in definition["links"] if link["target_id"] == definition["outputNode"]["id"])
+    for part in parts.values():
+        if part["inputs"].get("samples") == [old, 0]:
+            part["inputs"]["samples"] = [f"inside:{end['origin_id']}", end["origin_slot"]]
+    drawn = server.queue(parts)
+    assert drawn["status"]["status_str"] == "success", drawn["status"]
+    shown = next(n for n, p in parts.items() if p.get("_meta", {}).get("title") == "BA-Solver, 5 calls")
+    assert torch.equal(server.images(drawn, shown), server.images(expected, shown))
+
+
+def test_a_damaged_workflow_would_be_noticed(server):
+    """The power of the test above: a value shifted by one widget, and a link to the wrong socket."""
+    content = json.loads((ROOT / "example_workflows" / "flux.json").read_text())
+    sampler = next(node for node in content["nodes"] if node["type"] == "BASolverSampler")
+    sampler["widgets_values"].insert(0, "auto")
+    guider = next(node for node in content["nodes"] if node["type"] == "BasicGuider")
+    guider["inputs"][0]["link"], guider["inputs"][1]["link"] = (entry["link"] for entry in guider["inputs"][1::-1])
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        server.queue(as_prompt(content, server.json("/object_info")))
+    errors = json.load(refused.value)["node_errors"]
+    assert {error["type"] for error in errors[str(sampler["id"])]["errors"]} >= {"value_not_in_list"}
+    assert {error["type"] for error in errors[str(guider["id"])]["errors"]} == {"return_type_mismatch"}
 
 
 def test_removing_the_pack_leaves_comfyui_working(base, tmp_path):

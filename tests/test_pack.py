@@ -2,7 +2,9 @@
 
 import ast
 import json
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,44 @@ def test_the_needed_comfyui_is_the_same_everywhere():
     oldest = ".".join(map(str, OLDEST_COMFYUI))
     assert f'requires-comfyui = ">={oldest}"' in (ROOT / "pyproject.toml").read_text()
     assert f"comfyui: [v{oldest}, " in (ROOT / ".github" / "workflows" / "comfyui.yml").read_text()
+
+
+def workflow(name):
+    return pytest.importorskip("yaml").safe_load((ROOT / ".github" / "workflows" / name).read_text())
+
+
+def test_a_new_version_is_published_wherever_it_is_in_the_push(tmp_path):
+    """The very step of the workflow, on a history of its own."""
+    (step,) = (step for step in workflow("publish.yml")["jobs"]["publish"]["steps"] if step.get("id") == "version")
+
+    def git(*arguments):
+        identity = ("-c", "user.name=x", "-c", "user.email=x@example.org")
+        done = subprocess.run(["git", *identity, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    git("init", "-q")
+    commits = []
+    for version, other in (("0.1.0", 0), ("0.2.0", 0), ("0.2.0", 1), ("0.2.0", 2)):
+        (tmp_path / "pyproject.toml").write_text(f'[project]\nversion = "{version}"\n# {other}\n')
+        git("add", ".")
+        git("commit", "-qm", "x")
+        commits.append(git("rev-parse", "HEAD"))
+    for before, expected in ((commits[0], "true"), (commits[1], "false"), (commits[2], "false"), ("0" * 40, "true")):
+        output = tmp_path / "output"
+        output.unlink(missing_ok=True)
+        environment = {**os.environ, "BEFORE": before, "GITHUB_OUTPUT": str(output)}
+        subprocess.run(["bash", "-e", "-c", step["run"]], cwd=tmp_path, env=environment, check=True)
+        assert output.read_text() == f"changed={expected}\n"
+
+
+def test_workflows_name_files_and_versions_that_are_there():
+    steps = workflow("comfyui.yml")["jobs"]["nodes"]
+    floor, developed, newest = steps["strategy"]["matrix"]["comfyui"]
+    assert (floor, developed, newest) == ("v0.14.0", "v0.29.0", "master")
+    commands = [step["run"] for job in (steps, workflow("publish.yml")["jobs"]["publish"]) for step in job["steps"]
+                if "run" in step]  # fmt: skip
+    assert "pytest -m comfyui" in commands and "bash .ci/run" in commands
+    assert (ROOT / ".ci" / "run").is_file()
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
