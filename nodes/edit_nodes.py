@@ -237,7 +237,8 @@ class BAEdit(io.ComfyNode):
         seed: int = 0,
     ) -> io.NodeOutput:
         Control(eta, (eta_from, eta_until))  # checked before the model is called
-        image = as_many_images_as_prompts(image_of(model, latent), source, positive)
+        prompts = (source, positive, *([] if guidance == 1 else [negative]))
+        image = as_many_images_as_prompts(image_of(model, latent), *prompts)
         where = mask_of(mask, latent, image)
         if path is None:
             way = Way(model, source, negative, source_guidance)
