@@ -236,7 +236,8 @@ class BAEdit(io.ComfyNode):
         eta_until: float = 1.0,
         seed: int = 0,
     ) -> io.NodeOutput:
-        Control(eta, (eta_from, eta_until))  # checked before the model is called
+        if eta_from > eta_until:
+            raise ValueError(f"eta_from ({eta_from:g}) must not be above eta_until ({eta_until:g}); t = 1 is noise.")
         prompts = (source, positive, *([] if guidance == 1 else [negative]))
         image = as_many_images_as_prompts(image_of(model, latent), *prompts)
         where = mask_of(mask, latent, image)

@@ -331,6 +331,12 @@ def test_foreign_paths_are_refused_in_words(tiny):
         noise_.generate_noise({"samples": image[..., :6]})
 
 
+def test_an_empty_window_is_refused_in_words(tiny):
+    model, image, source, target, negative = tiny_case(tiny, "flux")
+    with pytest.raises(ValueError, match=r"eta_from \(0.8\) must not be above eta_until \(0.2\)"):
+        edited(model, image, source, target, negative, eta=0.5, eta_from=0.8, eta_until=0.2)
+
+
 def test_guidance_that_makes_the_inversion_diverge_is_said(demo):
     batch = shapes(1)
     positive, negative = label(demo, 3)
