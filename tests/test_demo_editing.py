@@ -91,7 +91,7 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(editing, "SEARCH_COSINES", (0.15,))
     monkeypatch.setattr(editing, "REFERENCE_STEPS", 3)
     monkeypatch.setattr(editing, "STARTS", (0.8,))
-    monkeypatch.setattr(editing, "GUIDANCES", (2.0,))
+    monkeypatch.setattr(editing, "GUIDANCES", (2.0, 3.5))
     monkeypatch.setattr(editing, "pairs", lambda repeats: (torch.arange(2), torch.arange(2) + 1))
     return editing.EditingSettings(tmp_path, search=True, images=2, seeds=2, search_images=1, edit_calls=(6,))
 
@@ -111,10 +111,10 @@ def test_what_is_finished_is_on_disk_when_the_benchmark_is_stopped(monkeypatch, 
     assert len(rows["BA-solver"]["3"]) == 2 and rows["exact return"]["3"][0]["psnr"] > 60
     assert set(result["edits"]["6"]) == set(EDITS)
     text = (tmp_path / "editing.md").read_text()
-    assert text.count("| BA-solver |") == 2 and "| FlowEdit | 0.8, 2 |" in text
+    assert text.count("| BA-solver |") == 2 and "| FlowEdit | 0.8, " in text
     found = editing.load_found(editing.SETTINGS_FILE)
     assert set(found["grids"]["clean"]) == {trip.name for trip in round_trips(load_demo())}
-    assert found["edits"]["inversion_alone"] == found["edits"]["inversion"] == {6: (0.8, 2.0)}
+    assert found["edits"]["inversion_alone"] == found["edits"]["inversion"] and found["edits"]["inversion"][6][0] == 0.8
 
 
 @pytest.mark.parametrize("calls", [4, 8])
@@ -133,8 +133,6 @@ def test_reversible_forms_undo_themselves_and_only_with_their_whole_state(calls)
     assert (reversible.coupled_backward(step, y, y, up) - x).abs().max() > 1e-5
     ends = torch.tensor([0.05, 1.0], dtype=torch.float64)
     exact = odeint(lambda t, x: velocity(x, t), x, ends, rtol=1e-9, atol=1e-9)[-1]
-        lambda t, x: velocity(x, t), x, torch.tensor([0.05, 1.0], dtype=torch.float64), rtol=1e-9, atol=1e-9
-    )[-1]
     assert (y - exact).abs().max() < 0.1 * (x - exact).abs().max()
     y, z, v = reversible.heun_forward(velocity, x, up)
     torch.testing.assert_close(reversible.heun_backward(velocity, y, z, v, up), x)
