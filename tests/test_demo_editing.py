@@ -114,7 +114,11 @@ def test_what_is_finished_is_on_disk_when_the_benchmark_is_stopped(monkeypatch, 
     assert text.count("| BA-solver |") == 2 and "| FlowEdit | 0.8, " in text
     found = editing.load_found(editing.SETTINGS_FILE)
     assert set(found["grids"]["clean"]) == {trip.name for trip in round_trips(load_demo())}
-    assert found["edits"]["inversion_alone"] == found["edits"]["inversion"] and found["edits"]["inversion"][6][0] == 0.8
+    assert found["edits"][6]["inversion_alone"] == found["edits"][6]["inversion"]
+    assert found["edits"][6]["flowedit"][0] == 0.8
+    monkeypatch.setattr(editing, "edit_table", stop)
+    result = editing.run_editing(replace(settings, parts=("noised",), search=True))
+    assert list(result["reconstruction"]) == ["clean", "noised"] and set(result["edits"][6]) == set(EDITS)
 
 
 @pytest.mark.parametrize("calls", [4, 8])

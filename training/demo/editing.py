@@ -8,7 +8,7 @@ solver on its own best grid, and the noise is compared with a converged solution
 regenerated as another. The same drawing with the other class is known, so that what should have stayed can be measured:
 the ground, the shape's colour and its place.
 Grids and settings are searched on other images than the reported ones; they are kept in `weights/demo_editing.json`.
-Whatever is finished is on disk: a run that is stopped loses only the table that it was at.
+Every finished table is on disk: a run that is stopped loses only the one that it was at, and `--parts` runs the rest.
 """
 
 from __future__ import annotations
@@ -57,8 +57,9 @@ class EditingSettings:
     """What is measured.
 
     Attributes:
-        out: folder for `editing.json`, `editing.md` and `edits.png`.
+        out: folder for `editing.json`, `editing.md` and `edits_N.png`, N calls.
         search: search the best grids and edit settings anew and store them with the package.
+        parts: what is measured, of `CASES` and "edits"; the other parts stay as they are in `out`.
         images: images a seed of the reconstructions; 66 in all.
         seeds: independent sets of images that are reported.
         search_images: images that grids are searched on.
@@ -69,6 +70,7 @@ class EditingSettings:
 
     out: Path = Path("runs/editing")
     search: bool = False
+    parts: tuple[str, ...] = ("clean", "edits", "noised", "guided")
     images: int = 22
     seeds: int = 3
     search_images: int = 6
@@ -396,38 +398,33 @@ def fault_of(row: dict[str, float]) -> float:
     return 10 * max(0.0, 0.92 - row["success"]) + row["ground"] + row["colour"] + row["place"] / 10
 
 
-def search_edits(settings: EditingSettings, demo: Demo) -> dict[str, dict[int, tuple[float, float]]]:
-    """For every method and number of calls the best (start, guidance), on other images than the reported ones."""
-    found: dict[str, dict[int, tuple[float, float]]] = {}
-    jobs = [(name, calls) for name in EDITS if name not in ABLATED for calls in settings.edit_calls]
-    for name, calls in progress(jobs, "edit settings"):
+def search_edits(demo: Demo, calls: int) -> dict[str, tuple[float, float]]:
+    """Every method's best (start, guidance) for a number of calls, on other images than the reported ones."""
+    found: dict[str, tuple[float, float]] = {}
+    for name in progress([name for name in EDITS if name not in ABLATED], f"settings of edits, {calls} calls"):
 
-        def faults_at(start: float, cfg: float, method: Edit = EDITS[name][1], calls: int = calls) -> float:
+        def faults_at(start: float, cfg: float, method: Edit = EDITS[name][1]) -> float:
             return fault_of(judge(demo, method, calls, start, cfg, SEARCH_SEED, 0))
 
         known = {(start, GUIDANCES[0]): faults_at(start, GUIDANCES[0]) for start in STARTS}
         start, _ = min(known, key=known.__getitem__)
         known |= {(start, cfg): faults_at(start, cfg) for cfg in GUIDANCES[1:]}
-        found.setdefault(name, {})[calls] = min(known, key=known.__getitem__)
+        found[name] = min(known, key=known.__getitem__)
     return found | {name: found[other] for name, other in ABLATED.items()}
 
 
 def edit_table(
-    settings: EditingSettings, demo: Demo, chosen: dict[str, dict[int, tuple[float, float]]]
-) -> dict[int, dict[str, list[dict[str, float]]]]:
-    """For every number of calls and method, at its chosen settings, a row of means a seed."""
-    found: dict[int, dict[str, list[dict[str, float]]]] = {}
-    jobs = [(calls, name, seed) for calls in settings.edit_calls for name in EDITS for seed in range(settings.seeds)]
-    for calls, name, seed in progress(jobs, "edits"):
-        start, cfg = chosen[name][calls]
-        row = judge(demo, EDITS[name][1], calls, start, cfg, REPORT_SEED + 100_000 * seed, settings.edits_a_pair)
-        found.setdefault(calls, {}).setdefault(name, []).append(row)
+    settings: EditingSettings, demo: Demo, calls: int, chosen: dict[str, tuple[float, float]]
+) -> dict[str, list[dict[str, float]]]:
+    """For every method, at its chosen settings, a row of means a seed."""
+    found: dict[str, list[dict[str, float]]] = {}
+    for name, seed in progress(list(itertools.product(EDITS, range(settings.seeds))), f"edits, {calls} calls"):
+        row = judge(demo, EDITS[name][1], calls, *chosen[name], REPORT_SEED + 100_000 * seed, settings.edits_a_pair)
+        found.setdefault(name, []).append(row)
     return found
 
 
-def draw_page(
-    path: Path, demo: Demo, calls: int, chosen: dict[str, dict[int, tuple[float, float]]], count: int = 10
-) -> None:
+def draw_page(path: Path, demo: Demo, calls: int, chosen: dict[str, tuple[float, float]], count: int = 10) -> None:
     """A page of edits: a column an image, a row a method, with the original and the truth above."""
     from matplotlib.figure import Figure
 
@@ -436,7 +433,7 @@ def draw_page(
     before, after = drawn(REPORT_SEED + 77, source), drawn(REPORT_SEED + 77, target)
     rows = {"image": before.images, "drawn anew": after.images}
     for name, (label, method) in EDITS.items():
-        start, cfg = chosen[name][calls]
+        start, cfg = chosen[name]
         task = Task(before, after, noise_for(before.images, 77), demo.field(source, 1.0), demo.field(target, cfg))
         with torch.inference_mode():
             rows[label] = method(demo, task, calls, start)
@@ -493,32 +490,40 @@ def markdown(result: dict[str, Any]) -> str:
                 *(spread([row[key] for row in rows], 3) for key in ("ground", "colour")),
                 spread([row["place"] for row in rows], 2),
             ]
-            start, cfg = result["settings_found"]["edits"][name][calls]
+            start, cfg = result["settings_found"]["edits"][calls][name]
             lines.append(f"| {EDITS[name][0]} | {start:g}, {cfg:g} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
+def _by_calls(table: dict[str, Any]) -> dict[int, Any]:
+    return {int(calls): value for calls, value in table.items()}
+
+
 def load_found(path: Path) -> dict[str, Any]:
     """What `--search` wrote."""
-
-    def numbers(table: dict[str, Any]) -> dict[str, dict[int, tuple[float, float]]]:
-        return {name: {int(n): (a, b) for n, (a, b) in by.items()} for name, by in table.items()}
-
     content = json.loads(path.read_text())
-    grids = {case: numbers(table) for case, table in content["grids"].items()}
-    return {"grids": grids, "edits": numbers(content["edits"])}
+    grids = {case: {name: _by_calls(by) for name, by in table.items()} for case, table in content["grids"].items()}
+    return {"grids": grids, "edits": _by_calls(content["edits"])}
+
+
+def load_result(path: Path) -> dict[str, Any]:
+    """What an earlier run left; nothing if there was none."""
+    if not path.exists():
+        return {"reconstruction": {}, "edits": {}}
+    content = json.loads(path.read_text())
+    cases = {
+        case: {name: _by_calls(by) for name, by in rows.items()} for case, rows in content["reconstruction"].items()
+    }
+    return {"reconstruction": cases, "edits": _by_calls(content["edits"])}
 
 
 def run_editing(settings: EditingSettings) -> dict[str, Any]:
     """Measure everything, and write it as JSON, Markdown and a page of pictures, table after table."""
     demo = load_demo(settings.device)
     found = load_found(SETTINGS_FILE) if SETTINGS_FILE.exists() else {"grids": {}, "edits": {}}
-    result: dict[str, Any] = {
-        "settings": {key: str(value) for key, value in asdict(settings).items()},
-        "settings_found": found,
-        "reconstruction": {},
-        "edits": {},
-    }
+    result = load_result(settings.out / "editing.json")
+    result["settings"] = {key: str(value) for key, value in asdict(settings).items()}
+    result["settings_found"] = found
 
     def keep() -> None:
         if settings.search:
@@ -526,22 +531,27 @@ def run_editing(settings: EditingSettings) -> dict[str, Any]:
         write_text(settings.out / "editing.json", json.dumps(result, indent=1))
         write_text(settings.out / "editing.md", markdown(result))
 
-    def reconstruct(name: str) -> None:
+    def measure_case(name: str) -> None:
         if settings.search:
             found["grids"][name] = search_round_trips(settings, demo, CASES[name])
             keep()
         result["reconstruction"][name] = reconstructions(settings, demo, CASES[name], found["grids"][name])
         keep()
 
-    reconstruct("clean")
-    if settings.search:
-        found["edits"] = search_edits(settings, demo)
+    def measure_edits(calls: int) -> None:
+        if settings.search:
+            found["edits"][calls] = search_edits(demo, calls)
+            keep()
+        result["edits"][calls] = edit_table(settings, demo, calls, found["edits"][calls])
         keep()
-    result["edits"] = edit_table(settings, demo, found["edits"])
-    keep()
-    draw_page(settings.out / "edits.png", demo, max(settings.edit_calls), found["edits"])
-    reconstruct("noised")
-    reconstruct("guided")
+        draw_page(settings.out / f"edits_{calls}.png", demo, calls, found["edits"][calls])
+
+    for part in settings.parts:
+        if part != "edits":
+            measure_case(part)
+            continue
+        for calls in settings.edit_calls:
+            measure_edits(calls)
     print(markdown(result))
     return result
 
