@@ -8,7 +8,7 @@ solver on its own best grid, and the noise is compared with a converged solution
 regenerated as another. The same drawing with the other class is known, so that what should have stayed can be measured:
 the ground, the shape's colour and its place.
 Grids and settings are searched on other images than the reported ones; they are kept in `weights/demo_editing.json`.
-Every finished table is on disk: a run that is stopped loses only the one that it was at, and `--parts` runs the rest.
+Every finished seed is on disk: a run that is stopped loses only the one that it was at, and `--parts` runs the rest.
 """
 
 from __future__ import annotations
@@ -209,8 +209,8 @@ def converged_noise(field: Field, starts: Tensor) -> Tensor:
 
 def reconstructions(
     settings: EditingSettings, demo: Demo, case: Case, grids: dict[str, dict[int, GridShape]]
-) -> dict[str, dict[int, list[dict[str, float]]]]:
-    """For every solver and number of calls a row a seed: mean PSNR of the return, and mean RMSE of the noise.
+) -> Iterator[dict[str, dict[int, list[dict[str, float]]]]]:
+    """After every seed, for every solver and number of calls a row a seed: mean PSNR, and mean RMSE of the noise.
 
     "exact return" is ours with the residuals added back; of its images it has the worst one's PSNR.
     """
@@ -241,7 +241,7 @@ def reconstructions(
                 source = invert(field, demo.sidenet, images, times, noise)
                 exact = decibels(edit(field, demo.sidenet, source), images)
                 found.setdefault("exact return", {}).setdefault(calls, []).append({"psnr": exact.min().item()})
-    return found
+        yield found
 
 
 # --- edits --------------------------------------------------------------------------------------------------------
@@ -415,13 +415,14 @@ def search_edits(demo: Demo, calls: int) -> dict[str, tuple[float, float]]:
 
 def edit_table(
     settings: EditingSettings, demo: Demo, calls: int, chosen: dict[str, tuple[float, float]]
-) -> dict[str, list[dict[str, float]]]:
-    """For every method, at its chosen settings, a row of means a seed."""
+) -> Iterator[dict[str, list[dict[str, float]]]]:
+    """After every seed, for every method, at its chosen settings, a row of means a seed."""
     found: dict[str, list[dict[str, float]]] = {}
-    for name, seed in progress(list(itertools.product(EDITS, range(settings.seeds))), f"edits, {calls} calls"):
-        row = judge(demo, EDITS[name][1], calls, *chosen[name], REPORT_SEED + 100_000 * seed, settings.edits_a_pair)
-        found.setdefault(name, []).append(row)
-    return found
+    for seed in range(settings.seeds):
+        for name in progress(EDITS, f"edits, {calls} calls, seed {seed}"):
+            row = judge(demo, EDITS[name][1], calls, *chosen[name], REPORT_SEED + 100_000 * seed, settings.edits_a_pair)
+            found.setdefault(name, []).append(row)
+        yield found
 
 
 def draw_page(path: Path, demo: Demo, calls: int, chosen: dict[str, tuple[float, float]], count: int = 10) -> None:
@@ -517,43 +518,56 @@ def load_result(path: Path) -> dict[str, Any]:
     return {"reconstruction": cases, "edits": _by_calls(content["edits"])}
 
 
+class Benchmark:
+    """What has been found so far, written down after every seed."""
+
+    def __init__(self, settings: EditingSettings) -> None:
+        self.settings = settings
+        self.demo = load_demo(settings.device)
+        self.found = load_found(SETTINGS_FILE) if SETTINGS_FILE.exists() else {"grids": {}, "edits": {}}
+        self.result = load_result(settings.out / "editing.json")
+        self.result["settings"] = {key: str(value) for key, value in asdict(settings).items()}
+        self.result["settings_found"] = self.found
+
+    def keep(self) -> None:
+        """Write everything but the pictures."""
+        if self.settings.search:
+            write_text(SETTINGS_FILE, json.dumps(self.found, indent=1))
+        write_text(self.settings.out / "editing.json", json.dumps(self.result, indent=1))
+        write_text(self.settings.out / "editing.md", markdown(self.result))
+
+    def measure_case(self, name: str) -> None:
+        """Reconstructions of one of `CASES`."""
+        if self.settings.search:
+            self.found["grids"][name] = search_round_trips(self.settings, self.demo, CASES[name])
+            self.keep()
+        for rows in reconstructions(self.settings, self.demo, CASES[name], self.found["grids"][name]):
+            self.result["reconstruction"][name] = rows
+            self.keep()
+
+    def measure_edits(self, calls: int) -> None:
+        """Edits with a number of calls in all, and a page of them."""
+        if self.settings.search:
+            self.found["edits"][calls] = search_edits(self.demo, calls)
+            self.keep()
+        chosen = self.found["edits"][calls]
+        draw_page(self.settings.out / f"edits_{calls}.png", self.demo, calls, chosen)
+        for rows in edit_table(self.settings, self.demo, calls, chosen):
+            self.result["edits"][calls] = rows
+            self.keep()
+
+
 def run_editing(settings: EditingSettings) -> dict[str, Any]:
-    """Measure everything, and write it as JSON, Markdown and a page of pictures, table after table."""
-    demo = load_demo(settings.device)
-    found = load_found(SETTINGS_FILE) if SETTINGS_FILE.exists() else {"grids": {}, "edits": {}}
-    result = load_result(settings.out / "editing.json")
-    result["settings"] = {key: str(value) for key, value in asdict(settings).items()}
-    result["settings_found"] = found
-
-    def keep() -> None:
-        if settings.search:
-            write_text(SETTINGS_FILE, json.dumps(found, indent=1))
-        write_text(settings.out / "editing.json", json.dumps(result, indent=1))
-        write_text(settings.out / "editing.md", markdown(result))
-
-    def measure_case(name: str) -> None:
-        if settings.search:
-            found["grids"][name] = search_round_trips(settings, demo, CASES[name])
-            keep()
-        result["reconstruction"][name] = reconstructions(settings, demo, CASES[name], found["grids"][name])
-        keep()
-
-    def measure_edits(calls: int) -> None:
-        if settings.search:
-            found["edits"][calls] = search_edits(demo, calls)
-            keep()
-        result["edits"][calls] = edit_table(settings, demo, calls, found["edits"][calls])
-        keep()
-        draw_page(settings.out / f"edits_{calls}.png", demo, calls, found["edits"][calls])
-
+    """Measure everything, and write it as JSON, Markdown and pages of pictures."""
+    benchmark = Benchmark(settings)
     for part in settings.parts:
-        if part != "edits":
-            measure_case(part)
-            continue
-        for calls in settings.edit_calls:
-            measure_edits(calls)
-    print(markdown(result))
-    return result
+        if part == "edits":
+            for calls in settings.edit_calls:
+                benchmark.measure_edits(calls)
+        else:
+            benchmark.measure_case(part)
+    print(markdown(benchmark.result))
+    return benchmark.result
 
 
 if __name__ == "__main__":
