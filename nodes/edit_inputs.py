@@ -47,9 +47,14 @@ def as_many_images_as_prompts(image: Tensor, *conditionings: Any) -> Tensor:
     ComfyUI repeats prompts for a batch of images by itself, and would use the first prompt alone for one image.
 
     Raises:
-        ValueError: several images and another number of prompts above one.
+        ValueError: several images and another number of prompts above one, or two such numbers of prompts.
     """
-    counts = {max(len(entry[0]), len(entry[1].get(KEY, ()))) for part in conditionings for entry in part or ()}
+    counts = {max(len(entry[0]), len(entry[1].get(KEY, ()))) for part in conditionings for entry in part or ()} - {1}
+    if len(counts) > 1:
+        raise ValueError(
+            f"The prompts come in batches of {' and '.join(str(count) for count in sorted(counts))}. Give as many "
+            "source prompts as others, or one."
+        )
     prompts = max(counts, default=1)
     if prompts == 1 or prompts == len(image):
         return image

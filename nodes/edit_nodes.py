@@ -236,8 +236,10 @@ class BAEdit(io.ComfyNode):
         eta_until: float = 1.0,
         seed: int = 0,
     ) -> io.NodeOutput:
-        Control(eta, (eta_from, eta_until))  # checked before the model is called
-        image = as_many_images_as_prompts(image_of(model, latent), source, positive)
+        if eta_from > eta_until:
+            raise ValueError(f"eta_from ({eta_from:g}) must not be above eta_until ({eta_until:g}); t = 1 is noise.")
+        prompts = (source, positive, *([] if guidance == 1 else [negative]))
+        image = as_many_images_as_prompts(image_of(model, latent), *prompts)
         where = mask_of(mask, latent, image)
         if path is None:
             way = Way(model, source, negative, source_guidance)

@@ -183,6 +183,7 @@ class HeldPath(NamedTuple):
 
     Attributes:
         source: on the CPU.
+        latent: [B, C, *spatial] the image as it was given.
         schedule: its grid.
         kind, fingerprint: of the MODEL (`fit.ModelFacts`).
         sidenet: name and strength; None for the multistep method.
@@ -191,6 +192,7 @@ class HeldPath(NamedTuple):
     """
 
     source: SourcePath
+    latent: Tensor
     schedule: Schedule
     kind: str
     fingerprint: str
@@ -228,6 +230,11 @@ def check_path(held: HeldPath, model: Any, latent: Tensor) -> None:
         raise ValueError(
             f"The source path belongs to latents of {shape}; this image's are {tuple(latent.shape)}. Give BA Edit the "
             "latent that BA Invert was given."
+        )
+    # An image that was encoded again may differ by rounding.
+    if not torch.allclose(held.latent, latent.to(held.latent), atol=0.01):
+        raise ValueError(
+            "The source path belongs to another image of this size. Give BA Edit the latent that BA Invert was given."
         )
     if held.sidenet != _solver_of(model):
         raise ValueError(
@@ -288,7 +295,8 @@ def make_path(way: Way, latent: Tensor, schedule: Schedule, seed: int, method: s
 
     out = sampled(way, latent, comfy.sample.prepare_noise(latent, seed), schedule, work)
     facts = facts_of(way.model)
-    return HeldPath(found[0], schedule, facts.kind, facts.fingerprint, _solver_of(way.model), way, straight), out
+    solver = _solver_of(way.model)
+    return HeldPath(found[0], latent.cpu(), schedule, facts.kind, facts.fingerprint, solver, way, straight), out
 
 
 def edited(held: HeldPath, way: Way, latent: Tensor, control: Control, mask: Tensor | None) -> Tensor:
@@ -296,14 +304,28 @@ def edited(held: HeldPath, way: Way, latent: Tensor, control: Control, mask: Ten
 
     def work(run: Run) -> tuple[Tensor, float]:
         source = _moved(held.source, run.noise.device)
-        here = None if mask is None else comfy.utils.reshape_mask(mask.float(), run.image.shape).clamp(0, 1)
-        here = None if here is None else here.to(run.noise.device)
+        here = None if mask is None else _resized(mask, run.image)
         return (
             editing.edit(run.field, run.predictor, source, control, here, callback=run.callback, chunk=run.chunk),
             0.0,
         )
 
     return sampled(way, latent, torch.zeros_like(latent), held.schedule, work)
+
+
+def _resized(mask: Tensor, image: Tensor) -> Tensor:
+    """The mask at the latent's size, as ComfyUI resizes them.
+
+    Raises:
+        ValueError: what is painted falls between the latent's pixels.
+    """
+    here = comfy.utils.reshape_mask(mask.float(), image.shape).clamp(0, 1).to(image.device)
+    if not torch.count_nonzero(here):
+        size = "x".join(str(side) for side in reversed(image.shape[2:]))
+        raise ValueError(
+            f"What the mask shows is lost where it is made as small as the latent, {size}. Paint a larger place."
+        )
+    return here
 
 
 def reconstructed(held: HeldPath, latent: Tensor) -> Tensor:

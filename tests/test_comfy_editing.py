@@ -181,6 +181,17 @@ def test_one_image_and_a_batch_of_prompts(demo):
     assert out.shape == (3, 3, 32, 32) and (out[0] - out[1]).abs().mean() > 0.02
     with pytest.raises(ValueError, match="2 images and a batch of 3 prompts"):
         edited(demo, shapes(2).images, source, prompts, negative)
+    two = [[torch.zeros(1, 1, 1), {"class_label": torch.tensor([0, 2])}]]
+    with pytest.raises(ValueError, match="prompts come in batches of 2 and 3"):
+        edited(demo, batch.images, two, prompts, negative)
+
+
+def test_a_batch_of_images_and_one_prompt(demo):
+    batch = shapes(3)
+    source, target = label(demo, int(batch.labels[0])), label(demo, 4)
+    together, _ = edited(demo, batch.images, source[0], *target)
+    assert together.shape == (3, 3, 32, 32)
+    assert all((together[i] - batch.images[i]).abs().mean() > 0.02 for i in range(3))
 
 
 def test_without_a_sidenet_the_multistep_method_edits(demo):
@@ -289,6 +300,10 @@ def test_empty_masks_and_missing_negatives_are_refused_in_words(tiny):
     model, image, source, target, negative = tiny_case(tiny, "flux")
     with pytest.raises(ValueError, match="mask is empty, so nothing may change"):
         edited(model, image, source, target, negative, mask=torch.zeros(1, 8, 8))
+    tiny_spot = torch.zeros(1, 96, 96)
+    tiny_spot[..., 0, 0] = 1
+    with pytest.raises(ValueError, match=r"made as small as the latent, 8x8\. Paint a larger place"):
+        edited(model, image, source, target, negative, mask=tiny_spot)
     with pytest.raises(ValueError, match="1 images and 3 masks"):
         edited(model, image, source, target, negative, mask=torch.ones(3, 8, 8))
     with pytest.raises(ValueError, match="guidance of 3 needs a negative"):
@@ -303,6 +318,9 @@ def test_foreign_paths_are_refused_in_words(tiny):
         edited(other[0], other[1], *other[2:], path=path)
     with pytest.raises(ValueError, match=r"path belongs to latents of \(1, 16, 8, 8\)"):
         edited(model, image[..., :6], source, target, negative, path=path)
+    with pytest.raises(ValueError, match="another image of this size"):
+        edited(model, image.flip(-1), source, target, negative, path=path)
+    assert edited(model, image + 1e-4, source, target, negative, path=path)[0].isfinite().all()
     bare = model.clone()
     bare.set_additional_models("sidenet", [])
     with pytest.raises(
@@ -311,6 +329,12 @@ def test_foreign_paths_are_refused_in_words(tiny):
         edited(bare, image, source, target, negative, path=path)
     with pytest.raises(ValueError, match="inverted noise belongs to latents of"):
         noise_.generate_noise({"samples": image[..., :6]})
+
+
+def test_an_empty_window_is_refused_in_words(tiny):
+    model, image, source, target, negative = tiny_case(tiny, "flux")
+    with pytest.raises(ValueError, match=r"eta_from \(0.8\) must not be above eta_until \(0.2\)"):
+        edited(model, image, source, target, negative, eta=0.5, eta_from=0.8, eta_until=0.2)
 
 
 def test_guidance_that_makes_the_inversion_diverge_is_said(demo):

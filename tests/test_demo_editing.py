@@ -1,11 +1,15 @@
 """The editing benchmark measures what it says: budgets are spent exactly, and the truth has no faults."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 from ba_solver.bas_core import BASELINES
-from ba_solver.training.demo import editing
+from ba_solver.training.demo import editing, reversible
 from ba_solver.training.demo.assets import load_demo
 from ba_solver.training.demo.editing import EDITS, Task, decibels, drawn, faults, noise_for, round_trips, seen_shape
+from torchdiffeq import odeint
 
 SEED = 16_000_000
 
@@ -75,3 +79,69 @@ def test_all_pairs_are_edited():
     source, target = editing.pairs(2)
     assert len(source) == 180 and len(set(zip(source.tolist(), target.tolist(), strict=True))) == 90
     assert (source != target).all()
+    for searched in editing.pairs(0):
+        assert set(searched.tolist()) == set(range(10)), "a search sees every class on both sides"
+
+
+def small(monkeypatch, tmp_path):
+    """The benchmark with the least of everything; its settings file goes to a temporary folder."""
+    monkeypatch.setattr(editing, "SETTINGS_FILE", tmp_path / "settings.json")
+    monkeypatch.setattr(editing, "CASES", {k: replace(c, calls=(3,)) for k, c in editing.CASES.items()})
+    monkeypatch.setattr(editing, "SEARCH_SHIFTS", (1.0, 2.0))
+    monkeypatch.setattr(editing, "SEARCH_COSINES", (0.15,))
+    monkeypatch.setattr(editing, "REFERENCE_STEPS", 3)
+    monkeypatch.setattr(editing, "STARTS", (0.8,))
+    monkeypatch.setattr(editing, "GUIDANCES", (2.0, 3.5))
+    monkeypatch.setattr(editing, "pairs", lambda repeats: (torch.arange(2), torch.arange(2) + 1))
+    return editing.EditingSettings(tmp_path, search=True, images=2, seeds=2, search_images=1, edit_calls=(6,))
+
+
+def test_what_is_finished_is_on_disk_when_the_benchmark_is_stopped(monkeypatch, tmp_path):
+    settings = small(monkeypatch, tmp_path)
+
+    def stopped_in_the_second_seed(*arguments):
+        measured = judge(*arguments)
+        if arguments[5] != editing.REPORT_SEED and arguments[5] != editing.SEARCH_SEED:
+            raise KeyboardInterrupt
+        return measured
+
+    judge = editing.judge
+    monkeypatch.setattr(editing, "judge", stopped_in_the_second_seed)
+    with pytest.raises(KeyboardInterrupt):
+        editing.run_editing(settings)
+    result = json.loads((tmp_path / "editing.json").read_text())
+    assert list(result["reconstruction"]) == ["clean"]
+    rows = result["reconstruction"]["clean"]
+    assert len(rows["BA-solver"]["3"]) == 2 and rows["exact return"]["3"][0]["psnr"] > 60
+    assert {name: len(seeds) for name, seeds in result["edits"]["6"].items()} == dict.fromkeys(EDITS, 1)
+    assert (tmp_path / "edits_6.png").exists()
+    text = (tmp_path / "editing.md").read_text()
+    assert text.count("| BA-solver |") == 2 and "| FlowEdit | 0.8, " in text
+    found = editing.load_found(editing.SETTINGS_FILE)
+    assert set(found["grids"]["clean"]) == {trip.name for trip in round_trips(load_demo())}
+    assert found["edits"][6]["inversion_alone"] == found["edits"][6]["inversion"]
+    result = editing.run_editing(replace(settings, parts=("noised",)))
+    assert list(result["reconstruction"]) == ["clean", "noised"] and set(result["edits"][6]) == set(EDITS)
+
+
+@pytest.mark.parametrize("calls", [4, 8])
+def test_reversible_forms_undo_themselves_and_only_with_their_whole_state(calls):
+    x = torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(1, 1, 2, 4)
+    up = torch.linspace(0.05, 1, calls + 1, dtype=torch.float64)
+
+    def velocity(x, t):
+        return torch.sin(2 * x + 3 * t)
+
+    def step(x, t0, t1):
+        return (t1 - t0) * velocity(x + (t1 - t0) / 2 * velocity(x, t0), (t0 + t1) / 2)
+
+    y, z = reversible.coupled_forward(step, x, up)
+    torch.testing.assert_close(reversible.coupled_backward(step, y, z, up), x)
+    assert (reversible.coupled_backward(step, y, y, up) - x).abs().max() > 1e-5
+    ends = torch.tensor([0.05, 1.0], dtype=torch.float64)
+    exact = odeint(lambda t, x: velocity(x, t), x, ends, rtol=1e-9, atol=1e-9)[-1]
+    assert (y - exact).abs().max() < 0.1 * (x - exact).abs().max()
+    y, z, v = reversible.heun_forward(velocity, x, up)
+    torch.testing.assert_close(reversible.heun_backward(velocity, y, z, v, up), x)
+    assert (reversible.heun_backward(velocity, y, y, velocity(y, up[-1]), up) - x).abs().max() > 1e-5
+    assert (y - exact).abs().max() < 0.1 * (x - exact).abs().max()

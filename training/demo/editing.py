@@ -1,12 +1,14 @@
 """What inversion and editing do to images whose truth is known: the demo's shapes, on the demo model.
 
-    python -m ba_solver.training.demo.editing --out runs/editing            # about an hour on two cores
+    python -m ba_solver.training.demo.editing --out runs/editing            # about a quarter of an hour on one core
     python -m ba_solver.training.demo.editing --out runs/editing --search   # first search every solver's grids
 
 Two tables. *Reconstruction*: an image is taken to noise and back with the same number of calls each way, by each
-solver on its own best grid. *Edits*: an image of one class is regenerated as another. The same drawing with the other
-class is known, so that what should have stayed can be measured: the ground, the shape's colour and its place.
+solver on its own best grid, and the noise is compared with a converged solution's. *Edits*: an image of one class is
+regenerated as another. The same drawing with the other class is known, so that what should have stayed can be measured:
+the ground, the shape's colour and its place.
 Grids and settings are searched on other images than the reported ones; they are kept in `weights/demo_editing.json`.
+Every finished seed is on disk: a run that is stopped loses only the one that it was at, and `--parts` runs the rest.
 """
 
 from __future__ import annotations
@@ -43,8 +45,11 @@ REPORT_SEED = 14_000_000
 SHAPE_THRESHOLD = 0.4
 # Gentler than sampling grids: at 5 calls each way (2, 0) to (2.8, 0) cost a sixth in what should stay.
 EDIT_SHAPE: GridShape = (1.4, 0.0)
-# The reconstructions' grids: a lattice, for each trial is two runs.
-SEARCH_SHAPES = tuple(itertools.product((0.7, 1.0, 1.4, 2.0, 2.8, 4.0), (-0.2, 0.15)))
+# The reconstructions' grids, each trial two runs: the best of these shifts, and then of these blends with it.
+SEARCH_SHIFTS = (0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
+SEARCH_COSINES = (0.15, 0.3, 0.5)
+# The converged solution's steps, of four calls, on a grid of shift 0.5: twice as many move it by 0.0001 at most.
+REFERENCE_STEPS = 30
 
 
 @dataclass(frozen=True)
@@ -52,10 +57,10 @@ class EditingSettings:
     """What is measured.
 
     Attributes:
-        out: folder for `editing.json`, `editing.md` and `edits.png`.
+        out: folder for `editing.json`, `editing.md` and `edits_N.png`, N calls.
         search: search the best grids and edit settings anew and store them with the package.
-        calls: calls per direction of the reconstructions.
-        images: images a seed of the reconstructions.
+        parts: what is measured, of `CASES` and "edits"; the other parts stay as they are in `out`.
+        images: images a seed of the reconstructions; 66 in all.
         seeds: independent sets of images that are reported.
         search_images: images that grids are searched on.
         edit_calls: calls of an edit in all.
@@ -65,8 +70,8 @@ class EditingSettings:
 
     out: Path = Path("runs/editing")
     search: bool = False
-    calls: tuple[int, ...] = (5, 7, 10, 20)
-    images: int = 64
+    parts: tuple[str, ...] = ("clean", "edits", "noised", "guided")
+    images: int = 22
     seeds: int = 3
     search_images: int = 6
     edit_calls: tuple[int, ...] = (10, 20)
@@ -85,6 +90,35 @@ def noise_for(images: Tensor, seed: int) -> Tensor:
 
 
 # --- reconstruction -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is taken to noise and back.
+
+    Attributes:
+        title: of its tables.
+        cfg: guidance, both ways.
+        noised: whether a little noise is mixed in first, as BA Invert does (see `invert`).
+        calls: calls per direction.
+    """
+
+    title: str
+    cfg: float
+    noised: bool
+    calls: tuple[int, ...] = (5, 7, 10, 20)
+
+    def starts(self, batch: ShapeBatch, seed: int) -> Tensor:
+        """The states at `START` of a batch's images."""
+        return interpolate(batch.images, noise_for(batch.images, seed), START) if self.noised else batch.images
+
+
+CASES = {
+    "clean": Case("the image itself, CFG 1", 1.0, False),
+    "noised": Case("5 % of noise mixed in, CFG 1", 1.0, True),
+    # Two branches a call: as dear as the others together.
+    "guided": Case(f"5 % of noise mixed in, CFG {DEMO_CFG:g}", DEMO_CFG, True, (5, 10)),
+}
 
 
 @dataclass(frozen=True)
@@ -116,16 +150,23 @@ class RoundTrip(Sampler):
         x = self.run(field, x, times[:-1]) if rest else x
         return run_baseline("euler", field, x, times[-2:])
 
+    def there(self, field: Field, images: Tensor, calls: int, shape: GridShape = (1.0, 0.0)) -> Tensor:
+        """The images' noise."""
+        return self.one_way(field, images, calls, self.times(calls, shape).flip(0))
+
+    def back(self, field: Field, noise: Tensor, calls: int, shape: GridShape = (1.0, 0.0)) -> Tensor:
+        """The noise's images."""
+        return self.one_way(field, noise, calls, self.times(calls, shape))
+
     def sample(self, field: Field, noise: Tensor, calls: int, shape: GridShape = (1.0, 0.0)) -> Tensor:
         """There and back again from images (in the place of a sampler's noise), `calls` calls each way."""
-        times = self.times(calls, shape)
-        return self.one_way(field, self.one_way(field, noise, calls, times.flip(0)), calls, times)
+        return self.back(field, self.there(field, noise, calls, shape), calls, shape)
 
 
 def round_trip(baseline: Baseline) -> RoundTrip:
     """A training-free solver's."""
     run: Run = lambda field, x, t: run_baseline(baseline, field, x, t)  # noqa: E731
-    return RoundTrip(baseline.name, baseline.label, run, baseline.calls_per_step, baseline.first_calls)
+    return RoundTrip(baseline.name, baseline.label, run, baseline.calls_per_step, first_calls=baseline.first_calls)
 
 
 def round_trips(demo: Demo) -> list[RoundTrip]:
@@ -140,46 +181,67 @@ def decibels(x: Tensor, reference: Tensor) -> Tensor:
     return 10 * torch.log10(4 / (x - reference).square().flatten(1).mean(1))
 
 
-def search_round_trips(settings: EditingSettings, demo: Demo, cfg: float) -> dict[str, dict[int, GridShape]]:
+def search_round_trips(settings: EditingSettings, demo: Demo, case: Case) -> dict[str, dict[int, GridShape]]:
     """Every solver's best grid for every number of calls."""
     batch = drawn(SEARCH_SEED, torch.arange(settings.search_images) % len(CLASS_NAMES))
-    images, field = batch.images.to(settings.device), demo.field(batch.labels.to(settings.device), cfg)
+    starts = case.starts(batch, SEARCH_SEED).to(settings.device)
+    field = demo.field(batch.labels.to(settings.device), case.cfg)
+
+    def error(trip: RoundTrip, calls: int, shape: GridShape) -> float:
+        return endpoint_errors(trip.sample(field, starts, calls, shape), starts).mean().item()
+
     grids: dict[str, dict[int, GridShape]] = {}
     with torch.inference_mode():
-        jobs = [(trip, calls) for trip in round_trips(demo) for calls in settings.calls]
-        for trip, calls in progress(jobs, f"grids at CFG {cfg:g}"):
-            losses = {
-                shape: endpoint_errors(trip.sample(field, images, calls, shape), images).mean().item()
-                for shape in SEARCH_SHAPES
-            }
-            grids.setdefault(trip.name, {})[calls] = min(losses, key=losses.__getitem__)
+        jobs = [(trip, calls) for trip in round_trips(demo) for calls in case.calls]
+        for trip, calls in progress(jobs, f"grids, {case.title}"):
+            errors: dict[GridShape, float] = {(s, 0.0): error(trip, calls, (s, 0.0)) for s in SEARCH_SHIFTS}
+            shift, _ = min(errors, key=errors.__getitem__)
+            errors |= {(shift, c): error(trip, calls, (shift, c)) for c in SEARCH_COSINES}
+            grids.setdefault(trip.name, {})[calls] = min(errors, key=errors.__getitem__)
     return grids
 
 
+def converged_noise(field: Field, starts: Tensor) -> Tensor:
+    """What the images' noise would be without any error of integration."""
+    times = START + (1 - START) * time_grid(REFERENCE_STEPS, 0.5)
+    return run_baseline("rk4", field, starts, times.flip(0))
+
+
 def reconstructions(
-    settings: EditingSettings, demo: Demo, cfg: float, grids: dict[str, dict[int, GridShape]]
-) -> dict[str, dict[int, list[float]]]:
-    """Mean PSNR of every solver by calls, one a seed; "exact return" is ours with the residuals added back."""
-    found: dict[str, dict[int, list[float]]] = {}
+    settings: EditingSettings, demo: Demo, case: Case, grids: dict[str, dict[int, GridShape]]
+) -> Iterator[dict[str, dict[int, list[dict[str, float]]]]]:
+    """After every seed, for every solver and number of calls a row a seed: mean PSNR, and mean RMSE of the noise.
+
+    "exact return" is ours with the residuals added back; of its images it has the worst one's PSNR.
+    """
+    found: dict[str, dict[int, list[dict[str, float]]]] = {}
     for seed in range(settings.seeds):
         batch = drawn(REPORT_SEED + seed, torch.arange(settings.images) % len(CLASS_NAMES))
-        images, field = batch.images.to(settings.device), demo.field(batch.labels.to(settings.device), cfg)
+        starts = case.starts(batch, REPORT_SEED + seed).to(settings.device)
+        field = demo.field(batch.labels.to(settings.device), case.cfg)
         with torch.inference_mode():
-            jobs = [(trip, calls) for trip in round_trips(demo) for calls in settings.calls]
-            for trip, calls in progress(jobs, f"reconstruct, CFG {cfg:g}, seed {seed}"):
-                before = field.calls
-                back = trip.sample(field, images, calls, grids[trip.name][calls])
+            truth = converged_noise(field, starts)
+            jobs = [(trip, calls) for trip in round_trips(demo) for calls in case.calls]
+            for trip, calls in progress(jobs, f"reconstruct, {case.title}, seed {seed}"):
+                before, shape = field.calls, grids[trip.name][calls]
+                noise = trip.there(field, starts, calls, shape)
+                back = trip.back(field, noise, calls, shape)
                 spent = field.calls - before
                 if spent != 2 * calls:
                     raise RuntimeError(f"{trip.label} spent {spent} calls instead of {2 * calls}.")
-                values = found.setdefault(trip.label, {}).setdefault(calls, [])
-                values.append(decibels(back, images).mean().item())
-            for calls in settings.calls:
+                row = {
+                    "psnr": decibels(back, starts).mean().item(),
+                    "noise": endpoint_errors(noise, truth).mean().item(),
+                }
+                found.setdefault(trip.label, {}).setdefault(calls, []).append(row)
+            images = batch.images.to(settings.device)
+            noise = noise_for(batch.images, REPORT_SEED + seed).to(settings.device) if case.noised else None
+            for calls in case.calls:
                 times = editing_grid(time_grid(calls - 1, *grids["ba_solver"][calls]))
-                source = invert(field, demo.sidenet, images, times)
+                source = invert(field, demo.sidenet, images, times, noise)
                 exact = decibels(edit(field, demo.sidenet, source), images)
-                found.setdefault("exact return", {}).setdefault(calls, []).append(exact.min().item())
-    return found
+                found.setdefault("exact return", {}).setdefault(calls, []).append({"psnr": exact.min().item()})
+        yield found
 
 
 # --- edits --------------------------------------------------------------------------------------------------------
@@ -203,9 +265,10 @@ class Task:
 
 
 def pairs(repeats: int) -> tuple[Tensor, Tensor]:
-    """All ordered pairs of different classes, `repeats` times; with 0, one in three of them, for searches."""
+    """All ordered pairs of different classes, `repeats` times; with 0, every third of them, for searches."""
     ordered = list(itertools.permutations(range(len(CLASS_NAMES)), 2))
-    ordered = ordered * repeats if repeats else ordered[::3]
+    # Nine pairs a source: the plain every third would be the same targets for each.
+    ordered = ordered * repeats if repeats else [p for i, p in enumerate(ordered) if (i + i // 9) % 3 == 0]
     source, target = torch.tensor(ordered).unbind(1)
     return source, target
 
@@ -273,8 +336,11 @@ EDITS: dict[str, tuple[str, Edit]] = {
     "flowedit": ("FlowEdit", flowedit),
     "renoising": ("re-noising", renoising),
 }
+# Searched: the best start at the first guidance, then the other guidances with it.
 STARTS = (0.7, 0.8, 0.9, 1.0)
-GUIDANCES = (DEMO_CFG, 3.5)
+GUIDANCES = (3.5, DEMO_CFG, 5.0)
+# Not searched: it shows what the residuals do at the settings of the method that has them.
+ABLATED = {"inversion_alone": "inversion"}
 
 
 @dataclass(frozen=True)
@@ -332,36 +398,34 @@ def fault_of(row: dict[str, float]) -> float:
     return 10 * max(0.0, 0.92 - row["success"]) + row["ground"] + row["colour"] + row["place"] / 10
 
 
-def search_edits(settings: EditingSettings, demo: Demo) -> dict[str, dict[int, tuple[float, float]]]:
-    """For every method and number of calls the best (start, guidance), on other images than the reported ones."""
-    found: dict[str, dict[int, tuple[float, float]]] = {}
-    jobs = [(name, calls) for name in EDITS for calls in settings.edit_calls]
-    for name, calls in progress(jobs, "edit settings"):
-        faults_by_setting = {
-            (start, cfg): fault_of(judge(demo, EDITS[name][1], calls, start, cfg, SEARCH_SEED, 0))
-            for start, cfg in itertools.product(STARTS, GUIDANCES)
-        }
-        found.setdefault(name, {})[calls] = min(faults_by_setting, key=faults_by_setting.__getitem__)
-    return found
+def search_edits(demo: Demo, calls: int) -> dict[str, tuple[float, float]]:
+    """Every method's best (start, guidance) for a number of calls, on other images than the reported ones."""
+    found: dict[str, tuple[float, float]] = {}
+    for name in progress([name for name in EDITS if name not in ABLATED], f"settings of edits, {calls} calls"):
+
+        def faults_at(start: float, cfg: float, method: Edit = EDITS[name][1]) -> float:
+            return fault_of(judge(demo, method, calls, start, cfg, SEARCH_SEED, 0))
+
+        known = {(start, GUIDANCES[0]): faults_at(start, GUIDANCES[0]) for start in STARTS}
+        start, _ = min(known, key=known.__getitem__)
+        known |= {(start, cfg): faults_at(start, cfg) for cfg in GUIDANCES[1:]}
+        found[name] = min(known, key=known.__getitem__)
+    return found | {name: found[other] for name, other in ABLATED.items()}
 
 
 def edit_table(
-    settings: EditingSettings, demo: Demo, chosen: dict[str, dict[int, tuple[float, float]]]
-) -> dict[str, dict[int, list[dict[str, float]]]]:
-    """Every method at its chosen settings: a row of means a seed."""
-    found: dict[str, dict[int, list[dict[str, float]]]] = {}
-    jobs = [(name, calls, seed) for name in EDITS for calls in settings.edit_calls for seed in range(settings.seeds)]
-    for name, calls, seed in progress(jobs, "edits"):
-        label, method = EDITS[name]
-        start, cfg = chosen[name][calls]
-        row = judge(demo, method, calls, start, cfg, REPORT_SEED + 100_000 * seed, settings.edits_a_pair)
-        found.setdefault(label, {}).setdefault(calls, []).append(row)
-    return found
+    settings: EditingSettings, demo: Demo, calls: int, chosen: dict[str, tuple[float, float]]
+) -> Iterator[dict[str, list[dict[str, float]]]]:
+    """After every seed, for every method, at its chosen settings, a row of means a seed."""
+    found: dict[str, list[dict[str, float]]] = {}
+    for seed in range(settings.seeds):
+        for name in progress(EDITS, f"edits, {calls} calls, seed {seed}"):
+            row = judge(demo, EDITS[name][1], calls, *chosen[name], REPORT_SEED + 100_000 * seed, settings.edits_a_pair)
+            found.setdefault(name, []).append(row)
+        yield found
 
 
-def draw_page(
-    path: Path, demo: Demo, calls: int, chosen: dict[str, dict[int, tuple[float, float]]], count: int = 10
-) -> None:
+def draw_page(path: Path, demo: Demo, calls: int, chosen: dict[str, tuple[float, float]], count: int = 10) -> None:
     """A page of edits: a column an image, a row a method, with the original and the truth above."""
     from matplotlib.figure import Figure
 
@@ -370,7 +434,7 @@ def draw_page(
     before, after = drawn(REPORT_SEED + 77, source), drawn(REPORT_SEED + 77, target)
     rows = {"image": before.images, "drawn anew": after.images}
     for name, (label, method) in EDITS.items():
-        start, cfg = chosen[name][calls]
+        start, cfg = chosen[name]
         task = Task(before, after, noise_for(before.images, 77), demo.field(source, 1.0), demo.field(target, cfg))
         with torch.inference_mode():
             rows[label] = method(demo, task, calls, start)
@@ -396,61 +460,114 @@ def spread(values: Sequence[float], digits: int) -> str:
     return f"{statistics.fmean(values):.{digits}f} ± {deviation:.{digits}f}"
 
 
-def markdown(result: dict[str, Any], settings: EditingSettings) -> str:
-    """The tables as Markdown."""
+def reconstruction_tables(rows: dict[str, dict[int, list[dict[str, float]]]], case: Case) -> list[str]:
+    """One table of the returns, one of the noise."""
     lines = []
-    for cfg, rows in result["reconstruction"].items():
-        lines += [f"\n### Reconstruction, PSNR in dB, CFG {cfg}\n"]
-        lines += ["| solver | " + " | ".join(f"{n} calls" for n in settings.calls) + " |"]
-        lines += ["|---" * (len(settings.calls) + 1) + "|"]
-        for label, by_calls in rows.items():
-            lines.append(f"| {label} | " + " | ".join(spread(by_calls[n], 2) for n in settings.calls) + " |")
-    for calls in settings.edit_calls:
+    for key, title, digits in (
+        ("psnr", "Reconstruction, PSNR in dB", 1),
+        ("noise", "Error of the noise, RMSE against a converged solution", 3),
+    ):
+        held = {label: by for label, by in rows.items() if key in next(iter(by.values()))[0]}
+        calls = list(next(iter(held.values())))
+        lines += [f"\n### {title}: {case.title}\n"]
+        lines += ["| solver | " + " | ".join(f"{n} calls" for n in calls) + " |", "|---" * (len(calls) + 1) + "|"]
+        for label, by_calls in held.items():
+            cells = (spread([row[key] for row in by_calls[n]], digits) for n in calls)
+            lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The tables as Markdown; those that there are."""
+    lines = []
+    for name, rows in result["reconstruction"].items():
+        lines += reconstruction_tables(rows, CASES[name])
+    for calls, by_name in result["edits"].items():
         lines += [f"\n### Edits, all 90 pairs of classes, {calls} calls in all\n"]
         lines += ["| method | start, CFG | target class | ground | colour | place, pixels |", "|---" * 6 + "|"]
-        for (name, (label, _)), by_calls in zip(EDITS.items(), result["edits"].values(), strict=True):
-            rows = by_calls[calls]
+        for name, rows in by_name.items():
             cells = [
                 spread([100 * row["success"] for row in rows], 1) + " %",
                 *(spread([row[key] for row in rows], 3) for key in ("ground", "colour")),
                 spread([row["place"] for row in rows], 2),
             ]
-            start, cfg = result["settings_found"]["edits"][name][calls]
-            lines.append(f"| {label} | {start:g}, {cfg:g} | " + " | ".join(cells) + " |")
+            start, cfg = result["settings_found"]["edits"][calls][name]
+            lines.append(f"| {EDITS[name][0]} | {start:g}, {cfg:g} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def load_found(path: Path = SETTINGS_FILE) -> dict[str, Any]:
+def _by_calls(table: dict[str, Any]) -> dict[int, Any]:
+    return {int(calls): value for calls, value in table.items()}
+
+
+def load_found(path: Path) -> dict[str, Any]:
     """What `--search` wrote."""
-
-    def numbers(table: dict[str, Any]) -> dict[str, dict[int, tuple[float, float]]]:
-        return {name: {int(n): (a, b) for n, (a, b) in by.items()} for name, by in table.items()}
-
     content = json.loads(path.read_text())
-    grids = {float(cfg): numbers(table) for cfg, table in content["grids"].items()}
-    return {"grids": grids, "edits": numbers(content["edits"])}
+    grids = {case: {name: _by_calls(by) for name, by in table.items()} for case, table in content["grids"].items()}
+    return {"grids": grids, "edits": _by_calls(content["edits"])}
+
+
+def load_result(path: Path) -> dict[str, Any]:
+    """What an earlier run left; nothing if there was none."""
+    if not path.exists():
+        return {"reconstruction": {}, "edits": {}}
+    content = json.loads(path.read_text())
+    cases = {
+        case: {name: _by_calls(by) for name, by in rows.items()} for case, rows in content["reconstruction"].items()
+    }
+    return {"reconstruction": cases, "edits": _by_calls(content["edits"])}
+
+
+class Benchmark:
+    """What has been found so far, written down after every seed."""
+
+    def __init__(self, settings: EditingSettings) -> None:
+        self.settings = settings
+        self.demo = load_demo(settings.device)
+        self.found = load_found(SETTINGS_FILE) if SETTINGS_FILE.exists() else {"grids": {}, "edits": {}}
+        self.result = load_result(settings.out / "editing.json")
+        self.result["settings"] = {key: str(value) for key, value in asdict(settings).items()}
+        self.result["settings_found"] = self.found
+
+    def keep(self) -> None:
+        """Write everything but the pictures."""
+        if self.settings.search:
+            write_text(SETTINGS_FILE, json.dumps(self.found, indent=1))
+        write_text(self.settings.out / "editing.json", json.dumps(self.result, indent=1))
+        write_text(self.settings.out / "editing.md", markdown(self.result))
+
+    def measure_case(self, name: str) -> None:
+        """Reconstructions of one of `CASES`."""
+        if self.settings.search:
+            self.found["grids"][name] = search_round_trips(self.settings, self.demo, CASES[name])
+            self.keep()
+        for rows in reconstructions(self.settings, self.demo, CASES[name], self.found["grids"][name]):
+            self.result["reconstruction"][name] = rows
+            self.keep()
+
+    def measure_edits(self, calls: int) -> None:
+        """Edits with a number of calls in all, and a page of them."""
+        if self.settings.search:
+            self.found["edits"][calls] = search_edits(self.demo, calls)
+            self.keep()
+        chosen = self.found["edits"][calls]
+        draw_page(self.settings.out / f"edits_{calls}.png", self.demo, calls, chosen)
+        for rows in edit_table(self.settings, self.demo, calls, chosen):
+            self.result["edits"][calls] = rows
+            self.keep()
 
 
 def run_editing(settings: EditingSettings) -> dict[str, Any]:
-    """Measure everything, and write it as JSON, Markdown and a page of pictures."""
-    demo = load_demo(settings.device)
-    scales = (1.0, DEMO_CFG)
-    if settings.search:
-        grids = {cfg: search_round_trips(settings, demo, cfg) for cfg in scales}
-        write_text(SETTINGS_FILE, json.dumps({"grids": grids, "edits": search_edits(settings, demo)}, indent=1))
-    found = load_found()
-    result: dict[str, Any] = {
-        "settings": {key: str(value) for key, value in asdict(settings).items()},
-        "settings_found": found,
-        "reconstruction": {cfg: reconstructions(settings, demo, cfg, found["grids"][cfg]) for cfg in scales},
-        "edits": edit_table(settings, demo, found["edits"]),
-    }
-    text = markdown(result, settings)
-    write_text(settings.out / "editing.json", json.dumps(result, indent=1))
-    write_text(settings.out / "editing.md", text)
-    draw_page(settings.out / "edits.png", demo, max(settings.edit_calls), found["edits"])
-    print(text)
-    return result
+    """Measure everything, and write it as JSON, Markdown and pages of pictures."""
+    benchmark = Benchmark(settings)
+    for part in settings.parts:
+        if part == "edits":
+            for calls in settings.edit_calls:
+                benchmark.measure_edits(calls)
+        else:
+            benchmark.measure_case(part)
+    print(markdown(benchmark.result))
+    return benchmark.result
 
 
 if __name__ == "__main__":
