@@ -89,7 +89,7 @@ def run(model, name, sampler, sigmas, cfg=3.0, batch=1, guider=None, **more):
     return comfy.sample.sample_custom(*arguments, **more)
 
 
-def reference(path, strength=1.0, branches=False, guidance=None, method="bi_anchor", calls=None, scale=1.0):
+def reference(path, strength=1.0, branches=False, guidance=None, method="bi_anchor", calls=None, scale=1.0, **more):
     """A sampler that calls `bas_core.solve` by itself on what ComfyUI's model function returns."""
     network = None if path is None else load_sidenet(path)[0]
 
@@ -115,7 +115,7 @@ def reference(path, strength=1.0, branches=False, guidance=None, method="bi_anch
         conditions = (None, None) if guidance and guidance.scale != 1 else (None,)
         field = Field(velocities, conditions, guidance) if branches else Field(velocities, scale=scale)
         start = x if flow else exploding_to_flow(x, sigmas[0])
-        end = solve(field, with_strength(network, strength), start, times, method=method)
+        end = solve(field, with_strength(network, strength), start, times, method=method, **more)
         return end if flow else end * (1 + sigmas[-1])
 
     return comfy.samplers.KSAMPLER(sample)
@@ -136,6 +136,21 @@ def test_result_is_the_cores_on_the_same_velocities(name, cfg, anchors, model, s
     assert len(calls) == 4
     without = run(applied, name, sampler(method="multistep"), sigmas, cfg)
     assert (ours - without).abs().max() > 100 * CLOSE["atol"], "the random SideNet must do something"
+
+
+@pytest.mark.parametrize("velocity", ["guided", "branch"])
+@pytest.mark.parametrize("name", ["flux", "sd3", "wan"])
+def test_a_sidenet_that_knows_the_mean_saves_the_first_call(name, velocity, model, sidenet):
+    """Where the first step is short, and unless the node says no; the result is the core's."""
+    net = sidenet(CHANNELS[name], velocity, anchors=2, mean_size=4)
+    applied, branches = models.with_sidenet(model(name), net), velocity == "branch"
+    guidance = Guidance(3.0) if branches else None
+    for first, skip_first, expected in ((0.95, True, 3), (0.95, False, 4), (0.85, True, 4)):
+        sigmas, calls = torch.tensor([1.0, first, 0.6, 0.3, 0.0]), []
+        ours = run(applied, name, sampler(skip_first=skip_first), sigmas)
+        solver = reference(sidenet.path, 1.0, branches, guidance, calls=calls, skip_first=skip_first)
+        torch.testing.assert_close(ours, run(model(name), name, solver, sigmas), **CLOSE)
+        assert len(calls) == expected
 
 
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
@@ -597,6 +612,18 @@ def test_scheduler_counts_calls_and_uses_the_learned_grid(model, tmp_path):
         part = BAScheduler.execute(applied, 4, 0.5).result[0]
         assert len(part) == 5 and 0 < part[0] < top
         assert len(BAScheduler.execute(applied, 4, 0.0).result[0]) == 0
+
+
+def test_scheduler_gives_the_call_that_is_saved_to_another_step(model, tmp_path):
+    card = SideNetCard(time_grids={4: [1.0, 0.94, 0.8, 0.6, 0.3, 0.0]})
+    net = models.make_sidenet(tmp_path / "mean.safetensors", CHANNELS["sd3"], card, mean_size=4)
+    applied = models.with_sidenet(model("sd3"), net)
+    assert BAScheduler.execute(applied, 4).result[0].tolist() == pytest.approx(card.time_grids[4])
+    steps = {calls: len(BAScheduler.execute(applied, calls).result[0]) - 1 for calls in (1, 2, 4, 8)}
+    assert steps == {1: 1, 2: 2, 4: 5, 8: 9}  # with two calls the first step would be too long to do without its call
+    assert len(BAScheduler.execute(applied, 4, 0.5).result[0]) == 5  # not from pure noise
+    silent = models.with_sidenet(model("sd3"), net, 0.0)
+    assert torch.equal(BAScheduler.execute(silent, 4).result[0], sigmas_of(applied, 4))
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------
