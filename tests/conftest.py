@@ -3,7 +3,9 @@
 from importlib.util import find_spec
 
 NEEDS_EXTRAS = ("accelerate", "diffusers", "torchdiffeq", "tyro")
-TRAINER_TESTS = [f"test_{name}.py" for name in ("backbones_diffusers", "demo", "fit", "record", "score", "training")]
+TRAINER_TESTS = [
+    f"test_{name}.py" for name in ("backbones_diffusers", "demo", "demo_editing", "fit", "record", "score", "training")
+]
 
 missing = [name for name in NEEDS_EXTRAS if find_spec(name) is None]
 collect_ignore = TRAINER_TESTS if missing else []

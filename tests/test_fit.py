@@ -20,10 +20,11 @@ from ba_solver.training.evaluate import endpoint_errors
 from ba_solver.training.loop import LoopSettings, Share, train
 from ba_solver.training.published import load_latents, published_loss, signed_steps
 from ba_solver.training.time_grids import coordinate_search
-from training_problems import BACKBONE, SHAPE
+from training_problems import BACKBONE, GAUSSIAN_MEAN, SHAPE
 
 torch.set_num_threads(1)
 SMALL = ("--base-channels", "16", "--embedding-dim", "16", "--num-layers", "2", "--patch-size", "1", "--batch", "16")
+SMALL += ("--body", "convolution", "--kernel-size", "3", "--no-muon")
 QUICK = (*SMALL, "--warmup", "10", "--learning-rate", "1e-2", "--ema", "0.95")
 
 
@@ -38,8 +39,8 @@ def folder(tmp_path_factory):
 
 
 def record(out, *more):
-    command = ["record", "--backbone", BACKBONE, "--points", "40", "--record-batch", "16", "--out", str(out), *more]
-    assert main(command) == 0
+    command = ["record", "--backbone", BACKBONE, "--points", "40", "--record-batch", "16", "--starts", "0"]
+    assert main([*command, "--out", str(out), *more]) == 0
 
 
 def run(folder, out, *more, status=0):
@@ -161,6 +162,55 @@ def test_training_from_chains_beats_the_solver_without_a_sidenet(folder, trained
     assert max(table["kind"][kind] for kind in ("between", "beyond", "last")) < 0.85, table
     assert set(table) == {"kind", "time", "step"} and len(table["step"]) >= 3
     assert rollout_error(sidenet, folder / "guided") < 0.7 * rollout_error(None, folder / "guided")
+
+
+TOKENS = (
+    "--base-channels",
+    "16",
+    "--num-heads",
+    "2",
+    "--embedding-dim",
+    "16",
+    "--num-layers",
+    "1",
+    "--patch-size",
+    "1",
+)
+
+
+def test_the_default_body_and_optimizer_learn_with_starts_at_hand(tmp_path):
+    """Tokens and Muon, on whole runs and on the starts of many more, which are counted and asked."""
+    folder = tmp_path / "chains"
+    record(folder, "--guidance", "2", "--chains", "64", "--starts", "96", "--start-points", "10")
+    assert len(list((folder / fit.STARTS).glob("*.safetensors"))) == 6
+    quick = ("--warmup", "10", "--learning-rate", "2e-2", "--ema", "0.9", "--batch", "64", "--steps", "150")
+    sidenet, card = run(folder, tmp_path / "a.safetensors", *TOKENS, *quick)
+    assert sidenet.config.body == "tokens" and card.training["backbone_calls"] == {"chains": 64 * 40, "starts": 96 * 10}
+    assert card.evaluation["residual_variance"]["kind"]["beyond"] < 0.9
+    (folder / fit.STARTS / "chains-0001-00003.safetensors").write_bytes(b"damaged")
+    assert main(["train", "--chains", str(folder), "--out", str(tmp_path / "b.safetensors")]) == 1
+
+
+def test_starts_of_another_model_are_refused(tmp_path, capsys):
+    folder, other = tmp_path / "chains", tmp_path / "other"
+    record(folder, "--chains", "16")
+    record(other, "--chains", "16", "--starts", "16", "--backbone", "python:training_problems:other_backbone")
+    (other / fit.STARTS).rename(folder / fit.STARTS)
+    assert main(["train", "--chains", str(folder), "--out", str(tmp_path / "a.safetensors")]) == 1
+    assert "does not belong here: backbone is" in capsys.readouterr().err
+
+
+def test_the_mean_of_the_data_is_kept_where_the_first_velocity_leads_there(folder, tmp_path, capsys):
+    """Then learned grids have one step more; elsewhere it is said that the first call is not saved."""
+    backbone = "python:training_problems:gaussian_backbone"
+    record(tmp_path / "chains", "--chains", "24", "--backbone", backbone)
+    options = (*TOKENS, "--steps", "3", "--batch", "8", "--grid-nfe", "5", "--grid-runs", "4", "--mean-size", "4")
+    sidenet, card = run(tmp_path / "chains", tmp_path / "a.safetensors", *options, "--backbone", backbone)
+    torch.testing.assert_close(sidenet.data_mean, GAUSSIAN_MEAN, atol=1e-5, rtol=0)
+    assert len(card.time_grids[5]) == 7 and 1 - card.time_grids[5][1] <= 0.1
+    capsys.readouterr()
+    sidenet, _ = run(folder / "guided", tmp_path / "b.safetensors", *TOKENS, "--steps", "1", "--batch", "4")
+    assert sidenet.config.mean_size == 0 and "so its call is not saved" in capsys.readouterr().out
 
 
 def test_the_card_says_how_it_was_made(folder, trained):
@@ -333,7 +383,7 @@ def test_bfloat16_trains_and_float16_needs_a_gpu(folder, tmp_path, capsys):
         (("--rule", "legendre3"), "--rule must be one of lobatto3"),
         (("--nfe-range", "9", "5"), "--nfe-range must be two numbers"),
         (("--held-out", "96"), "leaves none of the 96 recorded runs"),
-        (("--base-channels", "10"), "base_channels must be a multiple of num_heads"),
+        (("--base-channels", "12", "--num-heads", "8"), "base_channels must be a multiple of num_heads"),
         (("--batch", "0"), "--batch must be at least 1"),
         (("--precision", "fp8"), "--precision must be one of fp32, bf16, fp16"),
         (("--start-from", "missing.safetensors"), "no file missing.safetensors"),

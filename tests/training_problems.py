@@ -29,6 +29,22 @@ def swirl_backbone(device, dtype):
     )
 
 
+GAUSSIAN_MEAN = torch.linspace(-1, 1, 32).reshape(SHAPE)
+
+
+def gaussian_backbone(device, dtype):
+    """The flow to normal data around `GAUSSIAN_MEAN`: at t = 1 its velocity is exactly the noise minus that."""
+
+    def velocity(x, t, y, scale):
+        t = t[:, None, None, None]
+        variance = t**2 + 0.3 * (1 - t) ** 2
+        return (t - 0.3 * (1 - t)) / variance * (x - (1 - t) * GAUSSIAN_MEAN) - GAUSSIAN_MEAN
+
+    return Backbone(
+        name="gaussian", kind="python", fingerprint="gaussian-1", shape=SHAPE, velocity=velocity, conditions=2
+    )
+
+
 def broken_backbone(device, dtype):
     """Returns NaN near the data."""
     whole = swirl_backbone(device, dtype)
