@@ -72,7 +72,7 @@ class Server:
     def json(self, path):
         return json.loads(self.get(path))
 
-    def queue(self, graph, limit=120):
+    def queue(self, graph, limit=600):
         """Run an API workflow; returns its history entry."""
         body = json.dumps({"prompt": graph}).encode()
         request = urllib.request.Request(self.url + "/prompt", body, {"Content-Type": "application/json"})
