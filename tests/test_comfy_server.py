@@ -72,7 +72,7 @@ class Server:
     def json(self, path):
         return json.loads(self.get(path))
 
-    def queue(self, graph, limit=120):
+    def queue(self, graph, limit=600):
         """Run an API workflow; returns its history entry."""
         body = json.dumps({"prompt": graph}).encode()
         request = urllib.request.Request(self.url + "/prompt", body, {"Content-Type": "application/json"})
@@ -307,7 +307,7 @@ def test_warnings_are_written_on_the_node_that_gives_them(server):
     parts = change("demo_ksampler", "BASolverLoadSideNet", name="other.safetensors")
     ids = {part["class_type"]: node for node, part in parts.items()}
     parts[ids["KSampler"]]["inputs"]["cfg"] = 5.0
-    parts[ids["BASolverApplySideNet"]]["inputs"]["strength"] = 0.83  # what has run before would not run again
+    parts[ids["BASolverApplySideNet"]]["inputs"]["strength"] = 0.9  # or ComfyUI has its output already, and is silent
     entry, texts = written_on_nodes(server, parts)
     assert entry["status"]["status_str"] == "success"
     assert "this MODEL has other weights" in " ".join(texts[ids["BASolverApplySideNet"]])
