@@ -278,7 +278,7 @@ def test_previews_are_made_of_the_demo(demo):
         noise(1),
         callback=lambda i, x0, x, n: pictures.append(previewer.decode_latent_to_preview(x0)),
     )
-    assert [p.size for p in pictures] == [(32, 32)] * 5
+    assert [p.size for p in pictures] == [(32, 32)] * 6  # five calls, six steps
 
 
 # --- files --------------------------------------------------------------------------------------------------------
