@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from ba_solver.bas_core import load_sidenet, save_sidenet, solve, time_grid
-from ba_solver.bas_core.checkpoint import read_safetensors, write_safetensors
+from ba_solver.bas_core.checkpoint import read_pickled_tensors, read_safetensors, write_safetensors
 from ba_solver.training import fit, published
 from ba_solver.training.backbones import BackboneChoice, open_backbone
 from ba_solver.training.chains import open_chains
@@ -79,6 +80,40 @@ def test_four_steps_equal_two_stop_resume_two(folder, tmp_path, monkeypatch, cap
     assert not list((tmp_path / "part.run").glob("*.pt"))
 
 
+def environment():
+    """For a process of its own, which finds what this one finds."""
+    package = str(Path(fit.__file__).resolve().parents[1].parent)
+    paths = os.pathsep.join([*(p for p in sys.path if p), package])
+    return os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+
+
+def test_a_killed_training_goes_on_from_its_last_save(folder, tmp_path):
+    """Killed without a chance to tidy up, it leaves no half file, and --resume comes to the same bits."""
+    options = [*QUICK, "--steps", "300", "--save-every", "20"]
+    out = tmp_path / "killed.safetensors"
+    command = [
+        sys.executable,
+        "-m",
+        "ba_solver.training",
+        "train",
+        "--chains",
+        str(folder / "guided"),
+        "--out",
+        str(out),
+    ]
+    process = subprocess.Popen([*command, *options], env=environment(), cwd=tmp_path, stderr=subprocess.DEVNULL)
+    state = out.with_suffix(".run") / "all_pairs.pt"
+    while not state.exists():
+        assert process.poll() is None, "it ended before it was killed"
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() != 0 and not out.exists() and read_pickled_tensors(state)["step"] % 20 == 0
+    run(folder / "guided", out, *options, "--resume")
+    run(folder / "guided", tmp_path / "whole.safetensors", *options)
+    whole, resumed = tensors(tmp_path / "whole.safetensors"), tensors(out)
+    assert whole and all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
 def test_two_processes_equal_one(folder, tmp_path):
     """Two CPU processes of accelerate share each batch and come to the one-process weights, to rounding."""
     options = [*QUICK, "--steps", "12", "--save-every", "6", "--warmup", "2"]
@@ -94,10 +129,7 @@ def test_two_processes_equal_one(folder, tmp_path):
         str(tmp_path / "two.safetensors"),
         *options,
     ]
-    package = str(Path(fit.__file__).resolve().parents[1].parent)
-    paths = os.pathsep.join([*(p for p in sys.path if p), package])
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, check=False)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     one, two = tensors(tmp_path / "one.safetensors"), tensors(tmp_path / "two.safetensors")
     start = tensors_of_untrained(folder, tmp_path)
