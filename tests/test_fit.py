@@ -89,7 +89,7 @@ def environment():
 
 def test_a_killed_training_goes_on_from_its_last_save(folder, tmp_path):
     """Killed without a chance to tidy up, it leaves no half file, and --resume comes to the same bits."""
-    options = [*QUICK, "--steps", "300", "--save-every", "20"]
+    options = [*QUICK, "--steps", "120", "--save-every", "10"]
     out = tmp_path / "killed.safetensors"
     command = [
         sys.executable,
@@ -107,7 +107,7 @@ def test_a_killed_training_goes_on_from_its_last_save(folder, tmp_path):
         assert process.poll() is None, "it ended before it was killed"
         time.sleep(0.01)
     process.kill()
-    assert process.wait() != 0 and not out.exists() and read_pickled_tensors(state)["step"] % 20 == 0
+    assert process.wait() != 0 and not out.exists() and read_pickled_tensors(state)["step"] % 10 == 0
     run(folder / "guided", out, *options, "--resume")
     run(folder / "guided", tmp_path / "whole.safetensors", *options)
     whole, resumed = tensors(tmp_path / "whole.safetensors"), tensors(out)
