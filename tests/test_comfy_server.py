@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import aiohttp
 import comfyui
 import numpy as np
 import pytest
@@ -24,6 +23,7 @@ import torch
 
 COMFYUI = comfyui.require()
 
+import aiohttp
 from ba_solver.bas_core import Guidance, load_sidenet, load_sit, model_field, save_sidenet, solve
 from ba_solver.nodes.folders import SIDENETS, SITS
 from graphs import as_prompt, subgraph_prompt
