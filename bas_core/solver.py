@@ -201,13 +201,12 @@ class Plan(NamedTuple):
         """How many branches velocities at these times need."""
         return 2 if any(self.field.guidance.active(t) for t in times) else 1
 
-    def first_anchor(self, x: Tensor, t0: Tensor, t1: Tensor, branches: int) -> Anchor:
+    def first_anchor(self, x: Tensor, t0: Tensor, branches: int) -> Anchor:
         """Where a run begins: by a backbone call, or by what the SideNet knows of it."""
         known: Callable[..., Tensor | None] | None = getattr(self.sidenet, "first_velocity", None)
-        if self.skip_first and known and starts_short(float(t0), float(t1)):
-            velocity = known(x, t0)
-            if velocity is not None:
-                return Anchor(x, velocity.expand(branches, *x.shape), t0)
+        velocity = known(x, t0) if self.skip_first and known else None
+        if velocity is not None:
+            return Anchor(x, velocity.expand(branches, *x.shape), t0)
         return Anchor(x, self.field(x, t0, branches), t0)
 
     def seen_again(self) -> tuple[float, ...]:
@@ -338,8 +337,8 @@ def solve(  # noqa: PLR0913 - all but four have defaults, and go by name
         callback: sees every finished `Step`; may raise to stop.
         chunk: largest number of samples in one SideNet call, when memory is short; None = one batch a phase.
         skip_first: a SideNet that knows the mean of the model's data may save the call at t = 1, which it does where
-            the first interval is short (`grids.starts_short`): N - 1 calls. For noise from a random generator only:
-            that from an inversion leads to one image and not to the mean.
+            the first interval is short beside the others (`grids.starts_short`): N - 1 calls. For noise from a random
+            generator only: that from an inversion leads to one image and not to the mean.
 
     Returns:
         [B, C, *spatial] state at `times[-1]`.
@@ -355,7 +354,7 @@ def solve(  # noqa: PLR0913 - all but four have defaults, and go by name
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1 sample, or None; got {chunk}.")
     predictor = StraightLine() if sidenet is None else sidenet
-    plan = Plan(field, predictor, get_rule(rule or DEFAULT_RULES[method]), chunk, skip_first)
+    plan = Plan(field, predictor, get_rule(rule or DEFAULT_RULES[method]), chunk, skip_first and starts_short(grid))
     if method == "bi_anchor" and not plan.rule.has_both_ends:
         raise ValueError(f"bi_anchor needs a rule whose nodes include 0 and 1, such as lobatto4; got {plan.rule.name}.")
     steps = bi_anchor_steps(plan, grid) if method == "bi_anchor" else _single_anchor_steps(plan)
@@ -425,7 +424,7 @@ def bi_anchor_steps(plan: Plan, grid: Sequence[Tensor], correct: Correct = as_pr
 
     def step(index: int, x: Tensor, t0: Tensor, t1: Tensor, state: tuple[Anchor | None, Anchor] | None) -> Advance:
         if state is None:
-            previous, left = None, plan.first_anchor(x, t0, t1, needed[0])
+            previous, left = None, plan.first_anchor(x, t0, needed[0])
         else:
             previous, reused = state
             left = reused._replace(x=x)
@@ -444,7 +443,7 @@ def bi_anchor_steps(plan: Plan, grid: Sequence[Tensor], correct: Correct = as_pr
 def _single_anchor_steps(plan: Plan) -> StepFunction:
     def step(index: int, x: Tensor, t0: Tensor, t1: Tensor, state: None) -> Advance:
         branches = 2 if plan.field.guidance.active(t0) else 1
-        anchor = Anchor(x, plan.field(x, t0, branches), t0) if index else plan.first_anchor(x, t0, t1, branches)
+        anchor = Anchor(x, plan.field(x, t0, branches), t0) if index else plan.first_anchor(x, t0, branches)
         return Advance(single_anchor_step(plan, anchor, t1), plan.field.guidance.combine(anchor.v, t0), None)
 
     return step

@@ -324,7 +324,7 @@ def _sidenet_for(options: Options, guider: Any) -> LoadedSideNet | None:
 def skips(sidenet: LoadedSideNet | None, options: Options, times: Tensor) -> bool:
     """Whether a run over these flow times saves its first call."""
     knows = sidenet is not None and bool(sidenet.network.config.mean_size)
-    return knows and options.skip_first and starts_short(float(times[0]), float(times[1]))
+    return knows and options.skip_first and starts_short(times)
 
 
 def guidance_doubts(sidenet: LoadedSideNet, guider: Any) -> list[str]:

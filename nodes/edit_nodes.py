@@ -159,8 +159,8 @@ class BAEdit(io.ComfyNode):
                     options=list(METHODS),
                     default=METHODS[0],
                     tooltip="inversion: along the path that the image takes to noise. inversion-free: along the "
-                    "difference between the two prompts' velocities, from random noise (as FlowEdit); leaves less grain "
-                    "at few calls.",
+                    "difference between the two prompts' velocities, from random noise (as FlowEdit); leaves less "
+                    "grain at few calls.",
                 ),
                 io.Mask.Input(
                     "mask", optional=True, tooltip="Where the image may change; soft edges work. Of any size."

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..bas_core.grids import starts_short
 from ..bas_core.guidance import Field
 from ..bas_core.quadrature import Rule
 from ..bas_core.solver import Anchor, Plan, StraightLine, probe, refine, solve
@@ -92,7 +93,7 @@ def interval_loss(sidenet: nn.Module, rollout: Rollout, step_generator: torch.Ge
     """
     field, rows, grid = rollout.draw(step_generator, share)
     rollout.count("closed loop", len(grid) - 1, share)
-    ours = Plan(field, sidenet, rollout.rule, None, skip_first=True)
+    ours = Plan(field, sidenet, rollout.rule, None, starts_short(grid))
     line = Plan(field, StraightLine(), rollout.rule, None)
     branches = len(field.conditions)
 
@@ -101,7 +102,7 @@ def interval_loss(sidenet: nn.Module, rollout: Rollout, step_generator: torch.Ge
             return Anchor(x, field(x, t, branches), t)
 
     with torch.no_grad():
-        left, previous = ours.first_anchor(rollout.noise(rows), grid[0], grid[1], branches), None
+        left, previous = ours.first_anchor(rollout.noise(rows), grid[0], branches), None
     losses = []
     for index, (_, t1) in enumerate(pairwise(grid)):
         truth = rollout.truth(rows, t1)

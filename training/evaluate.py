@@ -98,7 +98,7 @@ def with_first_call_saved(sampler: Sampler, sidenet: SideNet) -> Sampler:
     """A solver without a SideNet that is told the mean of the data all the same, and so saves its first call too."""
 
     def run(field: Field, x: Tensor, times: Tensor) -> Tensor:
-        opened: Any = Opened(field, sidenet.first_velocity) if starts_short(*times[:2].tolist()) else field
+        opened: Any = Opened(field, sidenet.first_velocity) if starts_short(times) else field
         return sampler.run(opened, x, times)
 
     return replace(

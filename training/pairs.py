@@ -119,7 +119,7 @@ def draw_queries(rule: Rule, anchors: int, count: int, ranges: QueryRange, gener
         i, node, forward = queries[int(d * len(queries))]
         if e < ranges.ascending:
             grid = grid[::-1]
-        skipped.append(f < ranges.skip_first and starts_short(grid[0], grid[1]))
+        skipped.append(f < ranges.skip_first and starts_short(grid))
         left, right = grid[i], grid[i + 1]
         target = left + node * (right - left)
         if forward:

@@ -77,7 +77,7 @@ def learn_grids(sidenet: SideNet, rollout: Rollout, calls: Sequence[int], count:
             skips = len(first) == n + 2  # then a grid that starts longer would cost one call too many
 
             def error(grid: Tensor, skips: bool = skips) -> float:
-                if skips and not starts_short(*grid[:2].tolist()):
+                if skips and not starts_short(grid):
                     return math.inf
                 return endpoint_errors(sampler.run(field, noise, grid * start), truth).mean().item()
 
