@@ -72,9 +72,9 @@ def resample_grid(times: Tensor, intervals: int) -> Tensor:
     return torch.lerp(values[left], values[left + 1], position - left).to(times.dtype)
 
 
-# The longest first interval, in mean intervals, whose call is saved (see `solver.solve`). What the mean of the data does
-# not say of the single image grows with its square: on the demo's uniform grids it would be most of the error, where the
-# first step is .3 to .45 of the mean one it is hardly seen.
+# The longest first interval, in mean intervals, whose call is saved (see `solver.solve`). What the mean of the data
+# does not say of the single image grows with its square: on the demo's uniform grids it would be most of the error,
+# where the first step is .3 to .45 of the mean one it is hardly seen.
 SHORT_START = 0.45
 
 

@@ -620,7 +620,7 @@ def test_scheduler_gives_the_call_that_is_saved_to_another_step(model, tmp_path)
     applied = models.with_sidenet(model("sd3"), net)
     assert BAScheduler.execute(applied, 4).result[0].tolist() == pytest.approx(card.time_grids[4])
     steps = {calls: len(BAScheduler.execute(applied, calls).result[0]) - 1 for calls in (1, 2, 4, 8)}
-    assert steps == {1: 2, 2: 3, 4: 5, 8: 9}
+    assert steps == {1: 1, 2: 2, 4: 5, 8: 9}  # stretched to few, the grid does not start short
     assert len(BAScheduler.execute(applied, 4, 0.5).result[0]) == 5  # not from pure noise
     silent = models.with_sidenet(model("sd3"), net, 0.0)
     assert torch.equal(BAScheduler.execute(silent, 4).result[0], sigmas_of(applied, 4))
