@@ -84,6 +84,11 @@ def starts_short(times: Sequence[float] | Tensor) -> bool:
     return first == 1 and 0 < first - second <= SHORT_START * (first - last) / (len(times) - 1)
 
 
+def calls_of(times: Sequence[float] | Tensor, skip_first: bool) -> int:
+    """How many backbone calls a run over a grid makes: one an interval, less the first where it may be saved and is."""
+    return len(times) - 1 - (skip_first and starts_short(times))
+
+
 def grid_of_calls(make: Callable[[int], Tensor], calls: int, skip_first: bool) -> Tensor:
     """The grid that spends a number of backbone calls, from `make`, which makes one of so many intervals.
 
@@ -93,7 +98,7 @@ def grid_of_calls(make: Callable[[int], Tensor], calls: int, skip_first: bool) -
         skip_first: the run may save its first call (see `solver.solve`), which makes room for one more interval.
     """
     longer = make(calls + 1)
-    return longer if skip_first and starts_short(longer) else make(calls)
+    return longer if calls_of(longer, skip_first) == calls else make(calls)
 
 
 def check_grid(times: Tensor) -> Tensor:

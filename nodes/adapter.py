@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..bas_core.flow import x0_to_velocity
-from ..bas_core.grids import starts_short
+from ..bas_core.grids import calls_of
 from ..bas_core.guidance import NO_GUIDANCE, Field, Guidance
 from ..bas_core.solver import Predictor, Step, solve
 from ..bas_core.weighting import WeightedSideNet, with_strength
@@ -89,7 +89,8 @@ def sample_ba_solver(
     if sidenet is not None:
         check_latent(sidenet, x)
     shape = x.shape if x.ndim > 3 else (*x.shape[:2], 1, x.shape[2])
-    calls = len(sigmas) - 1 - skips(sidenet, options, schedule.times)
+    saves = options.skip_first and sidenet is not None and sidenet.knows_mean
+    calls = calls_of(schedule.times, saves)
     with tqdm(total=calls, disable=disable, desc="backbone calls") as progress:
         backbone = Backbone(model, extra_args or {}, schedule, x.shape, progress.update)
         velocity = _field(backbone, sidenet, options, x)
@@ -319,12 +320,6 @@ def _sidenet_for(options: Options, guider: Any) -> LoadedSideNet | None:
     for doubt in guidance_doubts(sidenet, guider):
         warn(doubt)
     return sidenet
-
-
-def skips(sidenet: LoadedSideNet | None, options: Options, times: Tensor) -> bool:
-    """Whether a run over these flow times saves its first call."""
-    knows = sidenet is not None and bool(sidenet.network.config.mean_size)
-    return knows and options.skip_first and starts_short(times)
 
 
 def guidance_doubts(sidenet: LoadedSideNet, guider: Any) -> list[str]:

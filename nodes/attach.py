@@ -38,6 +38,11 @@ class LoadedSideNet:
     def network(self) -> SideNet:
         return self.patcher.model
 
+    @property
+    def knows_mean(self) -> bool:
+        """Whether it can save a run's first call."""
+        return self.network.config.mean_size > 0
+
 
 def read_sidenet(path: Path, name: str, dtype: torch.dtype | None = None) -> LoadedSideNet:
     """Read a SideNet file into a network of ComfyUI's layers.

@@ -149,5 +149,4 @@ class BAScheduler(io.ComfyNode):
         sampling = model.get_model_object("model_sampling")
         if sidenet is None or sidenet.strength == 0 or grid != GRIDS[0]:
             return io.NodeOutput(sigmas_for(sampling, calls, denoise, {}))
-        knows_mean = bool(sidenet.network.config.mean_size)
-        return io.NodeOutput(sigmas_for(sampling, calls, denoise, sidenet.card.time_grids, knows_mean))
+        return io.NodeOutput(sigmas_for(sampling, calls, denoise, sidenet.card.time_grids, sidenet.knows_mean))

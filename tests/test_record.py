@@ -135,8 +135,8 @@ def test_a_coarse_teacher_is_measured_and_warned_about(tmp_path, capsys):
     errors = {}
     for points in (10, 96):
         settings = recording.Recording(chains=8, points=points, record_batch=8)
-        errors[points] = recording.teacher_error(settings, choice, backbone)
         whole = recording.stretches(settings, Path(), backbone)[0]
+        errors[points] = recording.teacher_error(settings, whole, choice, backbone)
         drawn = recording.draw_batch(settings, whole, choice, backbone, 0)
         field = backbone.field(drawn["labels"], 2.0)
         times = drawn["times"]

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ba_solver.bas_core import BASELINES, Field, Guidance, get_rule, model_field, run_baseline, solve, time_grid
-from ba_solver.bas_core.grids import grid_of_calls
+from ba_solver.bas_core.grids import calls_of, grid_of_calls
 from ba_solver.bas_core.solver import Anchor, Plan, Query, StraightLine, predict, probe, refine, single_anchor_step
 from checks import (
     TIGHT,
@@ -73,7 +73,7 @@ def test_a_sidenet_that_knows_the_mean_saves_the_first_call_and_nothing_else(anc
     whole = solve(fields[0], sidenet, x, SHORT, method=method)
     saved = solve(fields[1], sidenet, x, SHORT, method=method, skip_first=True)
     other = solve(fields[2], sidenet_with_mean(anchors, MEAN + 0.1), x, SHORT, method=method, skip_first=True)
-    assert [field.calls for field in fields] == [4, 3, 3]
+    assert [field.calls for field in fields] == [4, 3, 3] == [calls_of(SHORT, skips) for skips in (False, True, True)]
     torch.testing.assert_close(saved, whole, **TIGHT)
     assert (other - whole).abs().max() > 1e-3
 

@@ -205,6 +205,7 @@ class Job:
         training: settings.
         chains, held_out: to train on, and to validate on.
         starts: first stretches of more runs to train on, if they were recorded.
+        mean: of the data, as states, if the SideNet keeps it.
         about: what the chains say of themselves.
         device: where the SideNet is trained.
         folder: of the unfinished run.
@@ -221,6 +222,7 @@ class Job:
     folder: Path
     backbone: Backbone | None = None
     starts: Chains | None = None
+    mean: Tensor | None = None
     spent: Counter[str] = field(default_factory=Counter)
     time_grids: dict[int, list[float]] = field(default_factory=dict)
 
@@ -234,10 +236,9 @@ class Job:
     def examples(self, chains: Chains, sidenet: SideNet, count: int, generator: torch.Generator) -> Examples:
         """A batch drawn from chains; for training, from the starts too."""
         starts = self.starts if chains is self.chains else None
-        mean = mean_in(sidenet, self.about["shape"])
-        ranges = self.ranges if mean is None else dataclasses.replace(self.ranges, skip_first=SKIP_FIRST)
+        ranges = self.ranges if self.mean is None else dataclasses.replace(self.ranges, skip_first=SKIP_FIRST)
         rule = get_rule(self.training.rule)
-        return draw_examples(chains, rule, sidenet.anchors, count, ranges, generator, starts, mean)
+        return draw_examples(chains, rule, sidenet.anchors, count, ranges, generator, starts, self.mean)
 
     def rollout(self, chains: Chains) -> Rollout:
         """What the closed-loop stages roll: the learned grids, or else some of the family.
@@ -256,9 +257,9 @@ class Job:
 
 
 def mean_in(sidenet: SideNet, shape: Sequence[int]) -> Tensor | None:
-    """The mean of the data that a SideNet keeps, on the CPU as states of `shape`; None if it keeps none."""
-    known = sidenet.first_velocity(torch.zeros(1, *shape, device=sidenet.input_conv.weight.device), torch.tensor(1.0))
-    return None if known is None else -known[0].cpu()
+    """The mean of the data that a SideNet keeps, as states of `shape`; None if it keeps none."""
+    known = sidenet.first_velocity(torch.zeros(1, *shape), torch.tensor(1.0))
+    return None if known is None else -known[0]
 
 
 def data_mean(job: Job) -> Tensor | None:
@@ -467,7 +468,9 @@ def rolled_stage(job: Job, sidenet: SideNet, name: str, steps: int, loss: Rolled
 def fit(job: Job) -> SideNet:
     """All stages that are asked for."""
     training = job.training
-    sidenet = make_sidenet(training, job.about, data_mean(job)).to(job.device)
+    sidenet = make_sidenet(training, job.about, data_mean(job))
+    job.mean = mean_in(sidenet, job.about["shape"])
+    sidenet = sidenet.to(job.device)
     if training.steps:
         sidenet = (published_stage if training.objective == "published" else all_pairs_stage)(job, sidenet)
     if training.grid_nfe:

@@ -199,7 +199,7 @@ def record_shard(path: Path, drawn: dict[str, Any], recording: Recording, choice
     save_shard(path, tensors | rows, about)
 
 
-def teacher_error(recording: Recording, choice: BackboneChoice, backbone: Backbone) -> dict[str, float]:
+def teacher_error(recording: Recording, whole: Stretch, choice: BackboneChoice, backbone: Backbone) -> dict[str, float]:
     """How far the teacher's ends are from those of one twice as fine, on the first noises.
 
     Returns:
@@ -207,7 +207,7 @@ def teacher_error(recording: Recording, choice: BackboneChoice, backbone: Backbo
         same noises, which is what a SideNet is to beat. `calls`: what the measurement cost, in calls a chain times
         chains.
     """
-    drawn = draw_batch(recording, stretches(recording, Path(), backbone)[0], choice, backbone, 0)
+    drawn = draw_batch(recording, whole, choice, backbone, 0)
     noise, labels = drawn["noise"][:CHECKED_CHAINS].to(backbone.device), drawn["labels"][:CHECKED_CHAINS]
     times = drawn["times"]
     field = backbone.field(labels, drawn["scale"], choice.guidance_interval, "guided")
@@ -242,9 +242,8 @@ def check_out(out: Path) -> None:
         UsageError: it does, or cannot be written.
     """
     prepare_folder(out)
-    known = set() if out.name == STARTS else {STARTS}
     there = (path for path in out.iterdir() if path.suffix != ".safetensors" and not path.name.startswith("."))
-    strange = sorted({path.name for path in there} - known)
+    strange = sorted({path.name for path in there} - {STARTS})
     if strange:
         raise UsageError(
             f"--out {out} holds other things ({strange[0]}). Choose an empty folder, or that of a recording to go on "
@@ -291,7 +290,7 @@ def record(choice: BackboneChoice, recording: Recording, out: Path, backbone: Ba
         say(f"{len(jobs) - len(missing)} of {len(jobs)} shards are there already; going on.")
     if not missing:
         return abouts[parts[0]]
-    measured = report_teacher(teacher_error(recording, choice, backbone), recording)
+    measured = report_teacher(teacher_error(recording, parts[0], choice, backbone), recording)
     processes = PartialState(cpu=backbone.device.type == "cpu")
     mine = missing[processes.process_index :: processes.num_processes]
     calls = sum(stretch.points for stretch, _ in mine)

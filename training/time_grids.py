@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..bas_core.grids import starts_short
+from ..bas_core.grids import calls_of
 from ..bas_core.sidenet import SideNet
 from .closed_loop import Rollout
 from .evaluate import endpoint_errors, sidenet_sampler
@@ -73,14 +73,11 @@ def learn_grids(sidenet: SideNet, rollout: Rollout, calls: Sequence[int], count:
         for n in progress(calls, "time grids"):
             shape = search_family(sampler, field, noise, truth, n)
 
-            first = sampler.times(n, shape)
-            skips = len(first) == n + 2  # then a grid that starts longer would cost one call too many
-
-            def error(grid: Tensor, skips: bool = skips) -> float:
-                if skips and not starts_short(grid):
-                    return math.inf
+            def error(grid: Tensor, calls: int = n) -> float:
+                if calls_of(grid, sampler.skip_first) != calls:
+                    return math.inf  # a first time has moved to where its call is, or is no longer, to be made
                 return endpoint_errors(sampler.run(field, noise, grid * start), truth).mean().item()
 
-            found[n] = coordinate_search(error, first).tolist()
+            found[n] = coordinate_search(error, sampler.times(n, shape)).tolist()
     rollout.spent["time grids"] += field.calls * len(rows)
     return found

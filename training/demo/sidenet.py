@@ -73,20 +73,18 @@ class FigureSettings:
 
 def recipe(settings: FigureSettings, out: Path, seed: int, **changes: Any) -> MakeSettings:
     """What `ba-solver make` is told: defaults, but for the SideNet's size, under a tenth of the demo backbone's."""
-    size = {"patch_size": 4, "num_layers": 2, "embedding_dim": 48}
-    return MakeSettings(
-        backbone=f"sit:{SIT_FILE}",
-        guidance=(DEMO_CFG,),
-        out=out,
-        seed=seed,
-        steps=settings.steps,
-        chains=settings.chains,
-        starts=settings.starts,
-        grid_nfe=",".join(map(str, CALLS)),
-        grid_runs=6,
-        resume=True,
-        **{**size, **changes},
-    )
+    usual: dict[str, Any] = {
+        "steps": settings.steps,
+        "chains": settings.chains,
+        "starts": settings.starts,
+        "patch_size": 4,
+        "num_layers": 2,
+        "embedding_dim": 48,
+        "grid_nfe": ",".join(map(str, CALLS)),
+        "grid_runs": 6,
+        "resume": True,
+    }
+    return MakeSettings(backbone=f"sit:{SIT_FILE}", guidance=(DEMO_CFG,), out=out, seed=seed, **{**usual, **changes})
 
 
 def trained(settings: MakeSettings, chains: Path, backbone: Backbone) -> SideNetCard:
@@ -120,8 +118,12 @@ def published(settings: FigureSettings, seed: int, calls: int, backbone: Backbon
         anchors=1,
         mean_size=0,
         batch=PUBLISHED_BATCH,
+        steps=steps,
+        save_every=max(1, steps // 4),
+        chains=32,
+        starts=0,
+        grid_nfe="",
     )
-    job = dataclasses.replace(job, steps=steps, chains=32, starts=0, grid_nfe="", save_every=max(1, steps // 4))
     record(job, dataclasses.replace(job, seed=1), few, backbone)  # to validate on
     trained(job, few, backbone)
     return job.out
