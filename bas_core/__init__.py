@@ -26,7 +26,8 @@ from .guidance import Field, Guidance, NonFiniteError, model_field
 from .quadrature import RULES, Rule, get_rule, symmetric_four_point
 from .sidenet import SideNet, SideNetConfig
 from .sit import SiT, SiTConfig
-from .solver import Step, solve
+from .solver import Proposal, Step, solve
+from .step_weights import StepWeights
 from .weighting import WeightedSideNet, with_strength
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "Field",
     "Guidance",
     "NonFiniteError",
+    "Proposal",
     "Rule",
     "SiT",
     "SiTConfig",
@@ -47,6 +49,7 @@ __all__ = [
     "SideNetConfig",
     "SourcePath",
     "Step",
+    "StepWeights",
     "WeightedSideNet",
     "edit",
     "editing_grid",

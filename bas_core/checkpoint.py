@@ -7,7 +7,7 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +21,7 @@ from torch import Tensor
 from .guidance import Mode
 from .sidenet import SideNet, SideNetConfig
 from .sit import SiT, SiTConfig, sit_config_from_state_dict
+from .step_weights import StepWeights
 
 SIDENET_FORMAT = "ba-solver-sidenet"
 SIT_FORMAT = "ba-solver-sit"
@@ -250,6 +251,7 @@ class SideNetCard:
         guidance_range: lowest and highest CFG scale it was trained for.
         backbone: name, kind and fingerprint of the model it belongs to.
         time_grids: the best grid found for a number of backbone calls, descending from 1 to 0.
+        step_weights: rows of `StepWeights` that were fitted on these grids.
         training: objective, chains, calls, steps, seconds, seed, versions.
         evaluation: the error table.
         licence: of the weights.
@@ -259,9 +261,15 @@ class SideNetCard:
     guidance_range: tuple[float, float] = (1.0, 1.0)
     backbone: dict[str, str] = field(default_factory=dict)
     time_grids: dict[int, list[float]] = field(default_factory=dict)
+    step_weights: dict[int, list[list[float]]] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
     licence: str = ""
+
+    def weights_for(self, times: Sequence[float] | Tensor) -> StepWeights | None:
+        """The step weights that were fitted on the grid of a run; None where there are none."""
+        known = (StepWeights(self.time_grids[calls], rows) for calls, rows in self.step_weights.items())
+        return next((weights for weights in known if weights.suit(times)), None)
 
 
 def save_sidenet(path: Path | str, sidenet: SideNet, card: SideNetCard | None = None) -> None:
@@ -310,19 +318,24 @@ def load_sidenet(
 
 
 def _read_card(metadata: Mapping[str, str], path: Path | str) -> SideNetCard:
-    values: dict[str, Any] = {
-        name: parse_json(metadata, name, path)
-        for name in ("guidance_range", "backbone", "time_grids", "training", "evaluation")
-    }
+    names = ("guidance_range", "backbone", "time_grids", "training", "evaluation")
+    values: dict[str, Any] = {name: parse_json(metadata, name, path) for name in names}
     velocity: Any = metadata.get("velocity")
     if velocity not in ("branch", "guided"):
         raise CheckpointError(f"{path}: velocity must be 'branch' or 'guided'; got {velocity!r}.")
     low, high = values.pop("guidance_range")
     grids = {int(calls): [float(t) for t in grid] for calls, grid in values.pop("time_grids").items()}
+    known = parse_json(metadata, "step_weights", path) if "step_weights" in metadata else {}  # older files have none
+    weights = {int(n): [[float(w) for w in row] for row in rows] for n, rows in known.items()}
+    for calls, rows in weights.items():
+        if calls not in grids:
+            raise CheckpointError(f"{path}: there are step weights for {calls} calls, but no time grid.")
+        StepWeights(grids[calls], rows)
     return SideNetCard(
         velocity=velocity,
         guidance_range=(float(low), float(high)),
         time_grids=grids,
+        step_weights=weights,
         licence=metadata.get("licence", ""),
         **values,
     )

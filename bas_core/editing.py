@@ -39,6 +39,7 @@ from .solver import (
     Correct,
     Plan,
     Predictor,
+    Proposal,
     Step,
     StepFunction,
     StraightLine,
@@ -282,13 +283,14 @@ def edit(
     if mask is not None:
         mask = check_mask(mask, source.image)
 
-    def steer(index: int, accepted: bool, x: Tensor) -> Tensor:
-        residual = source.residuals[index, accepted]
-        x = x + control.share(x + residual - source.states[index + 1]) * residual
-        keep = control.pull(source.times[index + 1])
+    def steer(proposal: Proposal) -> Tensor:
+        there = source.states[proposal.index + 1]
+        residual = source.residuals[proposal.index, proposal.accepted]
+        x = proposal.x + control.share(proposal.x + residual - there) * residual
+        keep = control.pull(source.times[proposal.index + 1])
         if mask is not None:
-            return torch.lerp(x, source.states[index + 1], 1 - mask * (1 - keep))
-        return torch.lerp(x, source.states[index + 1], keep) if keep else x
+            return torch.lerp(x, there, 1 - mask * (1 - keep))
+        return torch.lerp(x, there, keep) if keep else x
 
     grid = tuple(source.times)
     return run_steps(_steps(field, sidenet, grid, steer, chunk), field, source.noise, grid, callback)
@@ -354,16 +356,16 @@ def _divergence_watch(field: Field, image: Tensor, up: Sequence[Tensor]) -> Corr
     """Changes nothing; stops an inversion whose states have grown too large."""
     power = image.square().flatten(1).mean(1)
 
-    def watch(index: int, accepted: bool, x: Tensor) -> Tensor:
-        t = float(up[index + 1])
-        largest = (x.square().flatten(1).mean(1) / ((1 - t) ** 2 * power + t**2)).max().sqrt().item()
+    def watch(proposal: Proposal) -> Tensor:
+        t = float(proposal.t1)
+        largest = (proposal.x.square().flatten(1).mean(1) / ((1 - t) ** 2 * power + t**2)).max().sqrt().item()
         if largest > DIVERGED:
             raise DivergedError(
-                f"The inversion diverges: in step {index + 1} of {len(up) - 1}, at t = {t:.3g}, the state is "
+                f"The inversion diverges: in step {proposal.index + 1} of {len(up) - 1}, at t = {t:.3g}, the state is "
                 f"{largest:.1f} times as large as on a path to noise. Lower the source guidance, which is "
                 f"{field.scale:g} (1 is the safest), or use more calls."
             )
-        return x
+        return proposal.x
 
     return watch
 
@@ -393,9 +395,10 @@ def _source_path(
     table = Field(lambda x, t, count: next(told)[:count], field.conditions, field.guidance, field.scale)
     residuals: dict[tuple[int, bool], Tensor] = {}
 
-    def follow(index: int, accepted: bool, x: Tensor) -> Tensor:
-        residuals[index, accepted] = states[index + 1] - x
-        return states[index + 1]
+    def follow(proposal: Proposal) -> Tensor:
+        there = states[proposal.index + 1]
+        residuals[proposal.index, proposal.accepted] = there - proposal.x
+        return there
 
     run_steps(_steps(table, sidenet, grid, follow, chunk), table, states[0], grid, None)
     return SourcePath(torch.stack(list(grid)), tuple(states), residuals)

@@ -323,6 +323,7 @@ def solve(  # noqa: PLR0913 - all but four have defaults, and go by name
     callback: Callback | None = None,
     chunk: int | None = None,
     skip_first: bool = False,
+    correct: Correct | None = None,
 ) -> Tensor:
     """Integrate the field over a time grid with the bi-anchor or the single-anchor solver.
 
@@ -339,6 +340,8 @@ def solve(  # noqa: PLR0913 - all but four have defaults, and go by name
         skip_first: a SideNet that knows the mean of the model's data may save the call at t = 1, which it does where
             the first interval is short beside the others (`grids.starts_short`): N - 1 calls. For noise from a random
             generator only: that from an inversion leads to one image and not to the mean.
+        correct: steers a bi-anchor run from outside: from each `Proposal` to the state to go on with, such as
+            `step_weights.StepWeights`. None = it goes on with what is proposed.
 
     Returns:
         [B, C, *spatial] state at `times[-1]`.
@@ -357,7 +360,9 @@ def solve(  # noqa: PLR0913 - all but four have defaults, and go by name
     plan = Plan(field, predictor, get_rule(rule or DEFAULT_RULES[method]), chunk, skip_first and starts_short(grid))
     if method == "bi_anchor" and not plan.rule.has_both_ends:
         raise ValueError(f"bi_anchor needs a rule whose nodes include 0 and 1, such as lobatto4; got {plan.rule.name}.")
-    steps = bi_anchor_steps(plan, grid) if method == "bi_anchor" else _single_anchor_steps(plan)
+    if correct is not None and method != "bi_anchor":
+        raise ValueError(f"Only bi_anchor can be corrected from outside; got method {method!r}.")
+    steps = bi_anchor_steps(plan, grid, correct or as_proposed) if method == "bi_anchor" else _single_anchor_steps(plan)
     return run_steps(steps, field, x, grid, callback)
 
 
@@ -403,12 +408,37 @@ def run_steps(step: StepFunction, field: Field, x: Tensor, grid: Sequence[Tensor
     return x
 
 
-Correct = Callable[[int, bool, Tensor], Tensor]
+@dataclass(frozen=True)
+class Proposal:
+    """A state that the bi-anchor step is about to go on with, for those who steer a run.
+
+    Attributes:
+        index: the step's number from 0.
+        accepted: whether this is the step's last word, or the provisional end that the backbone is called at.
+        x: [B, C, *spatial] the proposed state at `t1`.
+        start: the state at `t0`.
+        t0, t1: 0-d, the step's ends.
+        velocities: guided velocities of the anchors so far; `velocities[index]` is that at `t0`, and where the right
+            anchor is known, its own follows.
+        provisional: the state that the right anchor's velocity belongs to, where it is known.
+    """
+
+    index: int
+    accepted: bool
+    x: Tensor
+    start: Tensor
+    t0: Tensor
+    t1: Tensor
+    velocities: tuple[Tensor, ...]
+    provisional: Tensor | None = None
 
 
-def as_proposed(index: int, accepted: bool, x: Tensor) -> Tensor:
+Correct = Callable[[Proposal], Tensor]
+
+
+def as_proposed(proposal: Proposal) -> Tensor:
     """The `Correct` of plain sampling: it leaves every proposed state as it is."""
-    return x
+    return proposal.x
 
 
 def bi_anchor_steps(plan: Plan, grid: Sequence[Tensor], correct: Correct = as_proposed) -> StepFunction:
@@ -417,25 +447,29 @@ def bi_anchor_steps(plan: Plan, grid: Sequence[Tensor], correct: Correct = as_pr
     Args:
         plan: rule, SideNet and field.
         grid: the times of the whole run.
-        correct: (step's number, whether x is the accepted end or the provisional one, x) to the state to go on with,
-            for what steers a run from outside. The backbone is called at the corrected provisional end.
+        correct: from what the solver proposes to the state to go on with, for what steers a run from outside. The
+            backbone is called at the corrected provisional end.
     """
     needed = branches_needed(plan, grid)
 
-    def step(index: int, x: Tensor, t0: Tensor, t1: Tensor, state: tuple[Anchor | None, Anchor] | None) -> Advance:
+    def step(index: int, x: Tensor, t0: Tensor, t1: Tensor, state: Any) -> Advance:
         if state is None:
             previous, left = None, plan.first_anchor(x, t0, needed[0])
+            known: tuple[Tensor, ...] = (plan.field.guidance.combine(left.v, t0),)
         else:
-            previous, reused = state
+            previous, reused, known = state
             left = reused._replace(x=x)
-        velocity = plan.field.guidance.combine(left.v, t0)
+        velocity = known[index]
+        last = index == len(grid) - 2
         end, velocities = probe(plan, left, previous, t1)
-        if index == len(grid) - 2:
-            return Advance(correct(index, True, end), velocity, None)
-        end = correct(index, False, end)
+        end = correct(Proposal(index, last, end, x, t0, t1, known))
+        if last:
+            return Advance(end, velocity, None)
         right = Anchor(end, plan.field(end, t1, needed[index + 1]), t1)
-        end, _ = refine(plan, left, right, velocities)
-        return Advance(correct(index, True, end), velocity, (left, right))
+        known = (*known, plan.field.guidance.combine(right.v, t1))
+        accepted, _ = refine(plan, left, right, velocities)
+        accepted = correct(Proposal(index, True, accepted, x, t0, t1, known, provisional=end))
+        return Advance(accepted, velocity, (left, right, known))
 
     return step
 

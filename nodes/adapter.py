@@ -22,6 +22,7 @@ from ..bas_core.flow import x0_to_velocity
 from ..bas_core.grids import calls_of
 from ..bas_core.guidance import NO_GUIDANCE, Field, Guidance
 from ..bas_core.solver import Predictor, Step, solve
+from ..bas_core.step_weights import StepWeights
 from ..bas_core.weighting import WeightedSideNet, with_strength
 from .attach import LoadedSideNet, applied_sidenet
 from .labels import labels_of
@@ -104,6 +105,7 @@ def sample_ba_solver(
             callback=None if callback is None else _step_callback(schedule, x.shape, callback),
             chunk=None if sidenet is None else sidenet_chunk(sidenet, x),
             skip_first=options.skip_first,
+            correct=_step_weights(options, sidenet, schedule),
         )
     return schedule.path.from_flow(end.reshape(x.shape), sigmas[-1].to(x))
 
@@ -391,6 +393,13 @@ def _predictor(backbone: Backbone, sidenet: LoadedSideNet | None) -> Predictor |
         return sidenet.strength * torch.cat(masks)
 
     return WeightedSideNet(sidenet.network, weight)
+
+
+def _step_weights(options: Options, sidenet: LoadedSideNet | None, schedule: Schedule) -> StepWeights | None:
+    """The weights that were fitted on this grid, with the SideNet and the quadrature as they are by default."""
+    if sidenet is None or sidenet.strength != 1 or options.method != "bi_anchor" or options.rule is not None:
+        return None
+    return sidenet.card.weights_for(schedule.times)
 
 
 def sidenet_chunk(sidenet: LoadedSideNet, x: Tensor) -> int | None:

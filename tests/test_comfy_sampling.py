@@ -24,6 +24,7 @@ from ba_solver.bas_core import (
     with_strength,
 )
 from ba_solver.bas_core.flow import exploding_to_flow, sigma_to_time, x0_to_velocity
+from ba_solver.bas_core.step_weights import row_length
 from ba_solver.nodes.adapter import METHODS, Options, sample_ba_solver
 from ba_solver.nodes.attach import applied_sidenet
 from ba_solver.nodes.fit import doubts, facts_of, misfits
@@ -34,6 +35,7 @@ from comfy_extras.nodes_custom_sampler import Guider_Basic, Guider_DualCFG
 pytestmark = pytest.mark.comfyui
 
 CLOSE = {"rtol": 2e-4, "atol": 2e-4}
+LOBATTO3 = ({"rule": "lobatto3"}, 1.0, {"rule": "lobatto3"})
 CHANNELS = {name: models.TINY[name].latent[0] for name in models.NAMES}
 
 
@@ -151,6 +153,32 @@ def test_a_sidenet_that_knows_the_mean_saves_the_first_call(name, velocity, mode
         solver = reference(sidenet.path, 1.0, branches, guidance, calls=calls, skip_first=skip_first)
         torch.testing.assert_close(ours, run(model(name), name, solver, sigmas), **CLOSE)
         assert len(calls) == expected
+
+
+@pytest.mark.parametrize("velocity", ["guided", "branch"])
+@pytest.mark.parametrize("name", ["flux", "wan", "sdxl"])
+def test_step_weights_act_on_the_grid_that_they_were_fitted_on(name, velocity, model, tmp_path):
+    """As in the core; and not on other grids, with part of the SideNet's strength or another quadrature."""
+    grid, path = [1.0, 0.8, 0.5, 0.25, 0.0], tmp_path / "weighted.safetensors"
+    generator = torch.Generator().manual_seed(3)
+    rows = [(0.2 * torch.randn(row_length(row), generator=generator)).tolist() for row in range(7)]
+    card = SideNetCard(velocity, (1.0, 10.0), time_grids={4: grid}, step_weights={4: rows})
+    net = models.make_sidenet(path, CHANNELS[name], card, anchors=2)
+    applied, branches = models.with_sidenet(model(name), net), velocity == "branch"
+    guidance = Guidance(3.0) if branches else None
+    sigmas = BAScheduler.execute(applied, 4).result[0]
+    ours = run(applied, name, sampler(), sigmas)
+    solver = reference(path, 1.0, branches, guidance, correct=card.weights_for(grid))
+    torch.testing.assert_close(ours, run(model(name), name, solver, sigmas), **CLOSE)
+    plain = reference(path, 1.0, branches, guidance)
+    assert (ours - run(model(name), name, plain, sigmas)).abs().max() > 100 * CLOSE["atol"]
+
+    others = sigmas_of(applied)
+    for sampled, options, strength, kept in ((others, {}, 1.0, {}), (sigmas, {}, 0.5, {}), (sigmas, *LOBATTO3)):
+        weaker = models.with_sidenet(model(name), net, strength)
+        found = run(weaker, name, sampler(**options), sampled)
+        expected = run(model(name), name, reference(path, strength, branches, guidance, **kept), sampled)
+        torch.testing.assert_close(found, expected, **CLOSE)
 
 
 @pytest.mark.parametrize("cfg", [1.0, 3.0])

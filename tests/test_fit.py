@@ -21,7 +21,7 @@ from ba_solver.training.closed_loop import Rollout, end_point_loss, interval_los
 from ba_solver.training.evaluate import endpoint_errors
 from ba_solver.training.loop import LoopSettings, Share, train
 from ba_solver.training.published import load_latents, published_loss, signed_steps
-from ba_solver.training.time_grids import coordinate_search
+from ba_solver.training.time_grids import WEIGHT_RUNS, coordinate_search
 from training_problems import BACKBONE, GAUSSIAN_MEAN, SHAPE
 
 torch.set_num_threads(1)
@@ -177,7 +177,7 @@ def trained(folder, tmp_path_factory):
     return out, sidenet, card
 
 
-def rollout_error(sidenet, folder, calls=5, grid=None):
+def rollout_error(sidenet, folder, calls=5, grid=None, weights=None):
     """Mean end-point error on the recording's held-out runs."""
     chains, about = open_chains([folder])
     backbone = open_backbone(BackboneChoice(backbone=BACKBONE))
@@ -185,7 +185,8 @@ def rollout_error(sidenet, folder, calls=5, grid=None):
     rollout = Rollout(backbone, held_out, about, fit.get_rule("lobatto4"), [], 12)
     rows = torch.arange(0, len(held_out), held_out.branches)
     with torch.no_grad():
-        x = solve(rollout.field_of(rows), sidenet, rollout.noise(rows), time_grid(calls) if grid is None else grid)
+        times = time_grid(calls) if grid is None else grid
+        x = solve(rollout.field_of(rows), sidenet, rollout.noise(rows), times, correct=weights)
     return endpoint_errors(x, rollout.truth(rows, torch.tensor(0.0))).mean().item()
 
 
@@ -272,7 +273,10 @@ def test_closed_loop_and_grid_lower_the_rollout_error(folder, trained, tmp_path)
     gridded, card = run(folder / "guided", tmp_path / "g.safetensors", *options, "--grid-nfe", "5")
     grid = torch.tensor(card.time_grids[5])
     assert grid[0] == 1 and grid[-1] == 0 and (grid.diff() < 0).all() and len(grid) == 6
-    assert rollout_error(gridded, folder / "guided", grid=grid) < 0.95 * before
+    weights = card.weights_for(grid)
+    weighted, plain = (rollout_error(gridded, folder / "guided", grid=grid, weights=w) for w in (weights, None))
+    assert weighted < 0.95 * before and weighted < 0.95 * plain
+    assert card.training["backbone_calls"]["step weights"] == 5 * WEIGHT_RUNS
 
 
 def test_end_point_training_lowers_the_rollout_error(folder, trained, tmp_path):

@@ -291,7 +291,7 @@ def add_residuals_to_accepted_ends_only(patch):
     intact = editing.bi_anchor_steps
 
     def steps(plan, grid, correct):
-        return intact(plan, grid, lambda i, accepted, x: correct(i, accepted, x) if accepted else x)
+        return intact(plan, grid, lambda p: correct(p) if p.accepted else p.x)
 
     patch.setattr(editing, "bi_anchor_steps", steps)
 

@@ -91,14 +91,13 @@ def test_make_records_trains_and_evaluates(made):
     names = {"euler", "heun", "adams_bashforth2", "dpmpp_2m", "unipc", "predictor_corrector", "learned_multistep"}
     assert {name for name, _, _ in rows} == names | {"ba_solver"}
     assert {(n, g) for name, n, g in rows if name == "ba_solver"} == {
-        (n, g) for n in (4, 6) for g in ("uniform", "best", "learned")
+        (n, g) for n in (4, 6) for g in ("uniform", "best")
     }
     assert sorted(card.time_grids) == [4, 6] and card.training["settings"]["chains"] == 48
     for calls in (4, 6):
         ours = float(rows["ba_solver", calls, "uniform"]["error"])
         assert ours < float(rows["predictor_corrector", calls, "uniform"]["error"])
-        learned = float(rows["ba_solver", calls, "learned"]["error"])
-        assert learned < ours
+        assert float(rows["ba_solver", calls, "best"]["error"]) < ours
     found = json.loads((report / "results.json").read_text())
     assert found["reference_error"] < 0.01 * float(rows["euler", 4, "uniform"]["error"])
     assert found["settings"]["noises"] == 12 and found["endpoint_error"] == card.evaluation["endpoint_error"]
@@ -132,12 +131,13 @@ def test_evaluate_alone_fits_the_rival_on_noises_of_its_own(made, tmp_path):
     )
     assert main(f"{command} --reference 64".split()) == 0
     rows = lines(tmp_path / "r")
-    assert ("learned_multistep", 5, "best") in rows and ("ba_solver", 5, "learned") not in rows
-    # The best grid found becomes the file's, beside those that were learned.
-    assert sorted(load_sidenet(copy)[1].time_grids) == [4, 5, 6]
+    assert ("learned_multistep", 5, "best") in rows and ("ba_solver", 5, "best") in rows
+    # The best grid found becomes the file's, beside those that were learned, with step weights of its own.
+    card = load_sidenet(copy)[1]
+    assert sorted(card.time_grids) == sorted(card.step_weights) == [4, 5, 6]
     assert main(f"{command} --reference 64 --search-noises 0".split()) == 0
     assert {(name, grid) for name, n, grid in lines(tmp_path / "r") if n == 5 and grid != "uniform"} == {
-        ("ba_solver", "learned")
+        ("ba_solver", "best")
     }
 
 

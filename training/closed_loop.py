@@ -52,13 +52,21 @@ class Rollout:
 
     def draw(self, generator: torch.Generator, share: Share) -> tuple[Field, Tensor, Tensor]:
         """A field for some runs of one CFG scale, their rows in the chains, and a grid."""
-        runs = torch.arange(0, len(self.chains), self.chains.branches)
-        scales = torch.zeros(len(self.chains)) if self.chains.scales is None else self.chains.scales
-        first = runs[torch.randint(len(runs), (), generator=generator)]
-        alike = runs[scales[runs] == scales[first]]
+        runs, scales = self.runs()
+        alike = runs[scales == scales[torch.randint(len(runs), (), generator=generator)]]
         rows = share.of(alike[torch.randint(len(alike), (self.batch,), generator=generator)])
         grid = self.grids[int(torch.randint(len(self.grids), (), generator=generator))] * self.backbone.start
         return self.field_of(rows), rows, grid
+
+    def runs(self) -> tuple[Tensor, Tensor]:
+        """The rows of the chains that begin a run, and their CFG scales."""
+        rows = torch.arange(0, len(self.chains), self.chains.branches)
+        return rows, torch.zeros(len(rows)) if self.chains.scales is None else self.chains.scales[rows]
+
+    def alike(self, count: int) -> Tensor:
+        """The rows of so many runs of one CFG scale, the middle one, or of as many as there are."""
+        rows, scales = self.runs()
+        return rows[scales == scales.median()][:count]
 
     def field_of(self, rows: Tensor) -> Field:
         """The field that rows of chains were recorded from."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..bas_core.baselines import BASELINES, run_baseline
+from ..bas_core.checkpoint import SideNetCard
 from ..bas_core.grids import grid_of_calls, starts_short, time_grid
 from ..bas_core.guidance import Field
 from ..bas_core.sidenet import SideNet
@@ -70,13 +71,20 @@ def baseline_sampler(name: str, start: float = 1.0) -> Sampler:
 
 
 def sidenet_sampler(
-    sidenet: Predictor, name: str = "ba_solver", label: str = "BA-solver", start: float = 1.0, **options: Any
+    sidenet: Predictor,
+    name: str = "ba_solver",
+    label: str = "BA-solver",
+    start: float = 1.0,
+    card: SideNetCard | None = None,
+    **options: Any,
 ) -> Sampler:
-    """The bi-anchor solver with a SideNet as a competitor; `options` go to `solve`."""
+    """The bi-anchor solver with a SideNet as a competitor, on the step weights of its card where they suit the grid;
+    `options` go to `solve`."""
     skips = start == 1 and bool(getattr(getattr(sidenet, "config", None), "mean_size", 0))
 
     def run(field: Field, x: Tensor, times: Tensor) -> Tensor:
-        return solve(field, sidenet, x, times, skip_first=skips, **options)
+        weights = None if card is None else card.weights_for(times)
+        return solve(field, sidenet, x, times, skip_first=skips, correct=weights, **options)
 
     return Sampler(name, label, run, start=start, skip_first=skips)
 

@@ -67,6 +67,7 @@ def describe_sidenet(sidenet: SideNet, card: SideNetCard) -> str:
         + (f", {config.num_classes} classes" if config.num_classes else ""),
         "velocity": f"{card.velocity}, guidance {low:g}" + (f" to {high:g}" if high != low else ""),
         "time grids": ", ".join(f"{n} calls" for n in sorted(card.time_grids)) or "none: use any",
+        "weights": ", ".join(f"{n} calls" for n in sorted(card.step_weights)),
         "trained": str(training.get("objective", "not said")),
         "recorded": f"{training['recorded_runs']} runs of {recorded['points']} points of {tuple(recorded['shape'])}; "
         f"the teacher's error {recorded.get('teacher_error', float('nan')):.2g}"

@@ -1,7 +1,8 @@
 """`ba-solver train`: a SideNet from recorded chains, in up to four stages, each of which can be interrupted.
 
 1. all pairs of the chains (or the published objective, which needs the backbone and data instead);
-2. the time grids for the numbers of calls that it will be used with (needs the backbone);
+2. the time grids for the numbers of calls that it will be used with (needs the backbone); when all is done, the steps'
+   weights on them;
 3. closed loop: the real sampler, interval by interval (needs the backbone);
 4. end point: the real sampler, with gradients through the backbone (needs it, and its memory).
 """
@@ -36,7 +37,7 @@ from .progress import MAIN_PROCESS, say
 from .published import CHAIN_STEPS, load_latents, published_loss
 from .record import STARTS
 from .settings import UsageError, check_device, check_positive, parse_calls, plain, prepare_folder
-from .time_grids import learn_grids
+from .time_grids import fit_weights, learn_grids
 
 OBJECTIVES = ("all_pairs", "published")
 TIME_BINS, STEP_BINS = (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.05, 0.1, 0.2, 1.0)
@@ -212,6 +213,7 @@ class Job:
         backbone: for the stages that need it.
         spent: backbone calls by stage.
         time_grids: learned grids by number of calls.
+        step_weights: those fitted on them.
     """
 
     training: Training
@@ -225,6 +227,7 @@ class Job:
     mean: Tensor | None = None
     spent: Counter[str] = field(default_factory=Counter)
     time_grids: dict[int, list[float]] = field(default_factory=dict)
+    step_weights: dict[int, list[list[float]]] = field(default_factory=dict)
 
     @property
     def ranges(self) -> QueryRange:
@@ -480,7 +483,10 @@ def fit(job: Job) -> SideNet:
         sidenet = rolled_stage(job, sidenet, "closed_loop", training.closed_loop, interval_loss)
     if training.end_point:
         sidenet = rolled_stage(job, sidenet, "end_point", training.end_point, end_point_loss)
-    return sidenet.eval().requires_grad_(False)
+    sidenet = sidenet.eval().requires_grad_(False)
+    if job.time_grids:
+        job.step_weights = fit_weights(sidenet, job.rollout(job.chains), job.time_grids)
+    return sidenet
 
 
 def card_of(job: Job, sidenet: SideNet, settings: Any, seconds: float) -> SideNetCard:
@@ -496,6 +502,7 @@ def card_of(job: Job, sidenet: SideNet, settings: Any, seconds: float) -> SideNe
         guidance_range=(low, high),
         backbone=job.about["backbone"],
         time_grids=job.time_grids,
+        step_weights=job.step_weights,
         training={
             "objective": job.training.objective,
             "recorded_runs": runs,

@@ -6,7 +6,7 @@ recorded paths. They are fitted closed loop: every step's coefficients on the st
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -34,13 +34,18 @@ def fit_coefficients(field: Field, noise: Tensor, times: Tensor, truth: Callable
     x, velocities, found = noise, [], []
     for t0, t1 in pairwise(times):
         velocities.append(field.velocity(x, t0))
-        columns = torch.stack([v.flatten() for v in velocities], 1).double()
-        wanted = (truth(t1) - x).flatten().double()
-        gram = columns.T @ columns
-        gram += RIDGE * gram.diagonal().mean() * torch.eye(len(velocities), dtype=gram.dtype, device=gram.device)
-        found.append(torch.linalg.solve(gram, columns.T @ wanted))
+        found.append(least_squares(velocities, truth(t1) - x))
         x = combine(x, velocities, found[-1])
     return found
+
+
+def least_squares(columns: Sequence[Tensor], wanted: Tensor) -> Tensor:
+    """Coefficients of the combination of `columns` nearest to `wanted`, all [B, C, *spatial], in double precision."""
+    matrix = torch.stack([column.flatten() for column in columns], 1).double()
+    gram = matrix.T @ matrix
+    gram += RIDGE * gram.diagonal().mean() * torch.eye(len(columns), dtype=gram.dtype, device=gram.device)
+    # The pseudo-inverse: where all columns are zero, so are the coefficients.
+    return torch.linalg.pinv(gram, hermitian=True) @ (matrix.T @ wanted.flatten().double())
 
 
 def combine(x: Tensor, velocities: list[Tensor], coefficients: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from ..bas_core.baselines import run_baseline
 from ..bas_core.checkpoint import CheckpointError, SideNetCard, load_sidenet, save_sidenet, write_text
 from ..bas_core.grids import time_shift
 from ..bas_core.guidance import Field
-from ..bas_core.quadrature import get_rule
+from ..bas_core.quadrature import Rule, get_rule
 from ..bas_core.sidenet import SideNet
 from .backbones import Backbone, BackboneChoice, open_backbone
 from .chains import LAST_TIME, Chains, open_chains, record_chain
@@ -39,6 +39,7 @@ from .multistep import LearnedMultistep
 from .progress import progress, say
 from .report import SHOWN, plot_errors, plot_images, summary, table, write_csv
 from .settings import UsageError, check_positive, parse_calls, plain, prepare_folder
+from .time_grids import fit_step_weights, weighted_sampler
 
 REFERENCE = "adams_bashforth4"
 FIT_RUNS = 32
@@ -166,41 +167,56 @@ def learned_multistep(
     return Sampler("learned_multistep", "learned multistep", fitted, start=backbone.start)
 
 
-def competitors(backbone: Backbone, sidenet: SideNet, rule: str, multistep: Sampler | None) -> list[Sampler]:
-    """Every solver of the table, ours last."""
+def competitors(backbone: Backbone, multistep: Sampler | None) -> list[Sampler]:
+    """Every solver of the table but ours."""
     others = rivals(backbone.start)
     if importlib.util.find_spec("diffusers") is None:
         say("UniPC is left out: it needs diffusers (pip install 'ba-solver[bench]').")
         others = [sampler for sampler in others if sampler.name != "unipc"]
-    ours = sidenet_sampler(sidenet, start=backbone.start, rule=rule)
-    return [*others, *([multistep] if multistep else []), ours]
+    return [*others, *([multistep] if multistep else [])]
 
 
 Shapes = dict[tuple[str, int], GridShape]
 
 
-def search_shapes(samplers: Sequence[Sampler], calls: Sequence[int], search: Paths | None) -> Shapes:
-    """Every solver's best grid for every number of calls."""
-    if search is None:
-        return {}
-    jobs = [(sampler, n) for n in calls for sampler in samplers]
+def search_shapes(jobs: Sequence[tuple[Sampler, int]], search: Paths) -> Shapes:
+    """Solvers' best grids of the family for numbers of calls."""
     return {
         (sampler.name, n): search_grid(sampler, search.field, search.noise, search.ends, n)
         for sampler, n in progress(jobs, "grid search")
     }
 
 
-def jobs_for(samplers: Sequence[Sampler], calls: Sequence[int], card: SideNetCard, shapes: Shapes
-             ) -> list[tuple[Sampler, int, str, GridShape]]:  # fmt: skip
-    """What is measured: every solver on its uniform and best grid, ours also on the grids in its file."""
+def with_searched(
+    card: SideNetCard, sidenet: SideNet, searching: Sampler, shapes: Shapes, search: Paths, rule: Rule
+) -> SideNetCard:
+    """The card with the grids that were searched for it, and step weights fitted on them from the same noises."""
+    grids = {n: searching.times(n, shape) for (name, n), shape in shapes.items() if name == searching.name}
+    weights = {
+        n: fit_step_weights(
+            sidenet, search.field, search.noise, times * searching.start, search.truth, searching.skip_first, rule
+        )[1]
+        for n, times in grids.items()
+    }
+    return dataclasses.replace(
+        card,
+        time_grids=card.time_grids | {n: times.tolist() for n, times in grids.items()},
+        step_weights=card.step_weights | weights,
+    )
+
+
+def jobs_for(
+    others: Sequence[Sampler], ours: Sampler, calls: Sequence[int], card: SideNetCard, shapes: Shapes
+) -> list[tuple[Sampler, int, str, GridShape]]:
+    """What is measured: every solver on its uniform and best grid, ours on those in its file."""
     jobs: list[tuple[Sampler, int, str, GridShape]] = []
-    for sampler, n, grid in line_up(samplers, calls):
+    for sampler, n, grid in line_up([*others, ours], calls):
         if grid == "uniform":
             jobs.append((sampler, n, grid, UNIFORM))
-        elif (sampler.name, n) in shapes:
+        elif (sampler.name, n) in shapes and sampler is not ours:
             jobs.append((sampler, n, grid, shapes[sampler.name, n]))
-        if sampler is samplers[-1] and grid == "best" and n in card.time_grids:
-            jobs.append((dataclasses.replace(sampler, grids=card.time_grids), n, "learned", UNIFORM))
+        elif sampler is ours and n in card.time_grids:
+            jobs.append((dataclasses.replace(ours, grids=card.time_grids), n, grid, UNIFORM))
     return jobs
 
 
@@ -295,9 +311,15 @@ def evaluate(
             seed = SEARCH_SEED + 1000 * more["seed"]
             search = draw_paths(backbone, field_of, seed, scoring.search_noises, scoring.reference)
         multistep = learned_multistep(more["chains"], backbone, search, scale, card.velocity)
-        samplers = competitors(backbone, sidenet, rule, multistep)
-        shapes = search_shapes(samplers, calls, search)
-        rows, states = measure_all(jobs_for(samplers, calls, card, shapes), paths)
+        others, shapes = competitors(backbone, multistep), {}
+        if search:
+            searching = weighted_sampler(sidenet, search.truth, backbone.start, get_rule(rule))
+            unknown = [n for n in calls if n not in card.time_grids]
+            asked = [*((sampler, n) for n in calls for sampler in others), *((searching, n) for n in unknown)]
+            shapes = search_shapes(asked, search)
+            card = with_searched(card, sidenet, searching, shapes, search, get_rule(rule))
+        ours = sidenet_sampler(sidenet, start=backbone.start, card=card, rule=rule)
+        rows, states = measure_all(jobs_for(others, ours, calls, card, shapes), paths)
         images = {key: to_images(backbone, x) for key, x in states.items()}
         ends = to_images(backbone, paths[0].ends[:SHOWN])
     for name, fields in (("measure", [p.field for p in paths]), ("search", [search.field] if search else [])):
@@ -310,9 +332,7 @@ def evaluate(
         "batched_backbone_calls": dict(spent),
     }
     write_report(out, rows, calls, images, ends, {"settings": more["settings"], "sidenet": str(path), **found})
-    ours = samplers[-1]
-    grids = {n: ours.times(n, shape).tolist() for (name, n), shape in shapes.items() if name == ours.name}
-    card = dataclasses.replace(card, evaluation={**card.evaluation, **found}, time_grids=grids | card.time_grids)
+    card = dataclasses.replace(card, evaluation={**card.evaluation, **found})
     save_sidenet(path, load_sidenet(path)[0], card)
     say(f"Written: {out} (results.json, results.csv, errors.png, images.png); the table is in {path} too.")
     return rows

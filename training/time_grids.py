@@ -1,22 +1,31 @@
-"""Learned time grids: for a number of calls, the times that end nearest to the recorded ends."""
+"""What is learned for a number of calls: the times that end nearest to the recorded ends, and the steps' weights."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..bas_core.grids import calls_of
+from ..bas_core.guidance import Field
+from ..bas_core.quadrature import Rule
 from ..bas_core.sidenet import SideNet
+from ..bas_core.solver import Proposal, solve
+from ..bas_core.step_weights import add_terms, terms
 from .closed_loop import Rollout
-from .evaluate import endpoint_errors, sidenet_sampler
+from .evaluate import Sampler, endpoint_errors, sidenet_sampler
 from .evaluate import search_grid as search_family
+from .multistep import least_squares
 from .progress import progress
 
 ROUNDS = 5
 FIRST_MOVE = 0.25
+# There are about as many weights in a row as steps, and thousands of numbers in a state: few runs say all.
+WEIGHT_RUNS = 32
 
 
 def moved(grid: Tensor, index: int, share: float) -> Tensor:
@@ -52,22 +61,62 @@ def coordinate_search(error: Callable[[Tensor], float], start: Tensor, rounds: i
     return best
 
 
+Truth = Callable[[Tensor], Tensor]
+
+
+class FitWeights:
+    """A `Correct` that finds each step's weights by least squares, on the states that the steps before lead to.
+
+    Args:
+        truth: recorded states at a time.
+
+    Attributes:
+        rows: what was found, as `StepWeights` takes it.
+    """
+
+    def __init__(self, truth: Truth) -> None:
+        self.truth = truth
+        self.rows: list[list[float]] = []
+
+    def __call__(self, proposal: Proposal) -> Tensor:
+        found = terms(proposal)
+        self.rows.append(least_squares(found, self.truth(proposal.t1) - proposal.x).tolist())
+        return add_terms(proposal.x, found, self.rows[-1])
+
+
+def fit_step_weights(
+    sidenet: SideNet, field: Field, noise: Tensor, times: Tensor, truth: Truth, skip_first: bool, rule: Rule | None
+) -> tuple[Tensor, list[list[float]]]:
+    """One run from noises whose paths are known: its ends [B, C, *spatial], and the weights found on the way."""
+    fitted = FitWeights(truth)
+    x = solve(field, sidenet, noise, times, rule=rule, skip_first=skip_first, correct=fitted)
+    return x, fitted.rows
+
+
+def weighted_sampler(sidenet: SideNet, truth: Truth, start: float = 1.0, rule: Rule | None = None) -> Sampler:
+    """BA-solver on step weights that are fitted anew on every run; for searching grids, from the truth's noises."""
+    plain = sidenet_sampler(sidenet, start=start)
+
+    def run(field: Field, x: Tensor, times: Tensor) -> Tensor:
+        return fit_step_weights(sidenet, field, x, times, truth, plain.skip_first, rule)[0]
+
+    return dataclasses.replace(plain, run=run)
+
+
 def learn_grids(sidenet: SideNet, rollout: Rollout, calls: Sequence[int], count: int) -> dict[int, list[float]]:
     """For each number of calls the best grid found: first of the family (shift, cosine), then time by time.
 
     The measure is the end point from the noises of `count` recorded runs, so the last, forward-only interval counts
-    for what it is.
+    for what it is. Every grid is tried with step weights fitted on it.
 
     Returns:
         Descending grids from 1 to 0, by number of calls. What it cost is added to `rollout.spent`.
     """
-    runs = torch.arange(0, len(rollout.chains), rollout.chains.branches)
-    scales = torch.zeros(len(rollout.chains)) if rollout.chains.scales is None else rollout.chains.scales
-    rows = runs[scales[runs] == scales[runs[0]]][:count]
+    rows = rollout.alike(count)
     field, noise = rollout.field_of(rows), rollout.noise(rows)
     start = rollout.backbone.start
     truth = rollout.truth(rows, torch.tensor(0.0))
-    sampler = sidenet_sampler(sidenet, start=start, rule=rollout.rule)
+    sampler = weighted_sampler(sidenet, partial(rollout.truth, rows), start, rollout.rule)
     found: dict[int, list[float]] = {}
     with torch.inference_mode():
         for n in progress(calls, "time grids"):
@@ -80,4 +129,26 @@ def learn_grids(sidenet: SideNet, rollout: Rollout, calls: Sequence[int], count:
 
             found[n] = coordinate_search(error, sampler.times(n, shape)).tolist()
     rollout.spent["time grids"] += field.calls * len(rows)
+    return found
+
+
+def fit_weights(
+    sidenet: SideNet, rollout: Rollout, grids: Mapping[int, Sequence[float]]
+) -> dict[int, list[list[float]]]:
+    """Step weights for each grid, on `WEIGHT_RUNS` recorded runs; what it cost is added to `rollout.spent`.
+
+    Returns:
+        Rows of `StepWeights` by number of calls.
+    """
+    rows = rollout.alike(WEIGHT_RUNS)
+    field, noise = rollout.field_of(rows), rollout.noise(rows)
+    start = rollout.backbone.start
+    skips = sidenet_sampler(sidenet, start=start).skip_first
+    found: dict[int, list[list[float]]] = {}
+    with torch.inference_mode():
+        for calls, grid in progress(list(grids.items()), "step weights"):
+            times = torch.tensor(grid) * start
+            truth = partial(rollout.truth, rows)
+            found[calls] = fit_step_weights(sidenet, field, noise, times, truth, skips, rollout.rule)[1]
+    rollout.spent["step weights"] += field.calls * len(rows)
     return found

@@ -26,10 +26,12 @@ from ...bas_core.baselines import run_baseline
 from ...bas_core.checkpoint import save_sidenet, write_text
 from ...bas_core.grids import time_grid
 from ...bas_core.guidance import Field
+from ...bas_core.quadrature import get_rule
 from ...bas_core.sidenet import SideNet, SideNetConfig
 from ...bas_core.sit import SiT, SiTConfig
 from ...bas_core.solver import StraightLine, solve
 from ...bas_core.weighting import WeightedSideNet
+from ..backbones import BackboneChoice, open_backbone
 from ..evaluate import (
     Sampler,
     converged_reference,
@@ -37,16 +39,18 @@ from ..evaluate import (
     line_up,
     measure,
     rivals,
-    search_grid,
     sidenet_sampler,
     with_first_call_saved,
 )
 from ..progress import progress
+from ..score import reference_paths, search_shapes, with_searched
+from ..time_grids import weighted_sampler
 from .assets import (
     CLASSIFIER_FILE,
     DEMO_CFG,
     GRIDS_FILE,
     SIDENET_FILE,
+    SIT_FILE,
     Demo,
     Grids,
     demo_noise,
@@ -57,6 +61,8 @@ from .classifier import accuracy, load_classifier
 
 SEARCH_SEED = 2_000_000
 REPORT_SEED = 4_000_000
+# Of the paths that grids are searched and step weights are fitted on.
+REFERENCE_POINTS = 192
 
 
 @dataclass(frozen=True)
@@ -94,28 +100,25 @@ def told_the_mean(sidenet: SideNet) -> list[Sampler]:
     ]
 
 
-def search_grids(settings: BenchmarkSettings, demo: Demo, samplers: list[Sampler]) -> Grids:
-    """Every sampler's best grid for every number of calls, on the search noises."""
-    noise, labels = (part.to(settings.device) for part in demo_noise(SEARCH_SEED, settings.search_noises))
-    field = demo.field(labels)
+def search_grids(settings: BenchmarkSettings, demo: Demo, samplers: list[Sampler]) -> Demo:
+    """The demo with the asked solvers' best grids on the search noises, ours with step weights; files are written."""
+    backbone = open_backbone(BackboneChoice(backbone=f"sit:{SIT_FILE}", device=settings.device))
     grids: Grids = dict(demo.grids)
     with torch.inference_mode():
-        reference = converged_reference(field, noise)
-        asked = [sampler for sampler in samplers if {"all", sampler.name} & set(settings.search)]
-        jobs = [(sampler, calls) for sampler in asked for calls in settings.nfe]
-        for sampler, calls in progress(jobs, "grid search"):
-            best = search_grid(sampler, field, noise, reference, calls)
-            grids[sampler.name] = {**grids.get(sampler.name, {}), calls: best}
-    return grids
-
-
-def store_grids(grids: Grids, demo: Demo, samplers: list[Sampler]) -> Demo:
-    """Write the grids beside the weights, and BA-solver's into the SideNet's file."""
-    text = json.dumps({"cfg": DEMO_CFG, "grids": grids}, indent=1)
-    write_text(GRIDS_FILE, text)
-    ours = next(sampler for sampler in samplers if sampler.name == "ba_solver")
-    learned = {calls: ours.times(calls, shape).tolist() for calls, shape in grids["ba_solver"].items()}
-    card = replace(demo.card, time_grids=learned)
+        noise, labels = (part.to(settings.device) for part in demo_noise(SEARCH_SEED, settings.search_noises))
+        paths = reference_paths(demo.field(labels), noise, backbone, REFERENCE_POINTS)
+        searching = weighted_sampler(demo.sidenet, paths.truth)
+        asked = [
+            searching if sampler.name == searching.name else sampler
+            for sampler in samplers
+            if {"all", sampler.name} & set(settings.search)
+        ]
+        shapes = search_shapes([(sampler, calls) for sampler in asked for calls in settings.nfe], paths)
+        for (name, calls), shape in shapes.items():
+            grids[name] = {**grids.get(name, {}), calls: shape}
+        card = replace(demo.card, time_grids={}, step_weights={}) if searching in asked else demo.card
+        card = with_searched(card, demo.sidenet, searching, shapes, paths, get_rule("lobatto4"))
+    write_text(GRIDS_FILE, json.dumps({"cfg": DEMO_CFG, "grids": grids}, indent=1))
     save_sidenet(SIDENET_FILE, demo.sidenet, card)
     return replace(demo, grids=grids, card=card)
 
@@ -267,7 +270,7 @@ def sample_accuracy(demo: Demo, device: torch.device, count: int = 500) -> dict[
     with torch.inference_mode():
         for x, y in progress(list(zip(noise.split(100), labels.split(100), strict=True)), "accuracy"):
             field = demo.field(y)
-            ours = sidenet_sampler(demo.sidenet)
+            ours = sidenet_sampler(demo.sidenet, card=demo.card)
             parts["converged"].append(converged_reference(field, x, 1e-4))
             parts["euler_7"].append(run_baseline("euler", field, x, time_grid(7)))
             for calls in (5, 7):
@@ -298,9 +301,10 @@ def run_benchmark(settings: BenchmarkSettings) -> dict[str, Any]:
     """Measure everything, and write it as JSON and Markdown."""
     device = torch.device(settings.device)
     demo = load_demo(device)
-    samplers = [*rivals(), *told_the_mean(demo.sidenet), sidenet_sampler(demo.sidenet)]
+    others = [*rivals(), *told_the_mean(demo.sidenet)]
     if settings.search:
-        demo = store_grids(search_grids(settings, demo, samplers), demo, samplers)
+        demo = search_grids(settings, demo, [*others, sidenet_sampler(demo.sidenet)])
+    samplers = [*others, sidenet_sampler(demo.sidenet, card=demo.card)]
     noise, labels = (part.to(device) for part in demo_noise(REPORT_SEED, settings.noises))
     result: dict[str, Any] = {
         "settings": {k: str(v) for k, v in asdict(settings).items()},

@@ -64,7 +64,7 @@ def run_demo(settings: DemoSettings) -> list[Measurement]:
 
     noise, labels = (part.to(device) for part in demo_noise(SEED_OFFSET + settings.seed, IMAGES))
     field = demo.field(labels, settings.cfg)
-    samplers = [*rivals(), sidenet_sampler(demo.sidenet)]
+    samplers = [*rivals(), sidenet_sampler(demo.sidenet, card=demo.card)]
     jobs = line_up(samplers, calls)
 
     rows: list[Measurement] = []

@@ -171,7 +171,7 @@ class Measured:
 def sidenet_errors(path: Path, report: Measured, search: Measured) -> dict[int, float]:
     """A SideNet's end-point errors, on its learned grids or else on those searched for it here."""
     sidenet, card = load_sidenet(path)
-    sampler = sidenet_sampler(sidenet)
+    sampler = sidenet_sampler(sidenet, card=card)
     errors = {}
     for calls in CALLS:
         if calls in card.time_grids:

@@ -1,0 +1,93 @@
+"""Fitted step weights: what velocities at earlier anchors add to a step of the bi-anchor solver on one time grid.
+
+A linear multistep method weights all velocities so far; the bi-anchor step knows two, and what the SideNet makes of
+them. On a fixed grid both fit together: to what the solver proposes, each step adds a few differences that would be
+zero if the velocity did not change, with weights found by least squares on recorded runs (`training.time_grids`).
+So the weights correct the SideNet's mean bias too, such as too long an extrapolation. All weights zero is the
+published solver, and a straight path stays exact with any weights: where an inpaint mask keeps the image, they do
+nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .solver import Proposal
+
+# How far the times of a run may be from the grid that the weights were fitted on: sigmas are rounded on their way
+# through other programs.
+SAME_TIME = 1e-3
+
+
+def terms(proposal: Proposal) -> list[Tensor]:
+    """What a step may add to the state that is proposed: [B, C, *spatial] each, zero where the velocity is constant.
+
+    With v_i the velocity at the step's start, d its signed length and p = x_i + d v_i the end of a straight path:
+    proposed - p; provisional - p once the right anchor is known; d (v_j - v_i) for every other anchor j.
+    """
+    now = proposal.velocities[proposal.index]
+    length = float(proposal.t1 - proposal.t0)
+    straight = torch.add(proposal.start, now, alpha=length)
+    ends = [proposal.x - straight]
+    if proposal.provisional is not None:
+        ends.append(proposal.provisional - straight)
+    return ends + [length * (v - now) for j, v in enumerate(proposal.velocities) if j != proposal.index]
+
+
+def place(proposal: Proposal) -> int:
+    """Which row of weights a proposal takes: every step but the last has one for its provisional end and one after."""
+    return 2 * proposal.index + (proposal.provisional is not None)
+
+
+def row_length(row: int) -> int:
+    """How many terms row number `row` has."""
+    index, refined = divmod(row, 2)
+    return 1 + index + 2 * refined
+
+
+@dataclass(frozen=True)
+class StepWeights:
+    """Weights for one grid; a `Correct` for `solve`.
+
+    Attributes:
+        times: [N + 1] of the grid that they were fitted on, descending from 1.
+        rows: 2 N - 1 rows, in the order of the proposals; row r has `row_length(r)` numbers.
+
+    Raises:
+        ValueError: rows do not fit the times, or a weight is not finite.
+    """
+
+    times: Sequence[float]
+    rows: Sequence[Sequence[float]]
+
+    def __post_init__(self) -> None:
+        wanted = [row_length(row) for row in range(2 * len(self.times) - 3)]
+        if [len(row) for row in self.rows] != wanted:
+            raise ValueError(
+                f"Step weights for {len(self.times) - 1} intervals come in rows of {wanted} numbers; got "
+                f"{[len(row) for row in self.rows]}."
+            )
+        if not all(math.isfinite(weight) for row in self.rows for weight in row):
+            raise ValueError("Step weights must be finite.")
+
+    def suit(self, times: Sequence[float] | Tensor) -> bool:
+        """Whether a run over these times is what the weights were fitted for; models that start below 1 shrink it."""
+        return len(times) == len(self.times) and all(
+            abs(float(a) - float(times[0]) * float(b)) <= SAME_TIME for a, b in zip(times, self.times, strict=True)
+        )
+
+    def __call__(self, proposal: Proposal) -> Tensor:
+        """The proposed state [B, C, *spatial] with its weighted terms added."""
+        return add_terms(proposal.x, terms(proposal), self.rows[place(proposal)])
+
+
+def add_terms(x: Tensor, found: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """x + sum of weight times term."""
+    for weight, term in zip(weights, found, strict=True):
+        x = torch.add(x, term, alpha=weight)
+    return x

@@ -1,0 +1,217 @@
+"""Fitted step weights: what they compute, when they do nothing, that fitting finds them, and what files keep."""
+
+import pytest
+import torch
+from ba_solver.bas_core import (
+    Guidance,
+    SideNetCard,
+    StepWeights,
+    load_sidenet,
+    model_field,
+    save_sidenet,
+    solve,
+    step_weights,
+)
+from ba_solver.bas_core.checkpoint import CheckpointError, read_safetensors, write_safetensors
+from ba_solver.bas_core.step_weights import row_length
+from ba_solver.training.time_grids import fit_step_weights
+from checks import guided_field
+from problems import exact_field, flow_map, noise, small_sidenet, state, uneven_grid
+
+TIMES = [1.0, 0.7, 0.45, 0.2, 0.0]
+
+
+def random_weights(times=TIMES, size=0.3):
+    generator = torch.Generator().manual_seed(5)
+    rows = [
+        (size * torch.randn(row_length(row), generator=generator)).tolist() for row in range(2 * (len(times) - 1) - 1)
+    ]
+    return StepWeights(list(times), rows)
+
+
+def naive_run(velocity, x, weights):
+    """The predictor-corrector with weighted terms, written out from the module's description."""
+    times, rows = weights.times, iter(weights.rows)
+    known = [(times[0], velocity(x, times[0]))]
+    for i in range(len(times) - 1):
+        t0, t1 = times[i], times[i + 1]
+        d, now = t1 - t0, known[i][1]
+        straight = x + d * now
+        slope = (now - known[i - 1][1]) / (t0 - known[i - 1][0]) if i else 0
+        probe = straight + d**2 / 2 * slope
+        w = next(rows)
+        end = (
+            probe
+            + w[0] * (probe - straight)
+            + sum(a * d * (v - now) for a, (_, v) in zip(w[1:], known[:i], strict=True))
+        )
+        if i == len(times) - 2:
+            return end
+        known.append((t1, velocity(end, t1)))
+        accepted = x + d / 2 * (now + known[-1][1])
+        others = [v for j, (_, v) in enumerate(known) if j != i]
+        w = next(rows)
+        x = accepted + w[0] * (accepted - straight) + w[1] * (end - straight)
+        x = x + sum(a * d * (v - now) for a, v in zip(w[2:], others, strict=True))
+    raise AssertionError
+
+
+def check_weighted_run():
+    weights = random_weights()
+    field = exact_field()
+    x = solve(field, None, state(), torch.tensor(TIMES, dtype=torch.float64), correct=weights)
+    torch.testing.assert_close(x, naive_run(field.velocity, state(), weights), atol=1e-12, rtol=0)
+    assert field.calls == 4 + 4  # the solver's and the naive one's
+
+
+def check_straight_paths_stay_exact():
+    """Any weights leave a velocity that does not change alone, as where an inpaint mask keeps the image."""
+    speed = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(3, 1, 2, 2)
+    field = model_field(lambda x, t: speed)
+    x = solve(field, None, state(), torch.tensor(TIMES, dtype=torch.float64), correct=random_weights())
+    torch.testing.assert_close(x, state() - speed, atol=1e-12, rtol=0)
+
+
+def changing_velocity(x, t):
+    """Velocities that depend on time alone, in three ways mixed differently at every place."""
+    t = torch.as_tensor(t, dtype=x.dtype).reshape(-1, 1, 1, 1)
+    a, b, c = torch.randn((3, *x.shape[1:]), generator=torch.Generator().manual_seed(2), dtype=x.dtype)
+    return a * torch.exp(-3 * t) + b * torch.cos(4 * t) + c
+
+
+def check_fit_finds_the_weights():
+    """Three velocities span all of them: from the third on, fitted steps are exact, and so is the end."""
+    times = torch.tensor(TIMES, dtype=torch.float64)
+    noise = torch.zeros(1, 1, 4, 4, dtype=torch.float64)
+    fine = torch.linspace(1, 0, 4001, dtype=torch.float64)
+    middles = (fine[1:] + fine[:-1]) / 2
+    moved = torch.stack([changing_velocity(noise, t)[0] for t in middles]).cumsum(0) / -4000
+
+    def truth(t):
+        steps = round(4000 * (1 - float(t)))
+        return noise if steps == 0 else noise + moved[steps - 1]
+
+    field = model_field(changing_velocity)
+    plain = (solve(field, None, noise, times) - truth(0.0)).abs().max()
+    fitted, rows = fit_step_weights(None, field, noise, times, truth, False, None)
+    assert plain > 1e-2 and (fitted - truth(0.0)).abs().max() < 1e-5
+    again = solve(field, None, noise, times, correct=StepWeights(TIMES, rows))
+    torch.testing.assert_close(again, fitted, atol=1e-12, rtol=0)
+
+
+def forget_a_velocity(patch):
+    intact = step_weights.terms
+    patch.setattr(step_weights, "terms", lambda p: [*intact(p)[:-1], 0 * intact(p)[-1]])
+
+
+def weight_accepted_ends_only(patch):
+    intact = step_weights.StepWeights.__call__
+    patch.setattr(
+        step_weights.StepWeights, "__call__", lambda self, p: p.x if p.provisional is None else intact(self, p)
+    )
+
+
+def measure_from_the_state(patch):
+    """Velocities themselves in place of their differences: a straight path is bent."""
+
+    def whole(p):
+        length = float(p.t1 - p.t0)
+        ends = [p.x - p.start] + ([p.provisional - p.start] if p.provisional is not None else [])
+        return ends + [length * v for j, v in enumerate(p.velocities) if j != p.index]
+
+    patch.setattr(step_weights, "terms", whole)
+
+
+CHECKS = [check_weighted_run, check_straight_paths_stay_exact, check_fit_finds_the_weights]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_step_weights(check):
+    check()
+
+
+@pytest.mark.parametrize(
+    ("damage", "check"),
+    [
+        (forget_a_velocity, check_weighted_run),
+        (weight_accepted_ends_only, check_weighted_run),
+        (weight_accepted_ends_only, check_fit_finds_the_weights),
+        (measure_from_the_state, check_weighted_run),
+        (measure_from_the_state, check_straight_paths_stay_exact),
+    ],
+)
+def test_damaged_step_weights_fail_the_check(damage, check, monkeypatch):
+    damage(monkeypatch)
+    with pytest.raises(AssertionError):
+        check()
+
+
+def test_zero_weights_are_the_plain_solver_bit_by_bit():
+    times = torch.tensor(TIMES)
+    net, field, x = small_sidenet(), guided_field(2, Guidance(2.0)), noise(2, 2, 4, 4)
+    plain = solve(field, net, x, times)
+    zero = StepWeights(TIMES, [[0.0] * len(row) for row in random_weights().rows])
+    assert torch.equal(solve(field, net, x, times, correct=zero), plain)
+    assert not torch.equal(solve(field, net, x, times, correct=random_weights(size=0.01)), plain)
+
+
+def test_fitted_weights_serve_other_starts():
+    """On a nonlinear flow, weights from some starts lower the error from others."""
+    times = uneven_grid(4)
+    starts = torch.linspace(0.4, 1.3, 64, dtype=torch.float64).reshape(16, 1, 2, 2)
+    _, rows = fit_step_weights(
+        None, exact_field(), starts, times, lambda t: flow_map(starts, 1.0, float(t)), False, None
+    )
+    held_out = state() + 0.013
+    exact = flow_map(held_out, 1.0, 0.0)
+    weights = StepWeights(times.tolist(), rows)
+    plain, fitted = (
+        (solve(exact_field(), None, held_out, times, correct=c) - exact).abs().mean() for c in (None, weights)
+    )
+    assert fitted < 0.3 * plain
+
+
+def test_they_suit_their_own_grid_and_no_other():
+    weights = random_weights()
+    assert weights.suit(TIMES) and weights.suit(torch.tensor(TIMES) * 0.93)
+    assert not weights.suit([1.0, 0.7, 0.45, 0.21, 0.0]) and not weights.suit(TIMES[:-1])
+    card = SideNetCard(time_grids={4: TIMES, 2: [1.0, 0.5, 0.0]}, step_weights={4: weights.rows})
+    assert card.weights_for(torch.tensor(TIMES)).rows == weights.rows
+    assert card.weights_for(torch.tensor([1.0, 0.5, 0.0])) is None
+
+
+def test_files_keep_them(tmp_path):
+    card = SideNetCard(time_grids={4: TIMES}, step_weights={4: random_weights().rows})
+    save_sidenet(tmp_path / "a.safetensors", small_sidenet(), card)
+    assert load_sidenet(tmp_path / "a.safetensors")[1].step_weights == card.step_weights
+    tensors, metadata = read_safetensors(tmp_path / "a.safetensors")
+    del metadata["step_weights"]  # as in files from before there were any
+    write_safetensors(tmp_path / "old.safetensors", tensors, metadata)
+    assert load_sidenet(tmp_path / "old.safetensors")[1].step_weights == {}
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ('{"5": [[0.1]]}', "step weights for 5 calls, but no time grid"),
+        ('{"4": [[0.1], [0.2]]}', "come in rows of"),
+        ('{"4": [["a"]]}', "do not describe a SideNet"),
+        ("[1, 2]", "do not describe a SideNet"),
+    ],
+)
+def test_damaged_weights_in_a_file_are_refused(weights, message, tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_sidenet(path, small_sidenet(), SideNetCard(time_grids={4: TIMES}))
+    tensors, metadata = read_safetensors(path)
+    write_safetensors(path, tensors, {**metadata, "step_weights": weights})
+    with pytest.raises(CheckpointError, match=message):
+        load_sidenet(path)
+
+
+def test_bad_weights_and_methods_are_refused():
+    with pytest.raises(ValueError, match="come in rows of \\[1, 3, 2, 4, 3, 5, 4\\] numbers; got \\[1\\]"):
+        StepWeights(TIMES, [[0.0]])
+    with pytest.raises(ValueError, match="must be finite"):
+        random_weights(size=float("inf"))
+    with pytest.raises(ValueError, match="Only bi_anchor can be corrected"):
+        solve(exact_field(), None, state(), torch.tensor(TIMES), method="single_anchor", correct=random_weights())
