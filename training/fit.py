@@ -14,7 +14,8 @@ import itertools
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -537,6 +538,21 @@ def check_run_folder(folder: Path, settings: Any, resume: bool) -> None:
     write_text(path, json.dumps(asked, indent=1))
 
 
+@contextmanager
+def stopwatch(path: Path) -> Iterator[Callable[[], float]]:
+    """Counts seconds, from those in the file on, and keeps them there when the work is done or interrupted."""
+    earlier = float(path.read_text()) if path.exists() else 0.0
+    start = time.perf_counter()
+
+    def seconds() -> float:
+        return earlier + time.perf_counter() - start
+
+    try:
+        yield seconds
+    finally:
+        write_text(path, f"{seconds():.1f}")
+
+
 def train_from(
     training: Training,
     choice: BackboneChoice,
@@ -578,9 +594,9 @@ def train_from(
         )
     parts = hold_out(recorded, training.held_out)
     job = Job(training, *parts, about, check_device(choice.device), folder, backbone, starts)
-    start = time.perf_counter()
-    sidenet = fit(job)
-    card = card_of(job, sidenet, settings, time.perf_counter() - start)
+    with stopwatch(folder / "seconds.txt") as seconds:
+        sidenet = fit(job)
+    card = card_of(job, sidenet, settings, seconds())
     if MAIN_PROCESS:
         save_sidenet(out, sidenet, card)
         for state in folder.glob("*.pt"):
