@@ -11,6 +11,7 @@ from ba_solver.training.demo import show
 from ba_solver.training.demo.assets import CLASSIFIER_FILE, demo_noise, load_demo
 from ba_solver.training.demo.benchmark import compute_share, told_the_mean
 from ba_solver.training.demo.classifier import accuracy, load_classifier
+from ba_solver.training.demo.kept import kept
 from ba_solver.training.demo.shapes import CLASS_NAMES, draw_shapes
 from ba_solver.training.evaluate import baseline_sampler, converged_reference, endpoint_errors, search_grid, unipc
 from matplotlib.image import imread
@@ -166,3 +167,16 @@ def test_unknown_command_lists_the_commands(capsys):
 
 def test_class_names_match_the_model(demo):
     assert demo.sit.config.num_classes == len(CLASS_NAMES)
+
+
+def test_measurements_are_kept_for_the_same_question_only(tmp_path):
+    asked = []
+
+    def work():
+        asked.append(1)
+        return {"error": 0.1 * len(asked)}
+
+    path = tmp_path / "kept.json"
+    key = {"calls": (5, 7), "grids": {5: [1.0, 0.0]}}
+    assert kept(path, key, work) == kept(path, key, work) == {"error": 0.1}
+    assert kept(path, {**key, "calls": (5,)}, work) == {"error": 0.2} and len(asked) == 2

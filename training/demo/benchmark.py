@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...bas_core.baselines import run_baseline
-from ...bas_core.checkpoint import save_sidenet, write_text
+from ...bas_core.checkpoint import fingerprint, save_sidenet, write_text
 from ...bas_core.grids import time_grid
 from ...bas_core.guidance import Field
 from ...bas_core.quadrature import get_rule
@@ -58,6 +59,7 @@ from .assets import (
     load_demo,
 )
 from .classifier import accuracy, load_classifier
+from .kept import kept
 
 SEARCH_SEED = 2_000_000
 REPORT_SEED = 4_000_000
@@ -123,23 +125,38 @@ def search_grids(settings: BenchmarkSettings, demo: Demo, samplers: list[Sampler
     return replace(demo, grids=grids, card=card)
 
 
+def errors_of_seed(settings: BenchmarkSettings, demo: Demo, samplers: list[Sampler], seed: int) -> dict[str, Any]:
+    """Mean end-point errors from one set of noises, by grid, label and calls; and how far the reference may be off."""
+    noise, labels = (part.to(settings.device) for part in demo_noise(REPORT_SEED + seed, settings.noises))
+    field = demo.field(labels)
+    errors: dict[str, float] = {}
+    with torch.inference_mode():
+        reference = converged_reference(field, noise)
+        off = endpoint_errors(reference, converged_reference(field, noise, 1e-6)).mean().item() if seed == 0 else 0.0
+        for sampler, calls, grid in progress(line_up(samplers, settings.nfe), f"seed {seed}"):
+            shape = demo.grid(sampler.name, calls, grid)
+            row, _ = measure(sampler, field, noise, reference, calls, shape, grid)
+            errors[f"{grid}/{sampler.label}/{calls}"] = row.error
+    return {"reference_error": off, "errors": errors}
+
+
 def error_tables(settings: BenchmarkSettings, demo: Demo, samplers: list[Sampler]) -> dict[str, Any]:
     """Mean end-point error of every sampler by grid and calls, with the spread over seeds."""
-    jobs = line_up(samplers, settings.nfe)
+    key = {
+        "nfe": settings.nfe,
+        "noises": settings.noises,
+        "grids": demo.grids,
+        "step_weights": demo.card.step_weights,
+        "sidenet": fingerprint(demo.sidenet.state_dict()),
+    }
     found: dict[str, list[float]] = {}
     convergence = 0.0
-    with torch.inference_mode():
-        for seed in range(settings.seeds):
-            noise, labels = (part.to(settings.device) for part in demo_noise(REPORT_SEED + seed, settings.noises))
-            field = demo.field(labels)
-            reference = converged_reference(field, noise)
-            if seed == 0:
-                tighter = converged_reference(field, noise, 1e-6)
-                convergence = endpoint_errors(reference, tighter).mean().item()
-            for sampler, calls, grid in progress(jobs, f"seed {seed}"):
-                shape = demo.grid(sampler.name, calls, grid)
-                row, _ = measure(sampler, field, noise, reference, calls, shape, grid)
-                found.setdefault(f"{grid}/{sampler.label}/{calls}", []).append(row.error)
+    for seed in range(settings.seeds):
+        path = settings.out / f"seed{seed}.json"
+        one = kept(path, key, partial(errors_of_seed, settings, demo, samplers, seed))
+        convergence = max(convergence, one["reference_error"])
+        for name, error in one["errors"].items():
+            found.setdefault(name, []).append(error)
     return {
         "reference_error": convergence,
         "errors": {k: {"mean": statistics.fmean(v), "sd": statistics.pstdev(v)} for k, v in found.items()},

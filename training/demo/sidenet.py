@@ -15,6 +15,7 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from ..published import CHAIN_STEPS
 from ..record import record
 from ..score import draw_paths, learned_multistep
 from .assets import DEMO_CFG, SIT_FILE, demo_noise, load_grids
+from .kept import kept
 from .shapes import draw_shapes
 
 CALLS = (5, 7, 10)
@@ -242,7 +244,9 @@ def run_figures(settings: FigureSettings) -> dict[str, Any]:
     with torch.inference_mode():
         report = Measured.draw(backbone, REPORT_SEED, settings.noises)
         search = Measured.draw(backbone, SEARCH_SEED, settings.search_noises)
-        without = rival_errors(chains, report, search)
+        key = [settings.noises, settings.search_noises, settings.chains, settings.seeds[0], load_grids()]
+        found = kept(settings.out / "rivals.json", key, partial(rival_errors, chains, report, search))
+        without = {name: {int(calls): error for calls, error in row.items()} for name, row in found.items()}
         errors = {
             "ours": [sidenet_errors(path, report, search) for path in progress(ours, "ours")],
             "published objective, twice the calls": [
