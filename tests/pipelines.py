@@ -7,13 +7,22 @@ import torch
 # Warnings of optional image processors that nobody here uses.
 import transformers
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     AutoencoderKLWan,
     DDIMScheduler,
     DiffusionPipeline,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -21,11 +30,18 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -35,6 +51,13 @@ from transformers import (
 
 transformers.logging.set_verbosity_error()
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
+# Of a deep-compression autoencoder's encoder and decoder.
+DC_SIZES = {
+    "block_types": ("ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock"),
+    "block_out_channels": (4, 8, 8, 8),
+    "layers_per_block": (1, 1, 1, 1),
+    "qkv_multiscales": ((), (), (), (5,)),
+}
 
 
 def clip_tokenizer(folder):
@@ -48,6 +71,17 @@ def clip_tokenizer(folder):
 def t5_tokenizer(longest):
     words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -2.0), *((c, -3.0) for c in LETTERS)]
     return T5Tokenizer(vocab=words, extra_ids=0, model_max_length=longest)
+
+
+def qwen_tokenizer():
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    words = {word: i for i, word in enumerate([*marks, *sorted(ByteLevel.alphabet())])}
+    return Qwen2Tokenizer(vocab=words, merges=[], additional_special_tokens=marks[1:])
+
+
+def gemma_tokenizer():
+    words = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *LETTERS]
+    return GemmaTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], add_bos_token=True)
 
 
 def clip(kind, width=32):
@@ -69,11 +103,39 @@ def t5(kind=T5EncoderModel, config=T5Config, width=32):
     return kind(config(vocab_size=40, d_model=width, d_ff=37, d_kv=8, num_heads=4, num_layers=2))
 
 
-def autoencoder(channels, **more):
+def qwen(width=32):
+    text = {
+        "vocab_size": 260,
+        "hidden_size": width,
+        "intermediate_size": 37,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]},
+    }
+    eyes = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": width}
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=eyes))
+
+
+def gemma(width=32):
+    return Gemma2Model(
+        Gemma2Config(
+            vocab_size=40,
+            hidden_size=width,
+            intermediate_size=37,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+        )
+    )
+
+
+def autoencoder(channels, blocks=2, **more):
     return AutoencoderKL(
-        block_out_channels=(4, 4),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4,) * blocks,
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
         latent_channels=channels,
         norm_num_groups=2,
         sample_size=32,
@@ -158,6 +220,81 @@ def wan(folder):
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
         transformer=transformer,
+    )
+
+
+def qwen_image(folder):
+    """CFG that keeps the conditional norm of packed tokens, a video autoencoder, grids that end early."""
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=64,
+        out_channels=16,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 6, 6),
+    )
+    return QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, max_image_seq_len=8192, max_shift=0.9, shift_terminal=0.02
+        ),
+        vae=AutoencoderKLQwenImage(
+            base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+        ),
+        text_encoder=qwen(),
+        tokenizer=qwen_tokenizer(),
+        transformer=transformer,
+    )
+
+
+def lumina2(folder):
+    """Time and velocity the other way round, CFG that keeps a line's norm, padded prompts with masks."""
+    transformer = Lumina2Transformer2DModel(
+        sample_size=4,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=32,
+        num_layers=3,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=2,
+        axes_dim_rope=(8, 4, 4),
+        axes_lens=(320, 8, 8),
+        cap_feat_dim=32,
+    )
+    return Lumina2Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=autoencoder(4, 4, shift_factor=0.1, scaling_factor=0.4, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=gemma(),
+        tokenizer=gemma_tokenizer(),
+    )
+
+
+def sana(folder):
+    """A scheduler of diffusion models set to flow, with whole timesteps; sizes that go by a table if one lets them."""
+    transformer = SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=32,
+    )
+    sizes = {f"{half}coder_{name}": value for half in ("en", "de") for name, value in DC_SIZES.items()}
+    return SanaPipeline(
+        tokenizer=gemma_tokenizer(),
+        text_encoder=gemma(),
+        vae=AutoencoderDC(latent_channels=4, attention_head_dim=2, scaling_factor=0.41, **sizes),
+        transformer=transformer,
+        scheduler=DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, solver_order=1
+        ),
     )
 
 

@@ -15,12 +15,21 @@ from ba_solver.training.cli import main
 
 torch.set_num_threads(1)
 PROMPTS = ["a red cat", "two dogs at the sea", "an owl"]
-# name -> what makes it, its sizes, its guidance, its argument for guidance, and a shape of states.
+CFG = {"guidance_scale": 2.5, "negative_prompt": " "}
+# name -> what makes it, its sizes, how its own call is guided (and told to keep those sizes), and a shape of states.
 KINDS = {
-    "flux": (pipelines.flux, {"height": 16, "width": 24}, "guidance_scale", (4, 8, 12)),
-    "sd3": (pipelines.sd3, {"height": 16, "width": 16}, "guidance_scale", (4, 8, 8)),
-    "wan": (pipelines.wan, {"height": 32, "width": 16, "frames": 5}, "guidance_scale", (16, 2, 4, 2)),
-    "sd": (pipelines.stable_diffusion, {"height": 16, "width": 16}, "guidance_scale", (4, 8, 8)),
+    "flux": (pipelines.flux, {"height": 16, "width": 24}, {"guidance_scale": 2.5}, (4, 8, 12)),
+    "sd3": (pipelines.sd3, {"height": 16, "width": 16}, CFG, (4, 8, 8)),
+    "wan": (pipelines.wan, {"height": 32, "width": 16, "frames": 5}, CFG, (16, 2, 4, 2)),
+    "qwen": (
+        pipelines.qwen_image,
+        {"height": 32, "width": 48},
+        {"true_cfg_scale": 2.5, "negative_prompt": " "},
+        (16, 4, 6),
+    ),
+    "lumina2": (pipelines.lumina2, {"height": 32, "width": 48}, CFG, (4, 4, 6)),
+    "sana": (pipelines.sana, {"height": 32, "width": 64}, {**CFG, "use_resolution_binning": False}, (4, 4, 8)),
+    "sd": (pipelines.stable_diffusion, {"height": 16, "width": 16}, CFG, (4, 8, 8)),
 }
 
 
@@ -45,8 +54,8 @@ def choice_for(name, saved, guidance=2.5, **changes):
     return BackboneChoice(backbone=f"diffusers:{folder}", **values)
 
 
-def own_call(pipeline, name, prompt, steps, seed):
-    """The pipeline's own latents after each step, and the flow times that it stepped through."""
+def own_call(pipeline, name, prompt, steps, seed, output="latent"):
+    """The pipeline's own latents after each step, the timesteps that it stepped through, and what comes out."""
     sizes = {("num_frames" if key == "frames" else key): value for key, value in KINDS[name][1].items()}
     states, times = [], []
 
@@ -55,17 +64,16 @@ def own_call(pipeline, name, prompt, steps, seed):
         times.append(float(timestep))
         return {}
 
-    pipeline(
+    made = pipeline(
         prompt=prompt,
-        negative_prompt=None if name == "flux" else " ",
         num_inference_steps=steps,
-        output_type="latent",
+        output_type=output,
         generator=torch.Generator().manual_seed(seed),
         callback_on_step_end=keep,
-        **{KINDS[name][2]: 2.5},
+        **KINDS[name][2],
         **sizes,
     )
-    return states, times
+    return states, times, made[0]
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -80,7 +88,7 @@ def test_velocities_are_the_pipelines_own(name, saved):
     assert (backbone.start == 1) == (name != "sd")
     network = backbone.velocity
     for index, prompt in enumerate(PROMPTS):
-        states, steps = own_call(pipeline, name, prompt, 4, seed=5 + index)
+        states, steps, _ = own_call(pipeline, name, prompt, 4, seed=5 + index)
         times = torch.tensor([network.clock.flow_time(step) for step in steps], dtype=torch.float64)
         unpacked = [network.packing.unpack(state).float() for state in states]
         if name == "sd":
@@ -106,7 +114,7 @@ def test_v_prediction_unets_are_mapped_too(tmp_path):
         backbone=f"diffusers:{tmp_path / 'pipeline'}", prompts=tmp_path / "prompts.txt", height=16, width=16
     )
     backbone = open_backbone(choice)
-    states, steps = own_call(pipeline, "sd", "a cat", 4, seed=1)
+    states, steps, _ = own_call(pipeline, "sd", "a cat", 4, seed=1)
     times = torch.tensor([backbone.velocity.clock.flow_time(step) for step in steps], dtype=torch.float64)
     x = [s * torch.hypot(1 - t, t).float() for s, t in zip(states, times[1:], strict=False)]
     with torch.no_grad():
@@ -114,8 +122,10 @@ def test_v_prediction_unets_are_mapped_too(tmp_path):
     assert (ours - x[1]).norm() < 1e-3 * (x[1] - x[0]).norm()
 
 
-def test_batches_of_different_prompts_are_their_items(saved):
-    backbone = open_backbone(choice_for("sd3", saved))
+@pytest.mark.parametrize("name", ["sd3", "qwen", "lumina2", "sana"])
+def test_batches_of_different_prompts_are_their_items(name, saved):
+    """Also where prompts differ in length, or are padded to one length with a mask."""
+    backbone = open_backbone(choice_for(name, saved))
     x = torch.randn(3, *backbone.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         together = backbone.field(torch.arange(3), 2.5).velocity(x, 0.6)
@@ -127,9 +137,20 @@ def test_batches_of_different_prompts_are_their_items(saved):
 def test_time_shift_is_the_schedulers(saved):
     assert open_backbone(choice_for("sd3", saved)).shift == 3.0
     assert open_backbone(choice_for("wan", saved)).shift == 5.0
-    # FLUX: exp(mu), where mu grows with the number of tokens; 24 of them here.
+    assert open_backbone(choice_for("lumina2", saved)).shift == 6.0
+    assert open_backbone(choice_for("sana", saved)).shift == 3.0
+    # FLUX and Qwen-Image: exp(mu), where mu grows with the number of tokens; 24 and 6 of them here.
     mu = 0.5 + (24 - 256) * (1.15 - 0.5) / (4096 - 256)
     assert open_backbone(choice_for("flux", saved)).shift == pytest.approx(torch.tensor(mu).exp().item(), rel=1e-4)
+    mu = 0.5 + (6 - 256) * (0.9 - 0.5) / (8192 - 256)
+    assert open_backbone(choice_for("qwen", saved)).shift == pytest.approx(torch.tensor(mu).exp().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_guidance_that_keeps_the_norm_is_told_from_cfg(dtype, saved):
+    """Also in half precision, where branches that are much alike leave little between the two."""
+    kept = {name: open_backbone(choice_for(name, saved, dtype=dtype)).combine for name in KINDS}
+    assert {name for name, rule in kept.items() if rule is not None} == {"qwen", "lumina2"}
 
 
 def test_autoencoders_round_their_scale(saved):
@@ -143,6 +164,22 @@ def test_autoencoders_round_their_scale(saved):
         torch.testing.assert_close(backbone.decode(x), expected, rtol=1e-4, atol=1e-4)
         encoded = backbone.encode(torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)))
     assert encoded.shape == x.shape
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_images_are_the_pipelines_own(name, saved):
+    """Of the same latents; an image comes back as a state of the same size (one frame of it, for videos)."""
+    pipeline = saved(name)[0]
+    backbone = open_backbone(choice_for(name, saved))
+    latents = own_call(pipeline, name, PROMPTS[0], 2, seed=3)[0][-1]
+    with torch.no_grad():
+        image = backbone.decode(backbone.velocity.packing.unpack(latents))
+        encoded = backbone.encode(image)
+    theirs = own_call(pipeline, name, PROMPTS[0], 2, seed=3, output="pt")[2]
+    frames = theirs[:, theirs.shape[1] // 2] if theirs.ndim == 5 else theirs
+    torch.testing.assert_close(image, frames, rtol=1e-4, atol=1e-4)
+    assert encoded.shape[1:2] + encoded.shape[-2:] == backbone.shape[:1] + backbone.shape[-2:]
+    assert encoded.ndim == len(backbone.shape) + 1
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -162,7 +199,7 @@ def test_from_a_folder_to_a_report(name, saved, tmp_path):
     assert card.backbone["kind"] == "diffusers" and sidenet.config.in_channels == KINDS[name][3][0]
     assert min(card.evaluation["residual_variance"]["kind"].values()) < 0.9
     rows = {(row["label"], row["grid"]): row["error"] for row in card.evaluation["endpoint_error"] if row["calls"] == 4}
-    assert ("BA-solver", "learned") in rows and ("learned multistep", "uniform") in rows
+    assert ("BA-solver", "best") in rows and ("learned multistep", "uniform") in rows
     chains, about = open_chains([out.with_suffix(".chains")])
     assert tuple(about["shape"]) == KINDS[name][3] and about["start"] == pytest.approx(chains.times[0, 0].item())
 
@@ -185,6 +222,12 @@ def test_bad_input_is_refused_in_words(changes, message, saved, tmp_path):
         changes = {"prompts": tmp_path / changes["prompts"]}
     with pytest.raises(ValueError, match=message):
         open_backbone(dataclasses.replace(choice_for("sd3", saved), **changes))
+
+
+def test_the_words_that_a_pipeline_puts_before_a_prompt_count(saved, tmp_path):
+    (tmp_path / "long").write_text("cat " * 40)
+    with pytest.raises(ValueError, match=r"Prompt 1 has 16\d tokens; the text encoder takes \d\d, the rest"):
+        open_backbone(choice_for("lumina2", saved, prompts=tmp_path / "long"))
 
 
 def test_sizes_that_flux_would_round_are_refused(saved):
