@@ -207,8 +207,11 @@ SEARCH_COSINES = (-0.2, 0.15, 0.5)
 SEARCH_REFINEMENTS = 3
 
 
-def search_grid(sampler: Sampler, field: Field, noise: Tensor, reference: Tensor, calls: int) -> GridShape:
-    """The (shift, cosine) of least end-point error: a coarse lattice, then a pattern search of halving step."""
+def search_grid(
+    sampler: Sampler, field: Field, noise: Tensor, reference: Tensor, calls: int, start: GridShape | None = None
+) -> GridShape:
+    """The (shift, cosine) of least end-point error: a pattern search of halving step from `start`, or else from the
+    best of a coarse lattice."""
     known: dict[GridShape, float] = {}
 
     def error(shape: GridShape) -> float:
@@ -216,7 +219,7 @@ def search_grid(sampler: Sampler, field: Field, noise: Tensor, reference: Tensor
             known[shape] = endpoint_errors(sampler.sample(field, noise, calls, shape), reference).mean().item()
         return known[shape]
 
-    best = min(itertools.product(SEARCH_SHIFTS, SEARCH_COSINES), key=error)
+    best = start or min(itertools.product(SEARCH_SHIFTS, SEARCH_COSINES), key=error)
     ratio, step = 1.17, 0.17
     for _ in range(SEARCH_REFINEMENTS):
         shift, cosine = best

@@ -90,7 +90,8 @@ class Training:
         patch_size: it works on a grid this much coarser.
         kernel_size: of its first and last convolution.
         grid_nfe: learn time grids for these numbers of calls, such as 5,7,10 (needs --backbone).
-        grid_runs: recorded runs that they are learned on; each number of calls takes about 110 times so many samplings.
+        grid_runs: recorded runs that they are learned on; each number of calls takes 30 to 60 times so many samplings.
+            A few runs find the grid that suits those few.
         closed_loop: steps of the closed-loop stage (needs --backbone).
         end_point: steps with gradients through the backbone (needs --backbone, and its memory).
         loop_batch: runs a step in these two stages.

@@ -17,12 +17,12 @@ from ..bas_core.sidenet import SideNet
 from ..bas_core.solver import Proposal, solve
 from ..bas_core.step_weights import add_terms, terms
 from .closed_loop import Rollout
-from .evaluate import Sampler, endpoint_errors, sidenet_sampler
+from .evaluate import GridShape, Sampler, endpoint_errors, sidenet_sampler
 from .evaluate import search_grid as search_family
 from .multistep import least_squares
 from .progress import progress
 
-ROUNDS = 5
+ROUNDS = 2
 FIRST_MOVE = 0.25
 # There are about as many weights in a row as steps, and thousands of numbers in a state: few runs say all.
 WEIGHT_RUNS = 32
@@ -104,7 +104,8 @@ def weighted_sampler(sidenet: SideNet, truth: Truth, start: float = 1.0, rule: R
 
 
 def learn_grids(sidenet: SideNet, rollout: Rollout, calls: Sequence[int], count: int) -> dict[int, list[float]]:
-    """For each number of calls the best grid found: first of the family (shift, cosine), then time by time.
+    """For each number of calls the best grid found: first of the family (shift, cosine), then time by time. Shapes of
+    neighbouring numbers are alike, so that each search begins where the one before ended.
 
     The measure is the end point from the noises of `count` recorded runs, so the last, forward-only interval counts
     for what it is. Every grid is tried with step weights fitted on it.
@@ -118,9 +119,10 @@ def learn_grids(sidenet: SideNet, rollout: Rollout, calls: Sequence[int], count:
     truth = rollout.truth(rows, torch.tensor(0.0))
     sampler = weighted_sampler(sidenet, partial(rollout.truth, rows), start, rollout.rule)
     found: dict[int, list[float]] = {}
+    shape: GridShape | None = None
     with torch.inference_mode():
-        for n in progress(calls, "time grids"):
-            shape = search_family(sampler, field, noise, truth, n)
+        for n in progress(sorted(calls), "time grids"):
+            shape = search_family(sampler, field, noise, truth, n, shape)
 
             def error(grid: Tensor, calls: int = n) -> float:
                 if calls_of(grid, sampler.skip_first) != calls:
