@@ -39,7 +39,7 @@ from .multistep import LearnedMultistep
 from .progress import progress, say
 from .report import SHOWN, plot_errors, plot_images, summary, table, write_csv
 from .settings import UsageError, check_positive, parse_calls, plain, prepare_folder
-from .time_grids import fit_step_weights, weighted_sampler
+from .time_grids import fit_step_weights, search_times, weighted_sampler
 
 REFERENCE = "adams_bashforth4"
 FIT_RUNS = 32
@@ -187,22 +187,25 @@ def search_shapes(jobs: Sequence[tuple[Sampler, int]], search: Paths) -> Shapes:
     }
 
 
-def with_searched(
-    card: SideNetCard, sidenet: SideNet, searching: Sampler, shapes: Shapes, search: Paths, rule: Rule
+def with_grids(
+    card: SideNetCard, sidenet: SideNet, calls: Sequence[int], search: Paths, start: float, rule: Rule
 ) -> SideNetCard:
-    """The card with the grids that were searched for it, and step weights fitted on them from the same noises."""
-    grids = {n: searching.times(n, shape) for (name, n), shape in shapes.items() if name == searching.name}
+    """The card with grids for more numbers of calls, and step weights on them, both found on the search noises."""
+    searching = weighted_sampler(sidenet, search.truth, start, rule)
+    grids = search_times(searching, search.field, search.noise, search.ends, calls)
     weights = {
         n: fit_step_weights(
-            sidenet, search.field, search.noise, times * searching.start, search.truth, searching.skip_first, rule
+            sidenet,
+            search.field,
+            search.noise,
+            torch.tensor(grid) * start,
+            search.truth,
+            searching.skip_first,
+            rule,
         )[1]
-        for n, times in grids.items()
+        for n, grid in grids.items()
     }
-    return dataclasses.replace(
-        card,
-        time_grids=card.time_grids | {n: times.tolist() for n, times in grids.items()},
-        step_weights=card.step_weights | weights,
-    )
+    return dataclasses.replace(card, time_grids=card.time_grids | grids, step_weights=card.step_weights | weights)
 
 
 def jobs_for(
@@ -313,11 +316,9 @@ def evaluate(
         multistep = learned_multistep(more["chains"], backbone, search, scale, card.velocity)
         others, shapes = competitors(backbone, multistep), {}
         if search:
-            searching = weighted_sampler(sidenet, search.truth, backbone.start, get_rule(rule))
+            shapes = search_shapes([(sampler, n) for n in calls for sampler in others], search)
             unknown = [n for n in calls if n not in card.time_grids]
-            asked = [*((sampler, n) for n in calls for sampler in others), *((searching, n) for n in unknown)]
-            shapes = search_shapes(asked, search)
-            card = with_searched(card, sidenet, searching, shapes, search, get_rule(rule))
+            card = with_grids(card, sidenet, unknown, search, backbone.start, get_rule(rule))
         ours = sidenet_sampler(sidenet, start=backbone.start, card=card, rule=rule)
         rows, states = measure_all(jobs_for(others, ours, calls, card, shapes), paths)
         images = {key: to_images(backbone, x) for key, x in states.items()}

@@ -103,33 +103,47 @@ def weighted_sampler(sidenet: SideNet, truth: Truth, start: float = 1.0, rule: R
     return dataclasses.replace(plain, run=run)
 
 
-def learn_grids(sidenet: SideNet, rollout: Rollout, calls: Sequence[int], count: int) -> dict[int, list[float]]:
+def search_times(
+    sampler: Sampler, field: Field, noise: Tensor, ends: Tensor, calls: Sequence[int]
+) -> dict[int, list[float]]:
     """For each number of calls the best grid found: first of the family (shift, cosine), then time by time. Shapes of
     neighbouring numbers are alike, so that each search begins where the one before ended.
 
-    The measure is the end point from the noises of `count` recorded runs, so the last, forward-only interval counts
-    for what it is. Every grid is tried with step weights fitted on it.
+    Args:
+        sampler: BA-solver, best from `weighted_sampler`.
+        field, noise: to sample from.
+        ends: [B, C, *spatial] where the paths from there end.
+        calls: numbers of calls.
 
     Returns:
-        Descending grids from 1 to 0, by number of calls. What it cost is added to `rollout.spent`.
+        Descending grids from 1 to 0, by number of calls.
     """
-    rows = rollout.alike(count)
-    field, noise = rollout.field_of(rows), rollout.noise(rows)
-    start = rollout.backbone.start
-    truth = rollout.truth(rows, torch.tensor(0.0))
-    sampler = weighted_sampler(sidenet, partial(rollout.truth, rows), start, rollout.rule)
     found: dict[int, list[float]] = {}
     shape: GridShape | None = None
     with torch.inference_mode():
         for n in progress(sorted(calls), "time grids"):
-            shape = search_family(sampler, field, noise, truth, n, shape)
+            shape = search_family(sampler, field, noise, ends, n, shape)
 
             def error(grid: Tensor, calls: int = n) -> float:
                 if calls_of(grid, sampler.skip_first) != calls:
                     return math.inf  # a first time has moved to where its call is, or is no longer, to be made
-                return endpoint_errors(sampler.run(field, noise, grid * start), truth).mean().item()
+                return endpoint_errors(sampler.run(field, noise, grid * sampler.start), ends).mean().item()
 
             found[n] = coordinate_search(error, sampler.times(n, shape)).tolist()
+    return found
+
+
+def learn_grids(sidenet: SideNet, rollout: Rollout, calls: Sequence[int], count: int) -> dict[int, list[float]]:
+    """The best grid found for each number of calls, by the end points from the noises of `count` recorded runs.
+
+    So the last, forward-only interval counts for what it is. Every grid is tried with step weights fitted on it. What
+    it cost is added to `rollout.spent`.
+    """
+    rows = rollout.alike(count)
+    field, noise = rollout.field_of(rows), rollout.noise(rows)
+    truth = partial(rollout.truth, rows)
+    sampler = weighted_sampler(sidenet, truth, rollout.backbone.start, rollout.rule)
+    found = search_times(sampler, field, noise, truth(torch.tensor(0.0)), calls)
     rollout.spent["time grids"] += field.calls * len(rows)
     return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from ...bas_core.checkpoint import CheckpointError, SideNetCard, load_sidenet, l
 from ...bas_core.guidance import Field, Guidance, model_field
 from ...bas_core.sidenet import SideNet
 from ...bas_core.sit import SiT
-from ..evaluate import UNIFORM, GridShape
+from ..evaluate import UNIFORM, GridShape, Sampler
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
 SIT_FILE = WEIGHTS / "demo_sit.safetensors"
@@ -45,12 +45,18 @@ class Demo:
         """The guided velocity field for class labels [B]."""
         return guided_field(self.sit, labels, cfg)
 
-    def grid(self, sampler: str, calls: int, kind: str = "best") -> GridShape:
-        """A solver's "best" grid for a number of calls (that of the nearest number searched), or the "uniform" one."""
+    def on_grid(self, sampler: Sampler, calls: int, kind: str) -> tuple[Sampler, GridShape]:
+        """A solver and its "uniform" or "best" grid for a number of calls.
+
+        The best is the one in the SideNet's file for BA-solver, and the best known shape (that of the nearest number
+        searched) for the others and for other numbers.
+        """
         if kind == "uniform":
-            return UNIFORM
-        known = self.grids.get(sampler)
-        return known[min(known, key=lambda n: abs(n - calls))] if known else UNIFORM
+            return sampler, UNIFORM
+        if sampler.name == "ba_solver" and calls in self.card.time_grids:
+            return replace(sampler, grids=self.card.time_grids), UNIFORM
+        known = self.grids.get(sampler.name)
+        return sampler, known[min(known, key=lambda n: abs(n - calls))] if known else UNIFORM
 
 
 def guided_field(sit: SiT, labels: Tensor, cfg: float = DEMO_CFG) -> Field:

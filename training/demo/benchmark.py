@@ -44,8 +44,7 @@ from ..evaluate import (
     with_first_call_saved,
 )
 from ..progress import progress
-from ..score import reference_paths, search_shapes, with_searched
-from ..time_grids import weighted_sampler
+from ..score import reference_paths, search_shapes, with_grids
 from .assets import (
     CLASSIFIER_FILE,
     DEMO_CFG,
@@ -105,21 +104,19 @@ def told_the_mean(sidenet: SideNet) -> list[Sampler]:
 def search_grids(settings: BenchmarkSettings, demo: Demo, samplers: list[Sampler]) -> Demo:
     """The demo with the asked solvers' best grids on the search noises, ours with step weights; files are written."""
     backbone = open_backbone(BackboneChoice(backbone=f"sit:{SIT_FILE}", device=settings.device))
+    asked = {sampler.name: sampler for sampler in samplers if {"all", sampler.name} & set(settings.search)}
+    ours = asked.pop("ba_solver", None)
     grids: Grids = dict(demo.grids)
+    card = demo.card
     with torch.inference_mode():
         noise, labels = (part.to(settings.device) for part in demo_noise(SEARCH_SEED, settings.search_noises))
         paths = reference_paths(demo.field(labels), noise, backbone, REFERENCE_POINTS)
-        searching = weighted_sampler(demo.sidenet, paths.truth)
-        asked = [
-            searching if sampler.name == searching.name else sampler
-            for sampler in samplers
-            if {"all", sampler.name} & set(settings.search)
-        ]
-        shapes = search_shapes([(sampler, calls) for sampler in asked for calls in settings.nfe], paths)
-        for (name, calls), shape in shapes.items():
-            grids[name] = {**grids.get(name, {}), calls: shape}
-        card = replace(demo.card, time_grids={}, step_weights={}) if searching in asked else demo.card
-        card = with_searched(card, demo.sidenet, searching, shapes, paths, get_rule("lobatto4"))
+        shapes = search_shapes([(sampler, calls) for sampler in asked.values() for calls in settings.nfe], paths)
+        if ours is not None:
+            empty = replace(card, time_grids={}, step_weights={})
+            card = with_grids(empty, demo.sidenet, settings.nfe, paths, ours.start, get_rule("lobatto4"))
+    for (name, calls), shape in shapes.items():
+        grids[name] = {**grids.get(name, {}), calls: shape}
     write_text(GRIDS_FILE, json.dumps({"cfg": DEMO_CFG, "grids": grids}, indent=1))
     save_sidenet(SIDENET_FILE, demo.sidenet, card)
     return replace(demo, grids=grids, card=card)
@@ -134,8 +131,8 @@ def errors_of_seed(settings: BenchmarkSettings, demo: Demo, samplers: list[Sampl
         reference = converged_reference(field, noise)
         off = endpoint_errors(reference, converged_reference(field, noise, 1e-6)).mean().item() if seed == 0 else 0.0
         for sampler, calls, grid in progress(line_up(samplers, settings.nfe), f"seed {seed}"):
-            shape = demo.grid(sampler.name, calls, grid)
-            row, _ = measure(sampler, field, noise, reference, calls, shape, grid)
+            on_grid, shape = demo.on_grid(sampler, calls, grid)
+            row, _ = measure(on_grid, field, noise, reference, calls, shape, grid)
             errors[f"{grid}/{sampler.label}/{calls}"] = row.error
     return {"reference_error": off, "errors": errors}
 
@@ -146,7 +143,7 @@ def error_tables(settings: BenchmarkSettings, demo: Demo, samplers: list[Sampler
         "nfe": settings.nfe,
         "noises": settings.noises,
         "grids": demo.grids,
-        "step_weights": demo.card.step_weights,
+        "ours": [demo.card.time_grids, demo.card.step_weights],
         "sidenet": fingerprint(demo.sidenet.state_dict()),
     }
     found: dict[str, list[float]] = {}
@@ -291,7 +288,8 @@ def sample_accuracy(demo: Demo, device: torch.device, count: int = 500) -> dict[
             parts["converged"].append(converged_reference(field, x, 1e-4))
             parts["euler_7"].append(run_baseline("euler", field, x, time_grid(7)))
             for calls in (5, 7):
-                parts[f"ba_solver_{calls}"].append(ours.sample(field, x, calls, demo.grid("ba_solver", calls)))
+                on_grid, shape = demo.on_grid(ours, calls, "best")
+                parts[f"ba_solver_{calls}"].append(on_grid.sample(field, x, calls, shape))
     return {name: accuracy(classifier, torch.cat(images), labels) for name, images in parts.items()}
 
 

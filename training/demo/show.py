@@ -78,7 +78,8 @@ def run_demo(settings: DemoSettings) -> list[Measurement]:
         reference = converged_reference(field, noise)
         for sampler, n, grid in bar:
             bar.set_description(f"{sampler.label}, {n} calls")
-            row, samples = measure(sampler, field, noise, reference, n, demo.grid(sampler.name, n, grid), grid)
+            on_grid, shape = demo.on_grid(sampler, n, grid)
+            row, samples = measure(on_grid, field, noise, reference, n, shape, grid)
             rows.append(row)
             images[sampler.name, n, grid] = shown(samples)
 
