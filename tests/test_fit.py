@@ -254,6 +254,7 @@ def test_the_card_says_how_it_was_made(folder, trained):
     training = card.training
     assert training["backbone_calls"] == {"chains": 96 * 40} and training["recorded_runs"] == 96
     assert training["held_out_runs"] == 12 and training["settings"]["learning_rate"] == 0.01
+    assert training["settings"]["chains"] == ["guided"] and "/" not in json.dumps(training["settings"])
     assert training["recorded"]["teacher_error"] > 0
     journal = out.with_suffix(".run")
     assert list((journal / "tensorboard").iterdir()) and (journal / "all_pairs_loss.png").stat().st_size > 5000

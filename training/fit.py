@@ -37,7 +37,7 @@ from .pairs import KINDS, Examples, QueryRange, draw_examples
 from .progress import MAIN_PROCESS, say
 from .published import CHAIN_STEPS, load_latents, published_loss
 from .record import STARTS
-from .settings import UsageError, check_device, check_positive, parse_calls, plain, prepare_folder
+from .settings import UsageError, check_device, check_positive, parse_calls, plain, prepare_folder, shareable
 from .time_grids import fit_weights, learn_grids
 
 OBJECTIVES = ("all_pairs", "published")
@@ -511,7 +511,7 @@ def card_of(job: Job, sidenet: SideNet, settings: Any, seconds: float) -> SideNe
             "held_out_runs": len(job.held_out) // job.chains.branches,
             "recorded": job.about,
             "backbone_calls": spent,
-            "settings": plain(settings),
+            "settings": shareable(settings),
             "seconds": round(seconds),
             "torch": torch.__version__,
         },

@@ -95,6 +95,16 @@ def plain(settings: Any) -> dict[str, Any]:
     return values
 
 
+def shareable(settings: Any) -> dict[str, Any]:
+    """The same with files and folders by their last name alone: people pass SideNets on, and paths say who they are."""
+    named = json.dumps(dataclasses.asdict(settings), default=lambda value: getattr(value, "name", str(value)))
+    values: dict[str, Any] = json.loads(named)
+    if "backbone" in values:
+        kind, colon, where = values["backbone"].partition(":")
+        values["backbone"] = kind + colon + Path(where).name
+    return values
+
+
 # --- values that several commands check -----------------------------------------------------------------------------
 
 
