@@ -541,8 +541,9 @@ def check_run_folder(folder: Path, settings: Any, resume: bool) -> None:
 
 @contextmanager
 def stopwatch(path: Path) -> Iterator[Callable[[], float]]:
-    """Counts seconds, from those in the file on, and keeps them there when the work is done or interrupted."""
-    earlier = float(path.read_text()) if path.exists() else 0.0
+    """Counts seconds, and keeps them in the file when the work is done or interrupted; where the unfinished run beside
+    it is gone on with, from those in the file on."""
+    earlier = float(path.read_text()) if path.exists() and any(path.parent.glob("*.pt")) else 0.0
     start = time.perf_counter()
 
     def seconds() -> float:
@@ -551,7 +552,8 @@ def stopwatch(path: Path) -> Iterator[Callable[[], float]]:
     try:
         yield seconds
     finally:
-        write_text(path, f"{seconds():.1f}")
+        if MAIN_PROCESS:
+            write_text(path, f"{seconds():.1f}")
 
 
 def train_from(

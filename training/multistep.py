@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..bas_core.guidance import Field
+from ..bas_core.step_weights import add_terms
 
 Coefficients = list[Tensor]
 # Of the Gram matrix's mean diagonal: velocities of neighbouring times are nearly alike.
@@ -35,7 +36,7 @@ def fit_coefficients(field: Field, noise: Tensor, times: Tensor, truth: Callable
     for t0, t1 in pairwise(times):
         velocities.append(field.velocity(x, t0))
         found.append(least_squares(velocities, truth(t1) - x))
-        x = combine(x, velocities, found[-1])
+        x = add_terms(x, velocities, found[-1].tolist())
     return found
 
 
@@ -46,13 +47,6 @@ def least_squares(columns: Sequence[Tensor], wanted: Tensor) -> Tensor:
     gram += RIDGE * gram.diagonal().mean() * torch.eye(len(columns), dtype=gram.dtype, device=gram.device)
     # The pseudo-inverse: where all columns are zero, so are the coefficients.
     return torch.linalg.pinv(gram, hermitian=True) @ (matrix.T @ wanted.flatten().double())
-
-
-def combine(x: Tensor, velocities: list[Tensor], coefficients: Tensor) -> Tensor:
-    """One step."""
-    for c, v in zip(coefficients.tolist(), velocities, strict=True):
-        x = torch.add(x, v, alpha=c)
-    return x
 
 
 class LearnedMultistep:
@@ -74,5 +68,5 @@ class LearnedMultistep:
         velocities: list[Tensor] = []
         for t0, coefficients in zip(times[:-1], self.known[key], strict=True):
             velocities.append(field.velocity(x, t0))
-            x = combine(x, velocities, coefficients)
+            x = add_terms(x, velocities, coefficients.tolist())
         return x

@@ -39,7 +39,7 @@ from .multistep import LearnedMultistep
 from .progress import progress, say
 from .report import SHOWN, plot_errors, plot_images, summary, table, write_csv
 from .settings import UsageError, check_positive, parse_calls, plain, prepare_folder
-from .time_grids import fit_step_weights, search_times, weighted_sampler
+from .time_grids import search_times, weighted_sampler, weights_on
 
 REFERENCE = "adams_bashforth4"
 FIT_RUNS = 32
@@ -193,18 +193,7 @@ def with_grids(
     """The card with grids for more numbers of calls, and step weights on them, both found on the search noises."""
     searching = weighted_sampler(sidenet, search.truth, start, rule)
     grids = search_times(searching, search.field, search.noise, search.ends, calls)
-    weights = {
-        n: fit_step_weights(
-            sidenet,
-            search.field,
-            search.noise,
-            torch.tensor(grid) * start,
-            search.truth,
-            searching.skip_first,
-            rule,
-        )[1]
-        for n, grid in grids.items()
-    }
+    weights = weights_on(grids, sidenet, search.field, search.noise, search.truth, start, rule)
     return dataclasses.replace(card, time_grids=card.time_grids | grids, step_weights=card.step_weights | weights)
 
 
@@ -216,7 +205,7 @@ def jobs_for(
     for sampler, n, grid in line_up([*others, ours], calls):
         if grid == "uniform":
             jobs.append((sampler, n, grid, UNIFORM))
-        elif (sampler.name, n) in shapes and sampler is not ours:
+        elif (sampler.name, n) in shapes:
             jobs.append((sampler, n, grid, shapes[sampler.name, n]))
         elif sampler is ours and n in card.time_grids:
             jobs.append((dataclasses.replace(ours, grids=card.time_grids), n, grid, UNIFORM))

@@ -148,23 +148,31 @@ def learn_grids(sidenet: SideNet, rollout: Rollout, calls: Sequence[int], count:
     return found
 
 
+def weights_on(
+    grids: Mapping[int, Sequence[float]],
+    sidenet: SideNet,
+    field: Field,
+    noise: Tensor,
+    truth: Truth,
+    start: float,
+    rule: Rule,
+) -> dict[int, list[list[float]]]:
+    """Step weights for each grid, fitted on one run over it: rows of `StepWeights` by number of calls."""
+    skips = sidenet_sampler(sidenet, start=start).skip_first
+    with torch.inference_mode():
+        return {
+            calls: fit_step_weights(sidenet, field, noise, torch.tensor(grid) * start, truth, skips, rule)[1]
+            for calls, grid in progress(list(grids.items()), "step weights")
+        }
+
+
 def fit_weights(
     sidenet: SideNet, rollout: Rollout, grids: Mapping[int, Sequence[float]]
 ) -> dict[int, list[list[float]]]:
-    """Step weights for each grid, on `WEIGHT_RUNS` recorded runs; what it cost is added to `rollout.spent`.
-
-    Returns:
-        Rows of `StepWeights` by number of calls.
-    """
+    """Step weights for each grid, on `WEIGHT_RUNS` recorded runs; what it cost is added to `rollout.spent`."""
     rows = rollout.alike(WEIGHT_RUNS)
     field, noise = rollout.field_of(rows), rollout.noise(rows)
-    start = rollout.backbone.start
-    skips = sidenet_sampler(sidenet, start=start).skip_first
-    found: dict[int, list[list[float]]] = {}
-    with torch.inference_mode():
-        for calls, grid in progress(list(grids.items()), "step weights"):
-            times = torch.tensor(grid) * start
-            truth = partial(rollout.truth, rows)
-            found[calls] = fit_step_weights(sidenet, field, noise, times, truth, skips, rollout.rule)[1]
+    truth = partial(rollout.truth, rows)
+    found = weights_on(grids, sidenet, field, noise, truth, rollout.backbone.start, rollout.rule)
     rollout.spent["step weights"] += field.calls * len(rows)
     return found
