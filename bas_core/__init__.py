@@ -23,6 +23,7 @@ from .editing import (
 from .flow import interpolate, velocity_to_noise, velocity_to_x0
 from .grids import resample_grid, time_grid, time_shift
 from .guidance import Field, Guidance, NonFiniteError, model_field
+from .half_calls import HalfCalls
 from .quadrature import RULES, Rule, get_rule, symmetric_four_point
 from .sidenet import SideNet, SideNetConfig
 from .sit import SiT, SiTConfig
@@ -39,6 +40,7 @@ __all__ = [
     "DivergedError",
     "Field",
     "Guidance",
+    "HalfCalls",
     "NonFiniteError",
     "Proposal",
     "Rule",

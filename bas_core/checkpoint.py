@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .guidance import Mode
+from .half_calls import HalfCalls
 from .sidenet import SideNet, SideNetConfig
 from .sit import SiT, SiTConfig, sit_config_from_state_dict
 from .step_weights import StepWeights
@@ -252,6 +253,7 @@ class SideNetCard:
         backbone: name, kind and fingerprint of the model it belongs to.
         time_grids: the best grid found for a number of backbone calls, descending from 1 to 0.
         step_weights: rows of `StepWeights` that were fitted on these grids.
+        half_calls: rows of `HalfCalls` that were fitted on these grids.
         training: objective, chains, calls, steps, seconds, seed, versions.
         evaluation: the error table.
         licence: of the weights.
@@ -262,6 +264,7 @@ class SideNetCard:
     backbone: dict[str, str] = field(default_factory=dict)
     time_grids: dict[int, list[float]] = field(default_factory=dict)
     step_weights: dict[int, list[list[float]]] = field(default_factory=dict)
+    half_calls: dict[int, list[list[float]]] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
     licence: str = ""
@@ -270,6 +273,11 @@ class SideNetCard:
         """The step weights that were fitted on the grid of a run; None where there are none."""
         known = (StepWeights(self.time_grids[calls], rows) for calls, rows in self.step_weights.items())
         return next((weights for weights in known if weights.suit(times)), None)
+
+    def half_calls_for(self, times: Sequence[float] | Tensor) -> HalfCalls | None:
+        """The half calls that were fitted on the grid of a run; None where there are none."""
+        known = (HalfCalls(self.time_grids[calls], rows) for calls, rows in self.half_calls.items())
+        return next((halves for halves in known if halves.suit(times)), None)
 
 
 def save_sidenet(path: Path | str, sidenet: SideNet, card: SideNetCard | None = None) -> None:
@@ -325,17 +333,21 @@ def _read_card(metadata: Mapping[str, str], path: Path | str) -> SideNetCard:
         raise CheckpointError(f"{path}: velocity must be 'branch' or 'guided'; got {velocity!r}.")
     low, high = values.pop("guidance_range")
     grids = {int(calls): [float(t) for t in grid] for calls, grid in values.pop("time_grids").items()}
-    known = parse_json(metadata, "step_weights", path) if "step_weights" in metadata else {}  # older files have none
-    weights = {int(n): [[float(w) for w in row] for row in rows] for n, rows in known.items()}
-    for calls, rows in weights.items():
-        if calls not in grids:
-            raise CheckpointError(f"{path}: there are step weights for {calls} calls, but no time grid.")
-        StepWeights(grids[calls], rows)
+    fitted: dict[str, dict[int, list[list[float]]]] = {}
+    for name, kind in (("step_weights", StepWeights), ("half_calls", HalfCalls)):
+        known = parse_json(metadata, name, path) if name in metadata else {}  # older files have none
+        fitted[name] = {int(n): [[float(w) for w in row] for row in rows] for n, rows in known.items()}
+        for calls, rows in fitted[name].items():
+            if calls not in grids:
+                raise CheckpointError(
+                    f"{path}: there are {name.replace('_', ' ')} for {calls} calls, but no time grid."
+                )
+            kind(grids[calls], rows)
     return SideNetCard(
         velocity=velocity,
         guidance_range=(float(low), float(high)),
         time_grids=grids,
-        step_weights=weights,
+        **fitted,
         licence=metadata.get("licence", ""),
         **values,
     )

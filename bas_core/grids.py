@@ -84,6 +84,17 @@ def starts_short(times: Sequence[float] | Tensor) -> bool:
     return first == 1 and 0 < first - second <= SHORT_START * (first - last) / (len(times) - 1)
 
 
+# How far the times of a run may be from a known grid's: sigmas are rounded on their way through other programs.
+SAME_TIME = 1e-3
+
+
+def same_grid(times: Sequence[float] | Tensor, known: Sequence[float]) -> bool:
+    """Whether a run's times are those of a known grid from 1; models that start below 1 shrink it."""
+    return len(times) == len(known) and all(
+        abs(float(a) - float(times[0]) * float(b)) <= SAME_TIME for a, b in zip(times, known, strict=True)
+    )
+
+
 def calls_of(times: Sequence[float] | Tensor, skip_first: bool) -> int:
     """How many backbone calls a run over a grid makes: one an interval, less the first where it may be saved and is."""
     return len(times) - 1 - (skip_first and starts_short(times))

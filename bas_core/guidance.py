@@ -73,6 +73,11 @@ class Field:
         guidance: what the *solver* combines the branches with. A field that guides by itself ("guided" mode)
             has one branch and `NO_GUIDANCE`.
         scale: the CFG scale the field was guided with, for SideNets that take it as an input.
+        branches: for a field that guides by itself, the same one in branches, if there is one.
+
+    Attributes:
+        calls: how often the field was called.
+        halves: how many of these evaluated one branch where guidance has two (`half_calls`).
     """
 
     def __init__(
@@ -81,6 +86,7 @@ class Field:
         conditions: tuple[Tensor | None, ...] = (None,),
         guidance: Guidance = NO_GUIDANCE,
         scale: float = 1.0,
+        branches: Field | None = None,
     ) -> None:
         if guidance.scale != 1 and len(conditions) < 2:
             raise ValueError("Guidance needs an unconditional branch; got the conditional one alone.")
@@ -88,7 +94,21 @@ class Field:
         self.conditions = conditions
         self.guidance = guidance
         self.scale = scale
+        self.branches = branches
         self.calls = 0
+        self.halves = 0
+
+    @property
+    def cost(self) -> float:
+        """What the calls cost, in whole calls."""
+        return self.calls - self.halves / 2
+
+    @property
+    def pair(self) -> Field | None:
+        """The field in two branches that are guided at every time; None where there are none."""
+        field = self.branches or self
+        whole = field.guidance.scale != 1 and field.guidance.interval == NO_GUIDANCE.interval
+        return field if whole and len(field.conditions) > 1 else None
 
     def __call__(self, x: Tensor, t: Tensor | float, branches: int = 1) -> Tensor:
         """The first `branches` branches at one time t for all samples: [K, B, C, ...], in x's dtype.
@@ -151,11 +171,12 @@ def model_field(
             raise ValueError(f"The backbone must return {(count * x.shape[0], *x.shape[1:])}; got {tuple(v.shape)}.")
         return v.unflatten(0, (count, -1))
 
+    both = Field(branches, (cond,) if uncond is None else (cond, uncond), guidance, guidance.scale)
     if mode == "branch":
-        return Field(branches, (cond,) if uncond is None else (cond, uncond), guidance, guidance.scale)
+        return both
 
     def guided(x: Tensor, t: Tensor, count: int) -> Tensor:
         time = just_inside(t[0])
         return guidance.combine(branches(x, t, 2 if guidance.active(time) else 1), time)[None]
 
-    return Field(guided, (cond,), NO_GUIDANCE, guidance.scale)
+    return Field(guided, (cond,), NO_GUIDANCE, guidance.scale, both)

@@ -324,6 +324,7 @@ def solve(  # noqa: PLR0913 - all but four have defaults, and go by name
     chunk: int | None = None,
     skip_first: bool = False,
     correct: Correct | None = None,
+    half_calls: Callable[[Field, Sequence[Tensor]], Field] | None = None,
 ) -> Tensor:
     """Integrate the field over a time grid with the bi-anchor or the single-anchor solver.
 
@@ -342,6 +343,8 @@ def solve(  # noqa: PLR0913 - all but four have defaults, and go by name
             generator only: that from an inversion leads to one image and not to the mean.
         correct: steers a bi-anchor run from outside: from each `Proposal` to the state to go on with, such as
             `step_weights.StepWeights`. None = it goes on with what is proposed.
+        half_calls: makes the field of a run over the grid cheaper, such as `half_calls.HalfCalls`, which evaluates one
+            branch of guidance at some calls.
 
     Returns:
         [B, C, *spatial] state at `times[-1]`.
@@ -357,6 +360,7 @@ def solve(  # noqa: PLR0913 - all but four have defaults, and go by name
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1 sample, or None; got {chunk}.")
     predictor = StraightLine() if sidenet is None else sidenet
+    field = field if half_calls is None else half_calls(field, grid)
     plan = Plan(field, predictor, get_rule(rule or DEFAULT_RULES[method]), chunk, skip_first and starts_short(grid))
     if method == "bi_anchor" and not plan.rule.has_both_ends:
         raise ValueError(f"bi_anchor needs a rule whose nodes include 0 and 1, such as lobatto4; got {plan.rule.name}.")

@@ -17,11 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .grids import same_grid
 from .solver import Proposal
-
-# How far the times of a run may be from the grid that the weights were fitted on: sigmas are rounded on their way
-# through other programs.
-SAME_TIME = 1e-3
 
 
 def terms(proposal: Proposal) -> list[Tensor]:
@@ -76,10 +73,8 @@ class StepWeights:
             raise ValueError("Step weights must be finite.")
 
     def suit(self, times: Sequence[float] | Tensor) -> bool:
-        """Whether a run over these times is what the weights were fitted for; models that start below 1 shrink it."""
-        return len(times) == len(self.times) and all(
-            abs(float(a) - float(times[0]) * float(b)) <= SAME_TIME for a, b in zip(times, self.times, strict=True)
-        )
+        """Whether a run over these times is what the weights were fitted for."""
+        return same_grid(times, self.times)
 
     def __call__(self, proposal: Proposal) -> Tensor:
         """The proposed state [B, C, *spatial] with its weighted terms added."""

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..bas_core.checkpoint import SideNetCard
 from ..bas_core.flow import x0_to_velocity
 from ..bas_core.grids import calls_of
-from ..bas_core.guidance import NO_GUIDANCE, Field, Guidance
+from ..bas_core.guidance import NO_GUIDANCE, Evaluate, Field, Guidance
 from ..bas_core.solver import Predictor, Step, solve
-from ..bas_core.step_weights import StepWeights
 from ..bas_core.weighting import WeightedSideNet, with_strength
 from .attach import LoadedSideNet, applied_sidenet
 from .labels import labels_of
@@ -90,11 +90,18 @@ def sample_ba_solver(
     if sidenet is not None:
         check_latent(sidenet, x)
     shape = x.shape if x.ndim > 3 else (*x.shape[:2], 1, x.shape[2])
+    fitted = _fitted_card(options, sidenet)
+    halves = None if fitted is None else fitted.half_calls_for(schedule.times)
     saves = options.skip_first and sidenet is not None and sidenet.knows_mean
     calls = calls_of(schedule.times, saves)
     with tqdm(total=calls, disable=disable, desc="backbone calls") as progress:
         backbone = Backbone(model, extra_args or {}, schedule, x.shape, progress.update)
         velocity = _field(backbone, sidenet, options, x)
+        if halves is not None and velocity.pair is None and backbone.scale != 1:
+            warn(
+                f"{halves.count} of the {calls} calls could leave the negative out, but the guider, or a node on the "
+                "MODEL, combines it with the positive in its own way: both are evaluated at every call."
+            )
         end = solve(
             velocity,
             _predictor(backbone, sidenet),
@@ -105,7 +112,8 @@ def sample_ba_solver(
             callback=None if callback is None else _step_callback(schedule, x.shape, callback),
             chunk=None if sidenet is None else sidenet_chunk(sidenet, x),
             skip_first=options.skip_first,
-            correct=_step_weights(options, sidenet, schedule),
+            correct=None if fitted is None else fitted.weights_for(schedule.times),
+            half_calls=halves,
         )
     return schedule.path.from_flow(end.reshape(x.shape), sigmas[-1].to(x))
 
@@ -244,6 +252,10 @@ def _field(backbone: Backbone, sidenet: LoadedSideNet | None, options: Options, 
     if sidenet is not None and sidenet.card.velocity == "branch" and _can_split(backbone):
         return _branch_field(backbone, sidenet, guidance, x)
 
+    pair = None
+    if backbone.plain and not backbone.rescaled:
+        pair = Field(_branches_of(backbone), (None,) * (1 + (guidance.scale != 1)), guidance)
+
     def guided(state: Tensor, t: Tensor, count: int) -> Tensor:
         if limited and not guidance.active(t[0]):
             with backbone.at_scale(1.0):
@@ -251,7 +263,7 @@ def _field(backbone: Backbone, sidenet: LoadedSideNet | None, options: Options, 
         return backbone(state, t)[0][None]
 
     positive = _labels(backbone, sidenet, "positive", x)
-    return Field(guided, (positive,), NO_GUIDANCE, backbone.told_scale)
+    return Field(guided, (positive,), NO_GUIDANCE, backbone.told_scale, pair)
 
 
 def _can_split(backbone: Backbone) -> bool:
@@ -265,15 +277,19 @@ def _can_split(backbone: Backbone) -> bool:
     return False
 
 
-def _branch_field(backbone: Backbone, sidenet: LoadedSideNet, guidance: Guidance, x: Tensor) -> Field:
+def _branches_of(backbone: Backbone) -> Evaluate:
     def branches(state: Tensor, t: Tensor, count: int) -> Tensor:
         with backbone.at_scale(backbone.scale if count > 1 else 1.0):
             found = backbone(state, t, split=True)[1]
         return torch.stack(found[:count])
 
+    return branches
+
+
+def _branch_field(backbone: Backbone, sidenet: LoadedSideNet, guidance: Guidance, x: Tensor) -> Field:
     sides = ("positive", "negative") if guidance.scale != 1 else ("positive",)
     conditions = tuple(_labels(backbone, sidenet, side, x) for side in sides)
-    return Field(branches, conditions, guidance, backbone.scale)
+    return Field(_branches_of(backbone), conditions, guidance, backbone.scale)
 
 
 def _labels(backbone: Backbone, sidenet: LoadedSideNet | None, side: str, x: Tensor) -> Tensor | None:
@@ -395,11 +411,10 @@ def _predictor(backbone: Backbone, sidenet: LoadedSideNet | None) -> Predictor |
     return WeightedSideNet(sidenet.network, weight)
 
 
-def _step_weights(options: Options, sidenet: LoadedSideNet | None, schedule: Schedule) -> StepWeights | None:
-    """The weights that were fitted on this grid, with the SideNet and the quadrature as they are by default."""
-    if sidenet is None or sidenet.strength != 1 or options.method != "bi_anchor" or options.rule is not None:
-        return None
-    return sidenet.card.weights_for(schedule.times)
+def _fitted_card(options: Options, sidenet: LoadedSideNet | None) -> SideNetCard | None:
+    """The SideNet's card where the run is as its weights were fitted: with the defaults."""
+    usual = Options(skip_first=options.skip_first)
+    return None if sidenet is None or sidenet.strength != 1 or options != usual else sidenet.card
 
 
 def sidenet_chunk(sidenet: LoadedSideNet, x: Tensor) -> int | None:

@@ -36,7 +36,7 @@ from .adapter import (
 from .attach import applied_sidenet
 from .fit import facts_of
 from .paths import Path, Schedule, path_of
-from .schedule import sigmas_for
+from .schedule import stretched_sigmas
 
 METHODS = ("inversion", "inversion-free")
 
@@ -164,7 +164,7 @@ def editing_schedule(model: Any, calls: int, strength: float) -> Schedule:
     sampling = model.get_model_object("model_sampling")
     path = path_of(sampling)
     sidenet = applied_sidenet(model)
-    sigmas = sigmas_for(sampling, calls - 1, strength, sidenet.card.time_grids if sidenet else {})
+    sigmas = stretched_sigmas(sampling, calls - 1, strength, sidenet.card.time_grids if sidenet else {})
     # Diffusion models know no noise level below their smallest.
     lowest = float(path.times(torch.as_tensor(float(sampling.sigma_min), dtype=torch.float64)))
     start = max(START, lowest)

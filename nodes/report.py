@@ -33,6 +33,7 @@ def report(name: str, config: SideNetConfig, card: SideNetCard) -> str:
         f"CFG {low:g}{'' if low == high else f' to {high:g}'}; anchors: {config.anchors}",
         f"Learned time grids for: {', '.join(map(str, sorted(card.time_grids))) or 'none'} calls",
         f"Step weights for: {', '.join(map(str, sorted(card.step_weights))) or 'none'} calls",
+        f"Half calls for: {', '.join(map(str, sorted(card.half_calls))) or 'none'} calls",
         *(f"Training {key.replace('_', ' ')}: {_short(trained[key])}" for key in trained if key != "settings"),
         *(f"{series} error: {_row(errors)}" for series, errors in error_curves(card.evaluation).items()),
         f"Licence: {card.licence or 'not stated'}",

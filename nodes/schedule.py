@@ -17,6 +17,16 @@ GRIDS = ("auto", "model")
 def sigmas_for(
     model_sampling: Any, calls: int, denoise: float, learned: dict[int, list[float]], skip_first: bool = False
 ) -> Tensor:
+    """The SideNet's own grid for a whole run of so many calls, and else `stretched_sigmas`, which takes the same
+    arguments."""
+    if calls in learned and denoise == 1:
+        return _on_path(model_sampling, torch.tensor(learned[calls])).cpu()
+    return stretched_sigmas(model_sampling, calls, denoise, learned, skip_first)
+
+
+def stretched_sigmas(
+    model_sampling: Any, calls: int, denoise: float, learned: dict[int, list[float]], skip_first: bool = False
+) -> Tensor:
     """The last `calls` + 1 sigmas of a grid long enough to start at the noise level that `denoise` asks for.
 
     Args:

@@ -105,7 +105,7 @@ def reference(path, strength=1.0, branches=False, guidance=None, method="bi_anch
                 calls.append(float(t[0]))
             sigma = sigma_of[float(t[0])]
             state = y if flow else y * (1 + sigma)
-            if branches:
+            if guidance:
                 guider = model.inner_model
                 conds = [guider.conds["positive"], guider.conds["negative"]][:count]
                 options = extra_args["model_options"]
@@ -115,7 +115,10 @@ def reference(path, strength=1.0, branches=False, guidance=None, method="bi_anch
             return torch.stack([x0_to_velocity(y, denoised, t) for denoised in out])
 
         conditions = (None, None) if guidance and guidance.scale != 1 else (None,)
-        field = Field(velocities, conditions, guidance) if branches else Field(velocities, scale=scale)
+        field = Field(velocities, conditions, guidance) if guidance else Field(velocities, scale=scale)
+        if guidance and not branches:
+            pair = field
+            field = Field(lambda y, t, count: guidance.combine(pair.evaluate(y, t, 2), t[0])[None], branches=pair)
         start = x if flow else exploding_to_flow(x, sigmas[0])
         end = solve(field, with_strength(network, strength), start, times, method=method, **more)
         return end if flow else end * (1 + sigmas[-1])
@@ -153,6 +156,37 @@ def test_a_sidenet_that_knows_the_mean_saves_the_first_call(name, velocity, mode
         solver = reference(sidenet.path, 1.0, branches, guidance, calls=calls, skip_first=skip_first)
         torch.testing.assert_close(ours, run(model(name), name, solver, sigmas), **CLOSE)
         assert len(calls) == expected
+
+
+@pytest.mark.parametrize("velocity", ["guided", "branch"])
+@pytest.mark.parametrize("name", ["sd3", "wan", "sdxl"])
+def test_half_calls_leave_the_negative_out(name, velocity, model, tmp_path, caplog):
+    """As in the core; with CFG changed by another node both branches are evaluated, and the user is told."""
+    grid, path = [1.0, 0.8, 0.5, 0.25, 0.0], tmp_path / "halves.safetensors"
+    rows = [[], [0.7, -0.2], [], [0.4, 0.3, 0.1, -0.2, 0.2]]
+    card = SideNetCard(velocity, (1.0, 10.0), time_grids={3: grid}, half_calls={3: rows})
+    applied = models.with_sidenet(model(name), models.make_sidenet(path, CHANNELS[name], card, anchors=2))
+    sigmas, evaluated = BAScheduler.execute(applied, 3).result[0], []
+    network = model(name).model.diffusion_model
+    hook = network.register_forward_hook(lambda module, inputs, output: evaluated.append(len(inputs[0])))
+    try:
+        ours = run(applied, name, sampler(), sigmas)
+        assert sum(evaluated) == 2 + 1 + 2 + 1
+        options, branches = {"guidance": Guidance(3.0)}, velocity == "branch"
+        theirs = reference(path, branches=branches, half_calls=card.half_calls_for(grid), **options)
+        torch.testing.assert_close(ours, run(model(name), name, theirs, sigmas), **CLOSE)
+        whole = run(model(name), name, reference(path, branches=branches, **options), sigmas)
+        assert (ours - whole).abs().max() > 100 * CLOSE["atol"]
+
+        evaluated.clear()
+        assert not run(applied, name, sampler(), sigmas, 1.0).isnan().any() and sum(evaluated) == 4
+        evaluated.clear()
+        changed = applied.clone()
+        changed.set_model_sampler_post_cfg_function(lambda arguments: arguments["denoised"])
+        run(changed, name, sampler(), sigmas)
+        assert sum(evaluated) == 8 and "2 of the 4 calls could leave the negative out" in caplog.text
+    finally:
+        hook.remove()
 
 
 @pytest.mark.parametrize("velocity", ["guided", "branch"])

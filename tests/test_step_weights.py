@@ -14,7 +14,7 @@ from ba_solver.bas_core import (
 )
 from ba_solver.bas_core.checkpoint import CheckpointError, read_safetensors, write_safetensors
 from ba_solver.bas_core.step_weights import row_length
-from ba_solver.training.time_grids import fit_step_weights
+from ba_solver.training.time_grids import Fitting, fit_run
 from checks import guided_field
 from problems import exact_field, flow_map, noise, small_sidenet, state, uneven_grid
 
@@ -93,7 +93,7 @@ def check_fit_finds_the_weights():
 
     field = model_field(changing_velocity)
     plain = (solve(field, None, noise, times) - truth(0.0)).abs().max()
-    fitted, rows = fit_step_weights(None, field, noise, times, truth, False, None)
+    fitted, rows, _ = fit_run(Fitting(None, field, noise, truth), times)
     assert plain > 1e-2 and (fitted - truth(0.0)).abs().max() < 1e-5
     again = solve(field, None, noise, times, correct=StepWeights(TIMES, rows))
     torch.testing.assert_close(again, fitted, atol=1e-12, rtol=0)
@@ -159,9 +159,7 @@ def test_fitted_weights_serve_other_starts():
     """On a nonlinear flow, weights from some starts lower the error from others."""
     times = uneven_grid(4)
     starts = torch.linspace(0.4, 1.3, 64, dtype=torch.float64).reshape(16, 1, 2, 2)
-    _, rows = fit_step_weights(
-        None, exact_field(), starts, times, lambda t: flow_map(starts, 1.0, float(t)), False, None
-    )
+    _, rows, _ = fit_run(Fitting(None, exact_field(), starts, lambda t: flow_map(starts, 1.0, float(t))), times)
     held_out = state() + 0.013
     exact = flow_map(held_out, 1.0, 0.0)
     weights = StepWeights(times.tolist(), rows)

@@ -78,13 +78,13 @@ def sidenet_sampler(
     card: SideNetCard | None = None,
     **options: Any,
 ) -> Sampler:
-    """The bi-anchor solver with a SideNet as a competitor, on the step weights of its card where they suit the grid;
-    `options` go to `solve`."""
+    """The bi-anchor solver with a SideNet as a competitor, on the step weights and half calls of its card where they suit
+    the grid; `options` go to `solve`."""
     skips = start == 1 and bool(getattr(getattr(sidenet, "config", None), "mean_size", 0))
 
     def run(field: Field, x: Tensor, times: Tensor) -> Tensor:
-        weights = None if card is None else card.weights_for(times)
-        return solve(field, sidenet, x, times, skip_first=skips, correct=weights, **options)
+        weights, halves = (None, None) if card is None else (card.weights_for(times), card.half_calls_for(times))
+        return solve(field, sidenet, x, times, skip_first=skips, correct=weights, half_calls=halves, **options)
 
     return Sampler(name, label, run, start=start, skip_first=skips)
 
@@ -164,7 +164,7 @@ class Measurement:
         sampler, label: which.
         grid: "uniform" or "best".
         shape: (shift, cosine) of the grid.
-        calls: backbone calls, counted.
+        calls: backbone calls, counted, half ones as half.
         error: mean over the noises of the end-point RMSE.
         spread: standard error of that mean.
         seconds: per image.
@@ -188,7 +188,7 @@ def measure(
     Returns:
         The table's line, and the samples [B, C, *spatial].
     """
-    before = field.calls
+    before = field.cost
     start = time.perf_counter()
     x = sampler.sample(field, noise, calls, shape)
     if x.is_cuda:
@@ -197,7 +197,7 @@ def measure(
     errors = endpoint_errors(x, reference)
     spread = (errors.std() / len(noise) ** 0.5).item() if len(noise) > 1 else 0.0
     line = Measurement(
-        sampler.name, sampler.label, grid, shape, field.calls - before, errors.mean().item(), spread, seconds
+        sampler.name, sampler.label, grid, shape, round(field.cost - before), errors.mean().item(), spread, seconds
     )
     return line, x
 

@@ -68,6 +68,7 @@ def describe_sidenet(sidenet: SideNet, card: SideNetCard) -> str:
         "velocity": f"{card.velocity}, guidance {low:g}" + (f" to {high:g}" if high != low else ""),
         "time grids": ", ".join(f"{n} calls" for n in sorted(card.time_grids)) or "none: use any",
         "weights": ", ".join(f"{n} calls" for n in sorted(card.step_weights)),
+        "half calls": ", ".join(f"{sum(map(bool, rows))} of {n}" for n, rows in sorted(card.half_calls.items())),
         "trained": str(training.get("objective", "not said")),
         "recorded": f"{training['recorded_runs']} runs of {recorded['points']} points of {tuple(recorded['shape'])}; "
         f"the teacher's error {recorded.get('teacher_error', float('nan')):.2g}"

@@ -38,7 +38,7 @@ from .progress import MAIN_PROCESS, say
 from .published import CHAIN_STEPS, load_latents, published_loss
 from .record import STARTS
 from .settings import UsageError, check_device, check_positive, parse_calls, plain, prepare_folder, shareable
-from .time_grids import fit_weights, learn_grids
+from .time_grids import Rows, fit_weights, learn_grids
 
 OBJECTIVES = ("all_pairs", "published")
 TIME_BINS, STEP_BINS = (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.05, 0.1, 0.2, 1.0)
@@ -215,7 +215,7 @@ class Job:
         backbone: for the stages that need it.
         spent: backbone calls by stage.
         time_grids: learned grids by number of calls.
-        step_weights: those fitted on them.
+        step_weights, half_calls: those fitted on them.
     """
 
     training: Training
@@ -229,7 +229,8 @@ class Job:
     mean: Tensor | None = None
     spent: Counter[str] = field(default_factory=Counter)
     time_grids: dict[int, list[float]] = field(default_factory=dict)
-    step_weights: dict[int, list[list[float]]] = field(default_factory=dict)
+    step_weights: Rows = field(default_factory=dict)
+    half_calls: Rows = field(default_factory=dict)
 
     @property
     def ranges(self) -> QueryRange:
@@ -487,7 +488,7 @@ def fit(job: Job) -> SideNet:
         sidenet = rolled_stage(job, sidenet, "end_point", training.end_point, end_point_loss)
     sidenet = sidenet.eval().requires_grad_(False)
     if job.time_grids:
-        job.step_weights = fit_weights(sidenet, job.rollout(job.chains), job.time_grids)
+        job.step_weights, job.half_calls = fit_weights(sidenet, job.rollout(job.chains), job.time_grids)
     return sidenet
 
 
@@ -505,6 +506,7 @@ def card_of(job: Job, sidenet: SideNet, settings: Any, seconds: float) -> SideNe
         backbone=job.about["backbone"],
         time_grids=job.time_grids,
         step_weights=job.step_weights,
+        half_calls=job.half_calls,
         training={
             "objective": job.training.objective,
             "recorded_runs": runs,

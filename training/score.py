@@ -39,7 +39,7 @@ from .multistep import LearnedMultistep
 from .progress import progress, say
 from .report import SHOWN, plot_errors, plot_images, summary, table, write_csv
 from .settings import UsageError, check_positive, parse_calls, plain, prepare_folder
-from .time_grids import search_times, weighted_sampler, weights_on
+from .time_grids import Fitting, search_times, weights_on
 
 REFERENCE = "adams_bashforth4"
 FIT_RUNS = 32
@@ -190,11 +190,16 @@ def search_shapes(jobs: Sequence[tuple[Sampler, int]], search: Paths) -> Shapes:
 def with_grids(
     card: SideNetCard, sidenet: SideNet, calls: Sequence[int], search: Paths, start: float, rule: Rule
 ) -> SideNetCard:
-    """The card with grids for more numbers of calls, and step weights on them, both found on the search noises."""
-    searching = weighted_sampler(sidenet, search.truth, start, rule)
-    grids = search_times(searching, search.field, search.noise, search.ends, calls)
-    weights = weights_on(grids, sidenet, search.field, search.noise, search.truth, start, rule)
-    return dataclasses.replace(card, time_grids=card.time_grids | grids, step_weights=card.step_weights | weights)
+    """The card with grids for more numbers of calls, and weights on them, all found on the search noises."""
+    fitting = Fitting(sidenet, search.field, search.noise, search.truth, start, rule)
+    grids = search_times(fitting, calls)
+    weights, halves = weights_on(grids, fitting)
+    return dataclasses.replace(
+        card,
+        time_grids=card.time_grids | grids,
+        step_weights=card.step_weights | weights,
+        half_calls=card.half_calls | halves,
+    )
 
 
 def jobs_for(

@@ -1,20 +1,24 @@
-"""What is learned for a number of calls: the times that end nearest to the recorded ends, and the steps' weights."""
+"""What is learned for a number of calls: the times that end nearest to the recorded ends, which calls are half ones, and
+the weights that go with both."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..bas_core.grids import calls_of
 from ..bas_core.guidance import Field
+from ..bas_core.half_calls import HalfCallField, difference_terms
 from ..bas_core.quadrature import Rule
 from ..bas_core.sidenet import SideNet
-from ..bas_core.solver import Proposal, solve
+from ..bas_core.solver import Proposal, StraightLine, solve
 from ..bas_core.step_weights import add_terms, terms
 from .closed_loop import Rollout
 from .evaluate import GridShape, Sampler, endpoint_errors, sidenet_sampler
@@ -62,6 +66,46 @@ def coordinate_search(error: Callable[[Tensor], float], start: Tensor, rounds: i
 
 
 Truth = Callable[[Tensor], Tensor]
+Rows = dict[int, list[list[float]]]
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """What weights are fitted on, and for which solver.
+
+    Attributes:
+        sidenet, rule: of the bi-anchor solver.
+        field: of the runs.
+        noise: [B, C, *spatial] where they begin.
+        truth: their states at a time.
+        start: the time that they begin at.
+    """
+
+    sidenet: SideNet | None
+    field: Field
+    noise: Tensor
+    truth: Truth
+    start: float = 1.0
+    rule: Rule | None = None
+
+    @property
+    def plain(self) -> Sampler:
+        """The solver without weights."""
+        return sidenet_sampler(self.sidenet or StraightLine(), start=self.start, rule=self.rule)
+
+    def pairs(self, calls: int) -> int:
+        """How many pairs of half calls a number of calls is spent on, each for one more anchor: as many as can stand
+        at every second call from the last back to the third. Two in a row, or earlier ones, cost more than they save.
+        """
+        return max(0, (calls - 1) // 3) if self.field.pair else 0
+
+
+class Fitted(NamedTuple):
+    """A run on weights that were fitted as it went: its ends [B, C, *spatial], and the rows of both kinds."""
+
+    ends: Tensor
+    step_weights: list[list[float]]
+    half_calls: list[list[float]]
 
 
 class FitWeights:
@@ -84,95 +128,113 @@ class FitWeights:
         return add_terms(proposal.x, found, self.rows[-1])
 
 
-def fit_step_weights(
-    sidenet: SideNet, field: Field, noise: Tensor, times: Tensor, truth: Truth, skip_first: bool, rule: Rule | None
-) -> tuple[Tensor, list[list[float]]]:
-    """One run from noises whose paths are known: its ends [B, C, *spatial], and the weights found on the way."""
-    fitted = FitWeights(truth)
-    x = solve(field, sidenet, noise, times, rule=rule, skip_first=skip_first, correct=fitted)
-    return x, fitted.rows
-
-
-def weighted_sampler(sidenet: SideNet, truth: Truth, start: float = 1.0, rule: Rule | None = None) -> Sampler:
-    """BA-solver on step weights that are fitted anew on every run; for searching grids, from the truth's noises."""
-    plain = sidenet_sampler(sidenet, start=start)
-
-    def run(field: Field, x: Tensor, times: Tensor) -> Tensor:
-        return fit_step_weights(sidenet, field, x, times, truth, plain.skip_first, rule)[0]
-
-    return dataclasses.replace(plain, run=run)
-
-
-def search_times(
-    sampler: Sampler, field: Field, noise: Tensor, ends: Tensor, calls: Sequence[int]
-) -> dict[int, list[float]]:
-    """For each number of calls the best grid found: first of the family (shift, cosine), then time by time. Shapes of
-    neighbouring numbers are alike, so that each search begins where the one before ended.
+class FitHalfCalls(HalfCallField):
+    """Half calls that find their weights by least squares; to find them, each is a whole call.
 
     Args:
-        sampler: BA-solver, best from `weighted_sampler`.
-        field, noise: to sample from.
-        ends: [B, C, *spatial] where the paths from there end.
-        calls: numbers of calls.
+        field, times: see `HalfCallField`.
+        made: how many calls the run makes.
+        pairs: of half calls.
+
+    Attributes:
+        found: their rows, as `HalfCalls` takes them.
+    """
+
+    def __init__(self, field: Field, times: Tensor, made: int, pairs: int) -> None:
+        self.found: list[list[float]] = [[] for _ in range(made)]
+        halves = range(made - 1, -1, -2)[: 2 * pairs]
+        super().__init__(field, times, [[math.nan] if place in halves else [] for place in range(made)])
+
+    def half_call(self, x: Tensor, t: Tensor, place: int) -> tuple[Tensor, Tensor]:
+        """The conditional velocity and the predicted difference, [B, C, *spatial] each."""
+        conditional, unconditional = self.two.evaluate(x, t, 2)
+        known = difference_terms(conditional, self.seen)
+        self.found[place] = least_squares(known, conditional - unconditional).tolist()
+        return conditional, add_terms(torch.zeros_like(conditional), known, self.found[place])
+
+
+def fit_run(fitting: Fitting, times: Tensor, pairs: int = 0) -> Fitted:
+    """Run over a grid with step weights, and with so many pairs of half calls, fitted on the way."""
+    steps = FitWeights(fitting.truth)
+    made = calls_of(times, fitting.plain.skip_first)
+    halves = FitHalfCalls(fitting.field, times, made, pairs) if pairs else None
+    ends = solve(
+        halves or fitting.field,
+        fitting.sidenet,
+        fitting.noise,
+        times,
+        rule=fitting.rule,
+        skip_first=fitting.plain.skip_first,
+        correct=steps,
+    )
+    return Fitted(ends, steps.rows, halves.found if halves else [])
+
+
+def search_times(fitting: Fitting, calls: Sequence[int]) -> dict[int, list[float]]:
+    """For each number of calls the best grid found: first of the family (shift, cosine), then time by time.
+
+    Every grid is tried with weights fitted on it, and the last, forward-only interval counts for what it is. Shapes of
+    neighbouring numbers are alike, so that each search begins where the one before ended.
 
     Returns:
-        Descending grids from 1 to 0, by number of calls.
+        Descending grids from 1 to 0, by number of calls, half ones counted as half.
     """
+    ends = fitting.truth(torch.tensor(0.0))
     found: dict[int, list[float]] = {}
     shape: GridShape | None = None
-    with torch.inference_mode():
-        for n in progress(sorted(calls), "time grids"):
-            shape = search_family(sampler, field, noise, ends, n, shape)
+    for n in progress(sorted(calls), "time grids"):
+        pairs = fitting.pairs(n)
+        sampler = dataclasses.replace(
+            fitting.plain, run=lambda field, noise, times, pairs=pairs: fit_run(fitting, times, pairs).ends
+        )
+        shape = search_family(sampler, fitting.field, fitting.noise, ends, n + pairs, shape)
 
-            def error(grid: Tensor, calls: int = n) -> float:
-                if calls_of(grid, sampler.skip_first) != calls:
-                    return math.inf  # a first time has moved to where its call is, or is no longer, to be made
-                return endpoint_errors(sampler.run(field, noise, grid * sampler.start), ends).mean().item()
+        def error(grid: Tensor, made: int = n + pairs, sampler: Sampler = sampler) -> float:
+            if calls_of(grid, sampler.skip_first) != made:
+                return math.inf  # a first time has moved to where its call is, or is no longer, to be made
+            times = grid * fitting.start
+            return endpoint_errors(sampler.run(fitting.field, fitting.noise, times), ends).mean().item()
 
-            found[n] = coordinate_search(error, sampler.times(n, shape)).tolist()
+        found[n] = coordinate_search(error, sampler.times(n + pairs, shape)).tolist()
     return found
+
+
+def weights_on(grids: Mapping[int, Sequence[float]], fitting: Fitting) -> tuple[Rows, Rows]:
+    """Step weights and half calls for each grid, fitted on one run over it: rows by number of calls."""
+    runs = {
+        calls: fit_run(fitting, torch.tensor(grid) * fitting.start, fitting.pairs(calls))
+        for calls, grid in progress(list(grids.items()), "step weights")
+    }
+    steps = {calls: run.step_weights for calls, run in runs.items()}
+    return steps, {calls: run.half_calls for calls, run in runs.items() if run.half_calls}
+
+
+def on_runs(sidenet: SideNet, rollout: Rollout, count: int) -> Fitting:
+    """What is fitted on so many recorded runs."""
+    rows = rollout.alike(count)
+    return Fitting(
+        sidenet,
+        rollout.field_of(rows),
+        rollout.noise(rows),
+        partial(rollout.truth, rows),
+        rollout.backbone.start,
+        rollout.rule,
+    )
 
 
 def learn_grids(sidenet: SideNet, rollout: Rollout, calls: Sequence[int], count: int) -> dict[int, list[float]]:
-    """The best grid found for each number of calls, by the end points from the noises of `count` recorded runs.
-
-    So the last, forward-only interval counts for what it is. Every grid is tried with step weights fitted on it. What
-    it cost is added to `rollout.spent`.
-    """
-    rows = rollout.alike(count)
-    field, noise = rollout.field_of(rows), rollout.noise(rows)
-    truth = partial(rollout.truth, rows)
-    sampler = weighted_sampler(sidenet, truth, rollout.backbone.start, rollout.rule)
-    found = search_times(sampler, field, noise, truth(torch.tensor(0.0)), calls)
-    rollout.spent["time grids"] += field.calls * len(rows)
+    """The best grid found for each number of calls on `count` recorded runs; what it cost is added to `spent`."""
+    fitting = on_runs(sidenet, rollout, count)
+    with torch.inference_mode():
+        found = search_times(fitting, calls)
+    rollout.spent["time grids"] += fitting.field.calls * len(fitting.noise)
     return found
 
 
-def weights_on(
-    grids: Mapping[int, Sequence[float]],
-    sidenet: SideNet,
-    field: Field,
-    noise: Tensor,
-    truth: Truth,
-    start: float,
-    rule: Rule,
-) -> dict[int, list[list[float]]]:
-    """Step weights for each grid, fitted on one run over it: rows of `StepWeights` by number of calls."""
-    skips = sidenet_sampler(sidenet, start=start).skip_first
+def fit_weights(sidenet: SideNet, rollout: Rollout, grids: Mapping[int, Sequence[float]]) -> tuple[Rows, Rows]:
+    """Step weights and half calls for each grid, on `WEIGHT_RUNS` recorded runs; what it cost is added to `spent`."""
+    fitting = on_runs(sidenet, rollout, WEIGHT_RUNS)
     with torch.inference_mode():
-        return {
-            calls: fit_step_weights(sidenet, field, noise, torch.tensor(grid) * start, truth, skips, rule)[1]
-            for calls, grid in progress(list(grids.items()), "step weights")
-        }
-
-
-def fit_weights(
-    sidenet: SideNet, rollout: Rollout, grids: Mapping[int, Sequence[float]]
-) -> dict[int, list[list[float]]]:
-    """Step weights for each grid, on `WEIGHT_RUNS` recorded runs; what it cost is added to `rollout.spent`."""
-    rows = rollout.alike(WEIGHT_RUNS)
-    field, noise = rollout.field_of(rows), rollout.noise(rows)
-    truth = partial(rollout.truth, rows)
-    found = weights_on(grids, sidenet, field, noise, truth, rollout.backbone.start, rollout.rule)
-    rollout.spent["step weights"] += field.calls * len(rows)
+        found = weights_on(grids, fitting)
+    rollout.spent["step weights"] += fitting.field.calls * len(fitting.noise)
     return found

@@ -102,7 +102,7 @@ def told_the_mean(sidenet: SideNet) -> list[Sampler]:
 
 
 def search_grids(settings: BenchmarkSettings, demo: Demo, samplers: list[Sampler]) -> Demo:
-    """The demo with the asked solvers' best grids on the search noises, ours with step weights; files are written."""
+    """The demo with the asked solvers' best grids on the search noises, ours with weights and half calls; files are written."""
     backbone = open_backbone(BackboneChoice(backbone=f"sit:{SIT_FILE}", device=settings.device))
     asked = {sampler.name: sampler for sampler in samplers if {"all", sampler.name} & set(settings.search)}
     ours = asked.pop("ba_solver", None)
@@ -113,7 +113,7 @@ def search_grids(settings: BenchmarkSettings, demo: Demo, samplers: list[Sampler
         paths = reference_paths(demo.field(labels), noise, backbone, REFERENCE_POINTS)
         shapes = search_shapes([(sampler, calls) for sampler in asked.values() for calls in settings.nfe], paths)
         if ours is not None:
-            empty = replace(card, time_grids={}, step_weights={})
+            empty = replace(card, time_grids={}, step_weights={}, half_calls={})
             card = with_grids(empty, demo.sidenet, settings.nfe, paths, ours.start, get_rule("lobatto4"))
     for (name, calls), shape in shapes.items():
         grids[name] = {**grids.get(name, {}), calls: shape}
@@ -143,7 +143,7 @@ def error_tables(settings: BenchmarkSettings, demo: Demo, samplers: list[Sampler
         "nfe": settings.nfe,
         "noises": settings.noises,
         "grids": demo.grids,
-        "ours": [demo.card.time_grids, demo.card.step_weights],
+        "ours": [demo.card.time_grids, demo.card.step_weights, demo.card.half_calls],
         "sidenet": fingerprint(demo.sidenet.state_dict()),
     }
     found: dict[str, list[float]] = {}

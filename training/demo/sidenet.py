@@ -177,8 +177,8 @@ class Measured:
         """
         field = self.field(mode)
         x = sampler.sample(field, self.noise, calls, shape)
-        if field.calls != calls:
-            raise RuntimeError(f"{sampler.label} was given {calls} calls and spent {field.calls}.")
+        if field.cost != calls:
+            raise RuntimeError(f"{sampler.label} was given {calls} calls and spent {field.cost:g}.")
         return endpoint_errors(x, self.reference).mean().item()
 
 

@@ -1,0 +1,256 @@
+"""Half calls: what they compute and evaluate, when they do nothing, that fitting finds them, and what files keep."""
+
+import pytest
+import torch
+from ba_solver.bas_core import (
+    Guidance,
+    HalfCalls,
+    SideNetCard,
+    StepWeights,
+    half_calls,
+    load_sidenet,
+    model_field,
+    save_sidenet,
+    solve,
+)
+from ba_solver.bas_core.checkpoint import CheckpointError, read_safetensors, write_safetensors
+from ba_solver.bas_core.guidance import NO_GUIDANCE
+from ba_solver.training.evaluate import sidenet_sampler
+from ba_solver.training.time_grids import Fitting, fit_run, search_times, weights_on
+from checks import guided_field
+from problems import class_velocity, labels, noise, small_sidenet
+
+TIMES = [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]
+# Of five anchors the first is saved or made and forgotten; then whole, half, whole, half.
+ROWS = [[], [0.7, -0.4], [], [0.5, 0.3, 0.1, -0.2, 0.6]]
+SCALE = 2.5
+GRID = torch.tensor(TIMES, dtype=torch.float64)
+
+
+def start():
+    return noise(2, 2, 4, 4).double()
+
+
+def sided(x, t, side):
+    """Velocities of one branch, which feed back on the state."""
+    return class_velocity(x, torch.full((len(x),), float(t), dtype=x.dtype), labels(len(x))[side])
+
+
+def naive_run(x, rows):
+    """Euler's method on guided velocities, with the half calls written out from the module's description."""
+    conditional, known = [], []
+    for i in range(5):
+        t = TIMES[i]
+        c, u = sided(x, t, 0), sided(x, t, 1)
+        row = rows[i - 1] if i else []
+        if row:
+            earlier = [c - before for before in conditional]
+            u = c - sum(w * term for w, term in zip(row, [*known, *earlier], strict=True))
+        elif i:
+            known.append(c - u)
+        if i:
+            conditional.append(c)
+        x = x + (TIMES[i + 1] - t) * (u + SCALE * (c - u))
+    return x
+
+
+def euler(field, x):
+    for t0, t1 in zip(GRID[:-1], GRID[1:], strict=True):
+        x = x + (t1 - t0) * field.velocity(x, t0)
+    return x
+
+
+def check_run():
+    for mode in ("guided", "branch"):
+        field = guided_field(2, Guidance(SCALE), mode)
+        found = euler(half_calls.HalfCalls(TIMES, ROWS)(field, GRID), start())
+        torch.testing.assert_close(found, naive_run(start(), ROWS), atol=1e-12, rtol=0)
+        assert (field.calls, field.halves, field.cost) == (5, 2, 4.0)
+
+
+def check_straight_paths_stay_exact():
+    """Where neither branch changes nor do they differ, as where an inpaint mask keeps the image, weights do nothing."""
+    speed = torch.linspace(-1, 1, 32, dtype=torch.float64).reshape(2, 1, 4, 4)
+    field = model_field(lambda x, t, c: torch.cat([speed] * (len(x) // 2)), *labels(2), Guidance(SCALE))
+    x = torch.zeros_like(speed)
+    end = solve(field, None, x, GRID, half_calls=HalfCalls(TIMES, ROWS))
+    torch.testing.assert_close(end, x - speed, atol=1e-12, rtol=0)
+
+
+def alike(x, t, classes):
+    """Branches whose difference turns in a plane as time passes: two whole calls say everything."""
+    generator = torch.Generator().manual_seed(4)
+    a, b, c = torch.randn((3, *x.shape[1:]), generator=generator, dtype=x.dtype)
+    turning = a * torch.cos(2 * t).reshape(-1, 1, 1, 1) + b * torch.sin(2 * t).reshape(-1, 1, 1, 1)
+    return c + turning * (1 + (classes < 3).to(x.dtype)).reshape(-1, 1, 1, 1)
+
+
+def check_fit_finds_the_weights():
+    """Where the difference is a combination of those before it, a run on fitted half calls is the whole one."""
+    times = torch.tensor([1.0, 0.9, 0.8, 0.65, 0.45, 0.2, 0.0], dtype=torch.float64)
+    field = model_field(alike, *labels(2), Guidance(SCALE), "guided")
+    whole = solve(field, None, start(), times)
+    fitting = Fitting(None, field, start(), lambda t: whole)
+    field.calls = 0
+    steps, halves = weights_on({5: times.tolist()}, fitting)
+    assert field.calls == 6 and [bool(row) for row in halves[5]] == [False, False, False, True, False, True]
+    zero = StepWeights(times.tolist(), [[0.0] * len(row) for row in steps[5]])
+    field = model_field(alike, *labels(2), Guidance(SCALE), "guided")
+    thrifty = solve(field, None, start(), times, correct=zero, half_calls=HalfCalls(times.tolist(), halves[5]))
+    torch.testing.assert_close(thrifty, whole, atol=1e-5, rtol=0)
+    assert field.cost == 5
+
+
+def check_evaluations():
+    """A half call evaluates one branch of each sample, a whole one both."""
+    evaluated = []
+
+    def model(x, t, classes):
+        evaluated.append(classes.tolist())
+        return class_velocity(x, t, classes)
+
+    conditional, unconditional = (part.tolist() for part in labels(2))
+    field = model_field(model, *labels(2), Guidance(SCALE), "guided")
+    solve(field, small_sidenet().double(), start(), GRID, half_calls=HalfCalls(TIMES, ROWS))
+    both = conditional + unconditional
+    assert evaluated == [both, both, conditional, both, conditional]
+
+
+def forget_the_change(patch):
+    intact = half_calls.difference_terms
+    patch.setattr(half_calls, "difference_terms", lambda c, seen: [0 * term for term in intact(c, seen)])
+
+
+def predict_the_velocity(patch):
+    """From velocities themselves in place of their changes: a straight path is bent."""
+    intact = half_calls.difference_terms
+    patch.setattr(half_calls, "difference_terms", lambda c, seen: [term + c for term in intact(c, seen)])
+
+
+def always_whole(patch):
+    patch.setattr(half_calls.HalfCalls, "__call__", lambda self, field, times: field)
+
+
+def one_place_off(patch):
+    intact = half_calls.HalfCallField.__init__
+
+    def shifted(self, field, times, rows):
+        intact(self, field, [1.5, *[float(t) for t in times]], rows)
+
+    patch.setattr(half_calls.HalfCallField, "__init__", shifted)
+    patch.setattr(half_calls.HalfCallField, "anchors", property(lambda self: self.kept[:-1], _keep), raising=False)
+
+
+def _keep(self, anchors):
+    self.kept = anchors
+
+
+CHECKS = [check_run, check_straight_paths_stay_exact, check_fit_finds_the_weights, check_evaluations]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_half_calls(check):
+    check()
+
+
+@pytest.mark.parametrize(
+    ("damage", "check"),
+    [
+        (forget_the_change, check_run),
+        (forget_the_change, check_fit_finds_the_weights),
+        (predict_the_velocity, check_straight_paths_stay_exact),
+        (always_whole, check_run),
+        (always_whole, check_evaluations),
+        (one_place_off, check_run),
+    ],
+)
+def test_damaged_half_calls_fail_the_check(damage, check, monkeypatch):
+    damage(monkeypatch)
+    with pytest.raises((AssertionError, ValueError)):
+        check()
+
+
+def test_whole_calls_alone_are_the_plain_solver():
+    for mode in ("guided", "branch"):
+        plain, same = (
+            solve(guided_field(2, Guidance(SCALE), mode), small_sidenet().double(), start(), GRID, half_calls=halves)
+            for halves in (None, HalfCalls(TIMES, [[], [], [], [], []]))
+        )
+        torch.testing.assert_close(same, plain, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("guidance", [NO_GUIDANCE, Guidance(SCALE, (0.0, 0.7))])
+def test_without_two_branches_at_every_time_there_are_none(guidance):
+    for mode in ("guided", "branch"):
+        field = guided_field(2, guidance, mode)
+        assert HalfCalls(TIMES, ROWS)(field, GRID) is field
+        assert Fitting(None, field, start(), lambda t: start()).pairs(10) == 0
+    with pytest.raises(ValueError, match="two branches"):
+        half_calls.HalfCallField(field, GRID, ROWS)
+
+
+def test_what_a_budget_is_spent_on():
+    """A pair of half calls pays for one more anchor; the first calls, and every other one, stay whole."""
+    fitting = Fitting(None, guided_field(2, Guidance(SCALE)), start(), lambda t: start())
+    assert [fitting.pairs(calls) for calls in (3, 4, 5, 7, 10)] == [0, 1, 1, 2, 3]
+    halves = fit_run(fitting, torch.linspace(1, 0, 14), 3).half_calls
+    assert [bool(row) for row in halves] == [i in (2, 4, 6, 8, 10, 12) for i in range(13)]
+
+
+def test_searched_grids_spend_the_budget_and_are_worth_it():
+    """On a guided nonlinear flow, 5 calls of which some are half ones come nearer than 5 whole ones."""
+    x = start()
+    fine = torch.linspace(1, 0, 401, dtype=torch.float64)
+    field = guided_field(2, Guidance(SCALE), "guided")
+    states = [x]
+    solve(field, None, x, fine, callback=lambda step: states.append(step.x_next))
+
+    def truth(t):
+        return states[round(400 * (1 - float(t)))]
+
+    found = {}
+    for kind, tried in {"half": field, "whole": guided_field(2, Guidance(SCALE), "guided")}.items():
+        if kind == "whole":
+            tried.branches = None
+        fitting = Fitting(None, tried, x, truth)
+        grids = search_times(fitting, [5])
+        steps, halves = weights_on(grids, fitting)
+        card = SideNetCard(time_grids=grids, step_weights=steps, half_calls=halves)
+        before = tried.cost
+        end = sidenet_sampler(None, card=card).run(tried, x, torch.tensor(grids[5], dtype=torch.float64))
+        assert tried.cost - before == 5
+        found[kind] = (end - states[-1]).square().mean().sqrt()
+    assert len(halves) == 0 and found["half"] < 0.7 * found["whole"]
+
+
+def test_files_keep_them(tmp_path):
+    card = SideNetCard(time_grids={4: TIMES}, half_calls={4: ROWS})
+    save_sidenet(tmp_path / "a.safetensors", small_sidenet(), card)
+    loaded = load_sidenet(tmp_path / "a.safetensors")[1]
+    assert loaded.half_calls == card.half_calls and loaded.half_calls_for(torch.tensor(TIMES)).count == 2
+    assert loaded.half_calls_for(torch.tensor(TIMES[:-1])) is None
+    tensors, metadata = read_safetensors(tmp_path / "a.safetensors")
+    del metadata["half_calls"]  # as in files from before there were any
+    write_safetensors(tmp_path / "old.safetensors", tensors, metadata)
+    assert load_sidenet(tmp_path / "old.safetensors")[1].half_calls == {}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ('{"7": [[]]}', "half calls for 7 calls, but no time grid"),
+        ('{"4": [[], [0.1]]}', "come in as many rows"),
+        ('{"4": [[0.1], [], [], []]}', "the first one empty"),
+        ('{"4": [[], [0.1, 0.2], [], [0.1]]}', "as many numbers as"),
+        ('{"4": [[], [], [], ["a"]]}', "do not describe a SideNet"),
+        ('{"4": [[], [1e999, 1], [], []]}', "must be finite"),
+        ("[1, 2]", "do not describe a SideNet"),
+    ],
+)
+def test_damaged_half_calls_in_a_file_are_refused(rows, message, tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_sidenet(path, small_sidenet(), SideNetCard(time_grids={4: TIMES}))
+    tensors, metadata = read_safetensors(path)
+    write_safetensors(path, tensors, {**metadata, "half_calls": rows})
+    with pytest.raises(CheckpointError, match=message):
+        load_sidenet(path)
