@@ -347,7 +347,8 @@ def _read_card(metadata: Mapping[str, str], path: Path | str) -> SideNetCard:
         velocity=velocity,
         guidance_range=(float(low), float(high)),
         time_grids=grids,
-        **fitted,
+        step_weights=fitted["step_weights"],
+        half_calls=fitted["half_calls"],
         licence=metadata.get("licence", ""),
         **values,
     )

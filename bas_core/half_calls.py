@@ -22,6 +22,7 @@ from .guidance import NO_GUIDANCE, Field, just_inside
 from .step_weights import add_terms
 
 Rows = Sequence[Sequence[float]]
+Times = Sequence[float] | Sequence[Tensor] | Tensor
 
 
 class Seen(NamedTuple):
@@ -52,7 +53,7 @@ class HalfCallField(Field):
             before them are called whole and not remembered.
     """
 
-    def __init__(self, field: Field, times: Sequence[float] | Tensor, rows: Rows) -> None:
+    def __init__(self, field: Field, times: Times, rows: Rows) -> None:
         pair = field.pair
         if pair is None:
             raise ValueError("Half calls need a field with two branches that are guided over the whole range of times.")
@@ -127,6 +128,6 @@ class HalfCalls:
         """How many calls are half ones."""
         return sum(map(bool, self.rows))
 
-    def __call__(self, field: Field, times: Sequence[float] | Tensor) -> Field:
+    def __call__(self, field: Field, times: Times) -> Field:
         """The field for a run over these times; the field itself where it has no two branches to choose from."""
         return field if field.pair is None else HalfCallField(field, times, self.rows)

@@ -116,8 +116,9 @@ class BAScheduler(io.ComfyNode):
                     default=7,
                     min=1,
                     max=1000,
-                    tooltip="How often the model is called; 5 to 10 is what BA-solver is for. There are as many steps, "
-                    "or one more where the SideNet saves the first call.",
+                    tooltip="How much the model works: a call evaluates the positive and, with CFG, the negative; 5 "
+                    "to 10 is what BA-solver is for. There are as many steps, one more where the SideNet saves the "
+                    "first call, and with CFG another, for two calls leave the negative out.",
                 ),
                 io.Float.Input(
                     "denoise",

@@ -177,7 +177,7 @@ def trained(folder, tmp_path_factory):
     return out, sidenet, card
 
 
-def rollout_error(sidenet, folder, calls=5, grid=None, weights=None):
+def rollout_error(sidenet, folder, calls=5, grid=None, weights=None, halves=None):
     """Mean end-point error on the recording's held-out runs."""
     chains, about = open_chains([folder])
     backbone = open_backbone(BackboneChoice(backbone=BACKBONE))
@@ -186,7 +186,9 @@ def rollout_error(sidenet, folder, calls=5, grid=None, weights=None):
     rows = torch.arange(0, len(held_out), held_out.branches)
     with torch.no_grad():
         times = time_grid(calls) if grid is None else grid
-        x = solve(rollout.field_of(rows), sidenet, rollout.noise(rows), times, correct=weights)
+        field = rollout.field_of(rows)
+        x = solve(field, sidenet, rollout.noise(rows), times, correct=weights, half_calls=halves)
+        assert field.cost == (calls if halves or grid is None else len(grid) - 1)
     return endpoint_errors(x, rollout.truth(rows, torch.tensor(0.0))).mean().item()
 
 
@@ -273,11 +275,13 @@ def test_closed_loop_and_grid_lower_the_rollout_error(folder, trained, tmp_path)
     assert card.training["backbone_calls"]["closed loop"] == 120 * 5 * 16 + 1 * 4 * 16 * 5
     gridded, card = run(folder / "guided", tmp_path / "g.safetensors", *options, "--grid-nfe", "5")
     grid = torch.tensor(card.time_grids[5])
-    assert grid[0] == 1 and grid[-1] == 0 and (grid.diff() < 0).all() and len(grid) == 6
-    weights = card.weights_for(grid)
-    weighted, plain = (rollout_error(gridded, folder / "guided", grid=grid, weights=w) for w in (weights, None))
-    assert weighted < 0.95 * before and weighted < 0.95 * plain
-    assert card.training["backbone_calls"]["step weights"] == 5 * WEIGHT_RUNS
+    assert grid[0] == 1 and grid[-1] == 0 and (grid.diff() < 0).all() and len(grid) == 7
+    fitted = {"weights": card.weights_for(grid), "halves": card.half_calls_for(grid)}
+    assert fitted["halves"].count == 2
+    weighted = rollout_error(gridded, folder / "guided", grid=grid, **fitted)
+    unweighted = rollout_error(gridded, folder / "guided", grid=grid, halves=fitted["halves"])
+    assert weighted < 0.95 * before and weighted < 0.95 * unweighted
+    assert card.training["backbone_calls"]["step weights"] == 6 * WEIGHT_RUNS
 
 
 def test_end_point_training_lowers_the_rollout_error(folder, trained, tmp_path):

@@ -1,5 +1,7 @@
 """Half calls: what they compute and evaluate, when they do nothing, that fitting finds them, and what files keep."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from ba_solver.bas_core import (
@@ -55,7 +57,7 @@ def naive_run(x, rows):
 
 
 def euler(field, x):
-    for t0, t1 in zip(GRID[:-1], GRID[1:], strict=True):
+    for t0, t1 in pairwise(GRID):
         x = x + (t1 - t0) * field.velocity(x, t0)
     return x
 
@@ -184,17 +186,17 @@ def test_without_two_branches_at_every_time_there_are_none(guidance):
     for mode in ("guided", "branch"):
         field = guided_field(2, guidance, mode)
         assert HalfCalls(TIMES, ROWS)(field, GRID) is field
-        assert Fitting(None, field, start(), lambda t: start()).pairs(10) == 0
+        assert Fitting(None, field, start(), lambda t: start()).halves(10) is False
     with pytest.raises(ValueError, match="two branches"):
         half_calls.HalfCallField(field, GRID, ROWS)
 
 
 def test_what_a_budget_is_spent_on():
-    """A pair of half calls pays for one more anchor; the first calls, and every other one, stay whole."""
+    """Two half calls, the last and the last but two, pay for one more anchor; the first two calls stay whole."""
     fitting = Fitting(None, guided_field(2, Guidance(SCALE)), start(), lambda t: start())
-    assert [fitting.pairs(calls) for calls in (3, 4, 5, 7, 10)] == [0, 1, 1, 2, 3]
-    halves = fit_run(fitting, torch.linspace(1, 0, 14), 3).half_calls
-    assert [bool(row) for row in halves] == [i in (2, 4, 6, 8, 10, 12) for i in range(13)]
+    assert [fitting.halves(calls) for calls in (3, 4, 5, 10)] == [False, True, True, True]
+    halves = fit_run(fitting, torch.linspace(1, 0, 6), True).half_calls
+    assert [bool(row) for row in halves] == [False, False, True, False, True]
 
 
 def test_searched_grids_spend_the_budget_and_are_worth_it():

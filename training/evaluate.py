@@ -78,8 +78,8 @@ def sidenet_sampler(
     card: SideNetCard | None = None,
     **options: Any,
 ) -> Sampler:
-    """The bi-anchor solver with a SideNet as a competitor, on the step weights and half calls of its card where they suit
-    the grid; `options` go to `solve`."""
+    """The bi-anchor solver with a SideNet as a competitor, with the step weights and half calls of its card where they
+    suit the grid; `options` go to `solve`."""
     skips = start == 1 and bool(getattr(getattr(sidenet, "config", None), "mean_size", 0))
 
     def run(field: Field, x: Tensor, times: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
-"""What is learned for a number of calls: the times that end nearest to the recorded ends, which calls are half ones, and
-the weights that go with both."""
+"""What is learned for a number of calls: the times that end nearest to the recorded ends, and the weights of steps and
+half calls."""
 
 from __future__ import annotations
 
@@ -30,6 +30,9 @@ ROUNDS = 2
 FIRST_MOVE = 0.25
 # There are about as many weights in a row as steps, and thousands of numbers in a state: few runs say all.
 WEIGHT_RUNS = 32
+# Half calls, counted from a run's end. Two in a row, or any before the difference of the branches is known well, cost
+# more than they save, and a second pair gained nothing on the demo.
+HALVES = (-1, -3)
 
 
 def moved(grid: Tensor, index: int, share: float) -> Tensor:
@@ -93,11 +96,9 @@ class Fitting:
         """The solver without weights."""
         return sidenet_sampler(self.sidenet or StraightLine(), start=self.start, rule=self.rule)
 
-    def pairs(self, calls: int) -> int:
-        """How many pairs of half calls a number of calls is spent on, each for one more anchor: as many as can stand
-        at every second call from the last back to the third. Two in a row, or earlier ones, cost more than they save.
-        """
-        return max(0, (calls - 1) // 3) if self.field.pair else 0
+    def halves(self, calls: int) -> bool:
+        """Whether a number of calls is spent on one anchor more, of which two are half calls."""
+        return self.field.pair is not None and calls > len(HALVES) + 1
 
 
 class Fitted(NamedTuple):
@@ -134,16 +135,14 @@ class FitHalfCalls(HalfCallField):
     Args:
         field, times: see `HalfCallField`.
         made: how many calls the run makes.
-        pairs: of half calls.
 
     Attributes:
         found: their rows, as `HalfCalls` takes them.
     """
 
-    def __init__(self, field: Field, times: Tensor, made: int, pairs: int) -> None:
+    def __init__(self, field: Field, times: Tensor, made: int) -> None:
         self.found: list[list[float]] = [[] for _ in range(made)]
-        halves = range(made - 1, -1, -2)[: 2 * pairs]
-        super().__init__(field, times, [[math.nan] if place in halves else [] for place in range(made)])
+        super().__init__(field, times, [[math.nan] if place - made in HALVES else [] for place in range(made)])
 
     def half_call(self, x: Tensor, t: Tensor, place: int) -> tuple[Tensor, Tensor]:
         """The conditional velocity and the predicted difference, [B, C, *spatial] each."""
@@ -153,11 +152,11 @@ class FitHalfCalls(HalfCallField):
         return conditional, add_terms(torch.zeros_like(conditional), known, self.found[place])
 
 
-def fit_run(fitting: Fitting, times: Tensor, pairs: int = 0) -> Fitted:
-    """Run over a grid with step weights, and with so many pairs of half calls, fitted on the way."""
+def fit_run(fitting: Fitting, times: Tensor, halved: bool = False) -> Fitted:
+    """Run over a grid with step weights, and where it is asked for half calls, fitted on the way."""
     steps = FitWeights(fitting.truth)
     made = calls_of(times, fitting.plain.skip_first)
-    halves = FitHalfCalls(fitting.field, times, made, pairs) if pairs else None
+    halves = FitHalfCalls(fitting.field, times, made) if halved else None
     ends = solve(
         halves or fitting.field,
         fitting.sidenet,
@@ -183,26 +182,29 @@ def search_times(fitting: Fitting, calls: Sequence[int]) -> dict[int, list[float
     found: dict[int, list[float]] = {}
     shape: GridShape | None = None
     for n in progress(sorted(calls), "time grids"):
-        pairs = fitting.pairs(n)
-        sampler = dataclasses.replace(
-            fitting.plain, run=lambda field, noise, times, pairs=pairs: fit_run(fitting, times, pairs).ends
-        )
-        shape = search_family(sampler, fitting.field, fitting.noise, ends, n + pairs, shape)
+        halved = fitting.halves(n)
+        made = n + halved
 
-        def error(grid: Tensor, made: int = n + pairs, sampler: Sampler = sampler) -> float:
+        def run(field: Field, noise: Tensor, times: Tensor, halved: bool = halved) -> Tensor:
+            return fit_run(fitting, times, halved).ends
+
+        sampler = dataclasses.replace(fitting.plain, run=run)
+        shape = search_family(sampler, fitting.field, fitting.noise, ends, made, shape)
+
+        def error(grid: Tensor, made: int = made, sampler: Sampler = sampler) -> float:
             if calls_of(grid, sampler.skip_first) != made:
                 return math.inf  # a first time has moved to where its call is, or is no longer, to be made
             times = grid * fitting.start
             return endpoint_errors(sampler.run(fitting.field, fitting.noise, times), ends).mean().item()
 
-        found[n] = coordinate_search(error, sampler.times(n + pairs, shape)).tolist()
+        found[n] = coordinate_search(error, sampler.times(made, shape)).tolist()
     return found
 
 
 def weights_on(grids: Mapping[int, Sequence[float]], fitting: Fitting) -> tuple[Rows, Rows]:
     """Step weights and half calls for each grid, fitted on one run over it: rows by number of calls."""
     runs = {
-        calls: fit_run(fitting, torch.tensor(grid) * fitting.start, fitting.pairs(calls))
+        calls: fit_run(fitting, torch.tensor(grid) * fitting.start, fitting.halves(calls))
         for calls, grid in progress(list(grids.items()), "step weights")
     }
     steps = {calls: run.step_weights for calls, run in runs.items()}

@@ -102,7 +102,8 @@ def told_the_mean(sidenet: SideNet) -> list[Sampler]:
 
 
 def search_grids(settings: BenchmarkSettings, demo: Demo, samplers: list[Sampler]) -> Demo:
-    """The demo with the asked solvers' best grids on the search noises, ours with weights and half calls; files are written."""
+    """The demo with the asked solvers' best grids on the search noises, ours with all that goes with them; files are
+    written."""
     backbone = open_backbone(BackboneChoice(backbone=f"sit:{SIT_FILE}", device=settings.device))
     asked = {sampler.name: sampler for sampler in samplers if {"all", sampler.name} & set(settings.search)}
     ours = asked.pop("ba_solver", None)

@@ -78,10 +78,10 @@ class FigureSettings:
     out: Path = Path("runs/demo_sidenet")
     seeds: tuple[int, ...] = (1, 2, 3)
     steps: int = 2200
-    chains: int = 384
-    starts: int = 1536
+    chains: int = 256
+    starts: int = 1024
     noises: int = 96
-    search_noises: int = 20
+    search_noises: int = 28
     levers: bool = False
 
 
