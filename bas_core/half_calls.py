@@ -21,7 +21,7 @@ from .grids import same_grid
 from .guidance import NO_GUIDANCE, Field, just_inside
 from .step_weights import add_terms
 
-Rows = Sequence[Sequence[float]]
+Rows = Sequence[Sequence[float] | Tensor]
 Times = Sequence[float] | Sequence[Tensor] | Tensor
 
 
@@ -62,7 +62,7 @@ class HalfCallField(Field):
         else:
             super().__init__(self._guided, field.conditions, NO_GUIDANCE, field.scale)
         self.whole, self.two = field, pair
-        self.anchors = [float(t) for t in times][:-1]
+        self.anchors = [float(t) for t in (times.detach() if isinstance(times, Tensor) else times)][:-1]
         self.rows = rows
         self.seen: list[Seen] = []
 
@@ -71,11 +71,12 @@ class HalfCallField(Field):
 
     def _branches(self, x: Tensor, t: Tensor, count: int) -> Tensor:
         self.whole.calls += 1
-        index = min(range(len(self.anchors)), key=lambda i: abs(self.anchors[i] - float(t[0])))
+        now = float(t[0].detach())
+        index = min(range(len(self.anchors)), key=lambda i: abs(self.anchors[i] - now))
         place = index - (len(self.anchors) - len(self.rows))
-        if place < 0 or count == 1:
+        if place < 0 or count == 1:  # not among the rows' anchors, or no more than the conditional branch is asked for
             return self.two.evaluate(x, t, count)
-        if not self.rows[place]:
+        if not len(self.rows[place]):
             branches = self.two.evaluate(x, t, 2)
             self.seen.append(Seen(branches[0], branches[0] - branches[1]))
             return branches

@@ -14,7 +14,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .grids import same_grid
@@ -28,8 +27,8 @@ def terms(proposal: Proposal) -> list[Tensor]:
     proposed - p; provisional - p once the right anchor is known; d (v_j - v_i) for every other anchor j.
     """
     now = proposal.velocities[proposal.index]
-    length = float(proposal.t1 - proposal.t0)
-    straight = torch.add(proposal.start, now, alpha=length)
+    length = (proposal.t1 - proposal.t0).to(now)
+    straight = proposal.start + length * now
     ends = [proposal.x - straight]
     if proposal.provisional is not None:
         ends.append(proposal.provisional - straight)
@@ -81,8 +80,8 @@ class StepWeights:
         return add_terms(proposal.x, terms(proposal), self.rows[place(proposal)])
 
 
-def add_terms(x: Tensor, found: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+def add_terms(x: Tensor, found: Sequence[Tensor], weights: Sequence[float] | Tensor) -> Tensor:
     """x + sum of weight times term."""
     for weight, term in zip(weights, found, strict=True):
-        x = torch.add(x, term, alpha=weight)
+        x = x + weight * term
     return x

@@ -87,9 +87,10 @@ def test_demo_equals_the_core_on_plain_torch(demo):
     sit, (net, card) = load_sit(SITS.demo), load_sidenet(SIDENETS.demo)
     field = model_field(sit, labels, torch.full_like(labels, sit.null_class), Guidance(2.0), mode=card.velocity)
     times = torch.tensor(card.time_grids[5])
-    theirs = solve(field, net, z, times, skip_first=True, correct=card.weights_for(times))
+    fitted = {"correct": card.weights_for(times), "half_calls": card.half_calls_for(times)}
+    theirs = solve(field, net, z, times, skip_first=True, **fitted)
     torch.testing.assert_close(ours, theirs, **CLOSE)
-    assert field.calls == 5
+    assert field.cost == 5 and field.calls == 6
 
 
 def test_demo_draws_the_class_that_is_asked_for(demo):
@@ -279,7 +280,7 @@ def test_previews_are_made_of_the_demo(demo):
         noise(1),
         callback=lambda i, x0, x, n: pictures.append(previewer.decode_latent_to_preview(x0)),
     )
-    assert [p.size for p in pictures] == [(32, 32)] * 6  # five calls, six steps
+    assert [p.size for p in pictures] == [(32, 32)] * 7  # five calls, one saved and two of them halves
 
 
 # --- files --------------------------------------------------------------------------------------------------------

@@ -13,7 +13,14 @@ from ba_solver.training.demo.benchmark import compute_share, told_the_mean
 from ba_solver.training.demo.classifier import accuracy, load_classifier
 from ba_solver.training.demo.kept import kept
 from ba_solver.training.demo.shapes import CLASS_NAMES, draw_shapes
-from ba_solver.training.evaluate import baseline_sampler, converged_reference, endpoint_errors, search_grid, unipc
+from ba_solver.training.evaluate import (
+    baseline_sampler,
+    converged_reference,
+    endpoint_errors,
+    search_grid,
+    sidenet_sampler,
+    unipc,
+)
 from matplotlib.image import imread
 
 SEED = 8_000_000
@@ -94,6 +101,24 @@ def test_sidenet_earns_its_calls_on_the_uniform_grid(demo, run, calls):
         without = endpoint_errors(solve(field, None, noise, grid), reference).mean()
     assert field.calls == 3 * calls
     assert ours < 0.75 * min(adams, without)
+
+
+@pytest.mark.parametrize("calls", [4, 5, 7, 10])
+def test_learned_grids_spend_what_they_say_and_beat_the_best_rival(demo, run, calls):
+    """Evaluations of the network, counted in it; UniPC on its best grid is the nearest that is not fitted."""
+    noise, _, reference = run
+    field, evaluated = demo.field(torch.arange(16) % 10), []
+    counted = demo.sit.register_forward_hook(lambda module, inputs, output: evaluated.append(len(inputs[0])))
+    try:
+        with torch.inference_mode():
+            on_grid, shape = demo.on_grid(sidenet_sampler(demo.sidenet, card=demo.card), calls, "best")
+            ours = endpoint_errors(on_grid.sample(field, noise, calls, shape), reference).mean()
+    finally:
+        counted.remove()
+    assert sum(evaluated) == 2 * 16 * calls and field.cost == calls
+    with torch.inference_mode():
+        times = time_grid(calls, *demo.grids["unipc"][calls])
+        assert ours < 0.8 * endpoint_errors(unipc(field, noise, times), reference).mean()
 
 
 def test_odd_budgets_are_spent_exactly(demo):

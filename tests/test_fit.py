@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from ba_solver.bas_core import load_sidenet, save_sidenet, solve, time_grid
+from ba_solver.bas_core import SideNetCard, get_rule, load_sidenet, save_sidenet, solve, time_grid
 from ba_solver.bas_core.checkpoint import read_pickled_tensors, read_safetensors, write_safetensors
 from ba_solver.bas_core.grids import starts_short
 from ba_solver.training import fit, published
@@ -21,7 +21,8 @@ from ba_solver.training.closed_loop import Rollout, end_point_loss, interval_los
 from ba_solver.training.evaluate import endpoint_errors
 from ba_solver.training.loop import LoopSettings, Share, train
 from ba_solver.training.published import load_latents, published_loss, signed_steps
-from ba_solver.training.time_grids import WEIGHT_RUNS, coordinate_search
+from ba_solver.training.time_grids import WEIGHT_RUNS, coordinate_search, fit_weights, learn_grids
+from ba_solver.training.tuning import tune
 from training_problems import BACKBONE, GAUSSIAN_MEAN, SHAPE
 
 torch.set_num_threads(1)
@@ -284,6 +285,27 @@ def test_closed_loop_and_grid_lower_the_rollout_error(folder, trained, tmp_path)
     assert card.training["backbone_calls"]["step weights"] == 6 * WEIGHT_RUNS
 
 
+def test_tuning_lowers_the_rollout_error(folder, trained, tmp_path):
+    """Of held-out runs, beside the same grid of the family with weights from least squares."""
+    out, sidenet, _ = trained
+    chains, about = open_chains([folder / "guided"])
+    rollout = Rollout(
+        open_backbone(BackboneChoice(backbone=BACKBONE)), chains.split(12)[0], about, get_rule("lobatto4"), [], 16
+    )
+    learned = fit_weights(sidenet, rollout, learn_grids(sidenet, rollout, [5], 8, rounds=0))
+    errors = []
+    for found in (learned, tune(sidenet, rollout, learned, 40, seed=1)):
+        card, grid = SideNetCard(**vars(found)), torch.tensor(found.time_grids[5])
+        fitted = {"weights": card.weights_for(grid), "halves": card.half_calls_for(grid)}
+        errors.append(rollout_error(sidenet, folder / "guided", grid=grid, **fitted))
+    assert errors[1] < 0.9 * errors[0], errors
+    options = ("--steps", "0", "--start-from", out, "--backbone", BACKBONE, "--grid-nfe", "4", "--grid-runs", "4")
+    card = run(folder / "guided", tmp_path / "t.safetensors", *options, *QUICK, "--tune", "2")[1]
+    assert (
+        card.training["backbone_calls"]["tuning"] == 2 * 5 * 16 and card.half_calls_for(card.time_grids[4]).count == 2
+    )
+
+
 def test_end_point_training_lowers_the_rollout_error(folder, trained, tmp_path):
     out, sidenet, _ = trained
     before = rollout_error(sidenet, folder / "guided")
@@ -418,6 +440,7 @@ def test_bfloat16_trains_and_float16_needs_a_gpu(folder, tmp_path, capsys):
         (("--objective", "magic"), "--objective must be one of all_pairs, published"),
         (("--objective", "published"), "--latents and --objective published go together"),
         (("--grid-nfe", "5"), "need --backbone"),
+        (("--tune", "5"), "give --grid-nfe too"),
         (
             ("--objective", "published", "--latents", "x.safetensors", "--backbone", BACKBONE),
             "record with --mode branch",

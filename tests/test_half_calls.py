@@ -94,7 +94,8 @@ def check_fit_finds_the_weights():
     whole = solve(field, None, start(), times)
     fitting = Fitting(None, field, start(), lambda t: whole)
     field.calls = 0
-    steps, halves = weights_on({5: times.tolist()}, fitting)
+    learned = weights_on({5: times.tolist()}, fitting)
+    steps, halves = learned.step_weights, learned.half_calls
     assert field.calls == 6 and [bool(row) for row in halves[5]] == [False, False, False, True, False, True]
     zero = StepWeights(times.tolist(), [[0.0] * len(row) for row in steps[5]])
     field = model_field(alike, *labels(2), Guidance(SCALE), "guided")
@@ -216,13 +217,13 @@ def test_searched_grids_spend_the_budget_and_are_worth_it():
             tried.branches = None
         fitting = Fitting(None, tried, x, truth)
         grids = search_times(fitting, [5])
-        steps, halves = weights_on(grids, fitting)
-        card = SideNetCard(time_grids=grids, step_weights=steps, half_calls=halves)
+        learned = weights_on(grids, fitting)
+        card = SideNetCard(**vars(learned))
         before = tried.cost
         end = sidenet_sampler(None, card=card).run(tried, x, torch.tensor(grids[5], dtype=torch.float64))
         assert tried.cost - before == 5
         found[kind] = (end - states[-1]).square().mean().sqrt()
-    assert len(halves) == 0 and found["half"] < 0.7 * found["whole"]
+    assert not learned.half_calls and found["half"] < 0.7 * found["whole"]
 
 
 def test_files_keep_them(tmp_path):

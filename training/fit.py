@@ -38,7 +38,8 @@ from .progress import MAIN_PROCESS, say
 from .published import CHAIN_STEPS, load_latents, published_loss
 from .record import STARTS
 from .settings import UsageError, check_device, check_positive, parse_calls, plain, prepare_folder, shareable
-from .time_grids import Rows, fit_weights, learn_grids
+from .time_grids import ROUNDS, Learned, fit_weights, learn_grids
+from .tuning import tune
 
 OBJECTIVES = ("all_pairs", "published")
 TIME_BINS, STEP_BINS = (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.05, 0.1, 0.2, 1.0)
@@ -92,6 +93,8 @@ class Training:
         grid_nfe: learn time grids for these numbers of calls, such as 5,7,10 (needs --backbone).
         grid_runs: recorded runs that they are learned on; each number of calls takes 30 to 60 times so many samplings.
             A few runs find the grid that suits those few.
+        tune: steps that tune each number of calls' times and weights by gradients through whole runs (needs --grid-nfe,
+            and the memory of --end-point); the grids are then searched in the family alone.
         closed_loop: steps of the closed-loop stage (needs --backbone).
         end_point: steps with gradients through the backbone (needs --backbone, and its memory).
         loop_batch: runs a step in these two stages.
@@ -128,6 +131,7 @@ class Training:
     kernel_size: int = 1
     grid_nfe: str = ""
     grid_runs: int = 24
+    tune: int = 0
     closed_loop: int = 0
     end_point: int = 0
     loop_batch: int = 16
@@ -171,7 +175,9 @@ class Training:
         low, high = self.nfe_range
         if not 2 <= low <= high <= 100:
             raise UsageError(f"--nfe-range must be two numbers from 2 to 100, the lower first; got {self.nfe_range}.")
-        for name in ("steps", "closed_loop", "end_point", "held_out", "patience"):
+        if self.tune and not self.grid_nfe:
+            raise UsageError("--tune tunes learned grids: give --grid-nfe too, such as --grid-nfe 5,7,10.")
+        for name in ("steps", "tune", "closed_loop", "end_point", "held_out", "patience"):
             if getattr(self, name) < 0:
                 raise UsageError(f"--{name.replace('_', '-')} must not be negative; got {getattr(self, name)}.")
         if self.grid_nfe:
@@ -214,8 +220,7 @@ class Job:
         folder: of the unfinished run.
         backbone: for the stages that need it.
         spent: backbone calls by stage.
-        time_grids: learned grids by number of calls.
-        step_weights, half_calls: those fitted on them.
+        learned: for numbers of calls.
     """
 
     training: Training
@@ -228,9 +233,7 @@ class Job:
     starts: Chains | None = None
     mean: Tensor | None = None
     spent: Counter[str] = field(default_factory=Counter)
-    time_grids: dict[int, list[float]] = field(default_factory=dict)
-    step_weights: Rows = field(default_factory=dict)
-    half_calls: Rows = field(default_factory=dict)
+    learned: Learned = field(default_factory=Learned)
 
     @property
     def ranges(self) -> QueryRange:
@@ -254,7 +257,7 @@ class Job:
         """
         if self.backbone is None:
             raise UsageError("This stage needs the backbone; give --backbone.")
-        grids = [torch.tensor(grid) for grid in self.time_grids.values()]
+        grids = [torch.tensor(grid) for grid in self.learned.time_grids.values()]
         low, high = self.training.nfe_range
         usual = [time_grid(n, self.about["shift"] * shift) for n in range(low, high + 1) for shift in (1.0, 1.5)]
         rule = get_rule(self.training.rule)
@@ -481,14 +484,17 @@ def fit(job: Job) -> SideNet:
         sidenet = (published_stage if training.objective == "published" else all_pairs_stage)(job, sidenet)
     if training.grid_nfe:
         calls = parse_calls(training.grid_nfe, "--grid-nfe")
-        job.time_grids = learn_grids(sidenet, job.rollout(job.chains), calls, training.grid_runs)
+        rounds = 0 if training.tune else ROUNDS
+        job.learned = Learned(learn_grids(sidenet, job.rollout(job.chains), calls, training.grid_runs, rounds))
     if training.closed_loop:
         sidenet = rolled_stage(job, sidenet, "closed_loop", training.closed_loop, interval_loss)
     if training.end_point:
         sidenet = rolled_stage(job, sidenet, "end_point", training.end_point, end_point_loss)
     sidenet = sidenet.eval().requires_grad_(False)
-    if job.time_grids:
-        job.step_weights, job.half_calls = fit_weights(sidenet, job.rollout(job.chains), job.time_grids)
+    if job.learned.time_grids:
+        job.learned = fit_weights(sidenet, job.rollout(job.chains), job.learned.time_grids)
+    if training.tune:
+        job.learned = tune(sidenet, job.rollout(job.chains), job.learned, training.tune, training.seed)
     return sidenet
 
 
@@ -504,9 +510,7 @@ def card_of(job: Job, sidenet: SideNet, settings: Any, seconds: float) -> SideNe
         velocity=job.about["velocity"],
         guidance_range=(low, high),
         backbone=job.about["backbone"],
-        time_grids=job.time_grids,
-        step_weights=job.step_weights,
-        half_calls=job.half_calls,
+        **vars(job.learned),
         training={
             "objective": job.training.objective,
             "recorded_runs": runs,

@@ -193,13 +193,8 @@ def with_grids(
     """The card with grids for more numbers of calls, and weights on them, all found on the search noises."""
     fitting = Fitting(sidenet, search.field, search.noise, search.truth, start, rule)
     grids = search_times(fitting, calls)
-    weights, halves = weights_on(grids, fitting)
-    return dataclasses.replace(
-        card,
-        time_grids=card.time_grids | grids,
-        step_weights=card.step_weights | weights,
-        half_calls=card.half_calls | halves,
-    )
+    more = {name: getattr(card, name) | found for name, found in vars(weights_on(grids, fitting)).items()}
+    return dataclasses.replace(card, **more)
 
 
 def jobs_for(

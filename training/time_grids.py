@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -70,6 +70,20 @@ def coordinate_search(error: Callable[[Tensor], float], start: Tensor, rounds: i
 
 Truth = Callable[[Tensor], Tensor]
 Rows = dict[int, list[list[float]]]
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What is learned for some numbers of calls, under the names that a SideNet's card has for it.
+
+    Attributes:
+        time_grids: descending from 1 to 0, by number of calls.
+        step_weights, half_calls: rows by number of calls.
+    """
+
+    time_grids: dict[int, list[float]] = field(default_factory=dict)
+    step_weights: Rows = field(default_factory=dict)
+    half_calls: Rows = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -169,8 +183,8 @@ def fit_run(fitting: Fitting, times: Tensor, halved: bool = False) -> Fitted:
     return Fitted(ends, steps.rows, halves.found if halves else [])
 
 
-def search_times(fitting: Fitting, calls: Sequence[int]) -> dict[int, list[float]]:
-    """For each number of calls the best grid found: first of the family (shift, cosine), then time by time.
+def search_times(fitting: Fitting, calls: Sequence[int], rounds: int = ROUNDS) -> dict[int, list[float]]:
+    """For each number of calls the best grid found: first of the family (shift, cosine), then time by time, in rounds.
 
     Every grid is tried with weights fitted on it, and the last, forward-only interval counts for what it is. Shapes of
     neighbouring numbers are alike, so that each search begins where the one before ended.
@@ -197,18 +211,21 @@ def search_times(fitting: Fitting, calls: Sequence[int]) -> dict[int, list[float
             times = grid * fitting.start
             return endpoint_errors(sampler.run(fitting.field, fitting.noise, times), ends).mean().item()
 
-        found[n] = coordinate_search(error, sampler.times(made, shape)).tolist()
+        found[n] = coordinate_search(error, sampler.times(made, shape), rounds).tolist()
     return found
 
 
-def weights_on(grids: Mapping[int, Sequence[float]], fitting: Fitting) -> tuple[Rows, Rows]:
-    """Step weights and half calls for each grid, fitted on one run over it: rows by number of calls."""
+def weights_on(grids: Mapping[int, list[float]], fitting: Fitting) -> Learned:
+    """The grids, with step weights and half calls that are fitted on one run over each."""
     runs = {
         calls: fit_run(fitting, torch.tensor(grid) * fitting.start, fitting.halves(calls))
         for calls, grid in progress(list(grids.items()), "step weights")
     }
-    steps = {calls: run.step_weights for calls, run in runs.items()}
-    return steps, {calls: run.half_calls for calls, run in runs.items() if run.half_calls}
+    return Learned(
+        dict(grids),
+        {calls: run.step_weights for calls, run in runs.items()},
+        {calls: run.half_calls for calls, run in runs.items() if run.half_calls},
+    )
 
 
 def on_runs(sidenet: SideNet, rollout: Rollout, count: int) -> Fitting:
@@ -224,17 +241,19 @@ def on_runs(sidenet: SideNet, rollout: Rollout, count: int) -> Fitting:
     )
 
 
-def learn_grids(sidenet: SideNet, rollout: Rollout, calls: Sequence[int], count: int) -> dict[int, list[float]]:
+def learn_grids(
+    sidenet: SideNet, rollout: Rollout, calls: Sequence[int], count: int, rounds: int = ROUNDS
+) -> dict[int, list[float]]:
     """The best grid found for each number of calls on `count` recorded runs; what it cost is added to `spent`."""
     fitting = on_runs(sidenet, rollout, count)
     with torch.inference_mode():
-        found = search_times(fitting, calls)
+        found = search_times(fitting, calls, rounds)
     rollout.spent["time grids"] += fitting.field.calls * len(fitting.noise)
     return found
 
 
-def fit_weights(sidenet: SideNet, rollout: Rollout, grids: Mapping[int, Sequence[float]]) -> tuple[Rows, Rows]:
-    """Step weights and half calls for each grid, on `WEIGHT_RUNS` recorded runs; what it cost is added to `spent`."""
+def fit_weights(sidenet: SideNet, rollout: Rollout, grids: Mapping[int, list[float]]) -> Learned:
+    """`weights_on` the grids, on `WEIGHT_RUNS` recorded runs; what it cost is added to `spent`."""
     fitting = on_runs(sidenet, rollout, WEIGHT_RUNS)
     with torch.inference_mode():
         found = weights_on(grids, fitting)

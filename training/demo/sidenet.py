@@ -70,6 +70,7 @@ class FigureSettings:
         seeds: training seeds.
         steps: of each training.
         chains, starts: recorded runs, and starts of more.
+        tune: steps that tune times and weights for each number of calls.
         noises: held-out noises of the report.
         search_noises: on which the grids of what has no learned grids are searched; as many as ours are.
         levers: also train the variants in `LEVERS`, from the first seed's chains.
@@ -78,10 +79,11 @@ class FigureSettings:
     out: Path = Path("runs/demo_sidenet")
     seeds: tuple[int, ...] = (1, 2, 3)
     steps: int = 2200
-    chains: int = 256
-    starts: int = 1024
+    chains: int = 384
+    starts: int = 1536
+    tune: int = 40
     noises: int = 96
-    search_noises: int = 28
+    search_noises: int = 20
     levers: bool = False
 
 
@@ -96,6 +98,7 @@ def recipe(settings: FigureSettings, out: Path, seed: int, **changes: Any) -> Ma
         "embedding_dim": 48,
         "grid_nfe": ",".join(map(str, CALLS)),
         "grid_runs": settings.search_noises,
+        "tune": settings.tune,
         "resume": True,
     }
     return MakeSettings(backbone=f"sit:{SIT_FILE}", guidance=(DEMO_CFG,), out=out, seed=seed, **{**usual, **changes})
@@ -137,6 +140,7 @@ def published(settings: FigureSettings, seed: int, backbone: Backbone) -> Path:
         chains=32,
         starts=0,
         grid_nfe="",
+        tune=0,
     )
     record(job, dataclasses.replace(job, seed=1), few, backbone)  # to validate on
     trained(job, few, backbone)
