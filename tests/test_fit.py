@@ -289,21 +289,19 @@ def test_tuning_lowers_the_rollout_error(folder, trained, tmp_path):
     """Of held-out runs, beside the same grid of the family with weights from least squares."""
     out, sidenet, _ = trained
     chains, about = open_chains([folder / "guided"])
-    rollout = Rollout(
-        open_backbone(BackboneChoice(backbone=BACKBONE)), chains.split(12)[0], about, get_rule("lobatto4"), [], 16
-    )
+    backbone = open_backbone(BackboneChoice(backbone=BACKBONE))
+    rollout = Rollout(backbone, chains.split(12)[0], about, get_rule("lobatto4"), [], 16)
     learned = fit_weights(sidenet, rollout, learn_grids(sidenet, rollout, [5], 8, rounds=0))
     errors = []
-    for found in (learned, tune(sidenet, rollout, learned, 40, seed=1)):
+    for found in (learned, tune(sidenet, rollout, learned, 150, seed=1)):
         card, grid = SideNetCard(**vars(found)), torch.tensor(found.time_grids[5])
         fitted = {"weights": card.weights_for(grid), "halves": card.half_calls_for(grid)}
         errors.append(rollout_error(sidenet, folder / "guided", grid=grid, **fitted))
     assert errors[1] < 0.9 * errors[0], errors
     options = ("--steps", "0", "--start-from", out, "--backbone", BACKBONE, "--grid-nfe", "4", "--grid-runs", "4")
     card = run(folder / "guided", tmp_path / "t.safetensors", *options, *QUICK, "--tune", "2")[1]
-    assert (
-        card.training["backbone_calls"]["tuning"] == 2 * 5 * 16 and card.half_calls_for(card.time_grids[4]).count == 2
-    )
+    assert card.training["backbone_calls"]["tuning"] == 2 * 5 * 16
+    assert card.half_calls_for(card.time_grids[4]).count == 2
 
 
 def test_end_point_training_lowers_the_rollout_error(folder, trained, tmp_path):
