@@ -31,7 +31,8 @@ class MakeSettings(BackboneChoice, Recording, Training, Scoring):
 
 def run_make(settings: MakeSettings) -> list[Measurement]:
     """Do the work of `ba-solver make`; the same command with --resume goes on where it was interrupted."""
-    settings.check()
+    training = settings if settings.grid_nfe else dataclasses.replace(settings, grid_nfe=settings.nfe)
+    training.check()
     parse_calls(settings.nfe)
     if settings.out.suffix != ".safetensors":
         raise UsageError(f"--out must end in .safetensors; got {settings.out}.")
@@ -41,7 +42,6 @@ def run_make(settings: MakeSettings) -> list[Measurement]:
     say("1 of 3: record")
     record(settings, settings, chains, backbone)
     say("2 of 3: train")
-    training = settings if settings.grid_nfe else dataclasses.replace(settings, grid_nfe=settings.nfe)
     if settings.out.exists() and settings.resume:
         say(f"{settings.out} is trained already.")
     else:

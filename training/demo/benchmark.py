@@ -2,7 +2,7 @@
 
     python -m ba_solver.training.demo.benchmark --out runs/benchmark            # about ten minutes on two cores
     python -m ba_solver.training.demo.benchmark --out runs/benchmark --search all         # first search the best grids
-    python -m ba_solver.training.demo.benchmark --out runs/benchmark --search ba_solver   # of one solver alone
+    python -m ba_solver.training.demo.benchmark --out runs/benchmark --search unipc       # of one solver alone
 
 The search uses noises of its own and writes `weights/demo_grids.json`; the reported noises are never searched on.
 With it, the error tables go into the shipped SideNet's file too, where `ba-solver info` and SideNet Info show them.
@@ -27,7 +27,6 @@ from ...bas_core.baselines import run_baseline
 from ...bas_core.checkpoint import fingerprint, save_sidenet, write_text
 from ...bas_core.grids import time_grid
 from ...bas_core.guidance import Field
-from ...bas_core.quadrature import get_rule
 from ...bas_core.sidenet import SideNet, SideNetConfig
 from ...bas_core.sit import SiT, SiTConfig
 from ...bas_core.solver import StraightLine, solve
@@ -44,7 +43,7 @@ from ..evaluate import (
     with_first_call_saved,
 )
 from ..progress import progress
-from ..score import reference_paths, search_shapes, with_grids
+from ..score import reference_paths, search_shapes
 from .assets import (
     CLASSIFIER_FILE,
     DEMO_CFG,
@@ -73,6 +72,7 @@ class BenchmarkSettings:
     Attributes:
         out: folder for `benchmark.json` and `benchmark.md`.
         search: names of the solvers whose best grids are searched anew and stored with the package; or all.
+            BA-solver's are in its SideNet's file.
         nfe: numbers of backbone calls.
         noises: noises a seed.
         seeds: independent sets of noises that are reported.
@@ -102,25 +102,19 @@ def told_the_mean(sidenet: SideNet) -> list[Sampler]:
 
 
 def search_grids(settings: BenchmarkSettings, demo: Demo, samplers: list[Sampler]) -> Demo:
-    """The demo with the asked solvers' best grids on the search noises, ours with all that goes with them; files are
-    written."""
+    """The demo with the asked solvers' best grids on the search noises, which are written; ours are in its file."""
     backbone = open_backbone(BackboneChoice(backbone=f"sit:{SIT_FILE}", device=settings.device))
     asked = {sampler.name: sampler for sampler in samplers if {"all", sampler.name} & set(settings.search)}
-    ours = asked.pop("ba_solver", None)
+    asked.pop("ba_solver", None)
     grids: Grids = dict(demo.grids)
-    card = demo.card
     with torch.inference_mode():
         noise, labels = (part.to(settings.device) for part in demo_noise(SEARCH_SEED, settings.search_noises))
         paths = reference_paths(demo.field(labels), noise, backbone, REFERENCE_POINTS)
         shapes = search_shapes([(sampler, calls) for sampler in asked.values() for calls in settings.nfe], paths)
-        if ours is not None:
-            empty = replace(card, time_grids={}, step_weights={}, half_calls={})
-            card = with_grids(empty, demo.sidenet, settings.nfe, paths, ours.start, get_rule("lobatto4"))
     for (name, calls), shape in shapes.items():
         grids[name] = {**grids.get(name, {}), calls: shape}
     write_text(GRIDS_FILE, json.dumps({"cfg": DEMO_CFG, "grids": grids}, indent=1))
-    save_sidenet(SIDENET_FILE, demo.sidenet, card)
-    return replace(demo, grids=grids, card=card)
+    return replace(demo, grids=grids)
 
 
 def errors_of_seed(settings: BenchmarkSettings, demo: Demo, samplers: list[Sampler], seed: int) -> dict[str, Any]:

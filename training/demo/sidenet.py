@@ -70,9 +70,11 @@ class FigureSettings:
         seeds: training seeds.
         steps: of each training.
         chains, starts: recorded runs, and starts of more.
+        grid_runs: recorded runs on which the family of grids is searched.
         tune: steps that tune times and weights for each number of calls.
         noises: held-out noises of the report.
-        search_noises: on which the grids of what has no learned grids are searched; as many as ours are.
+        search_noises: on which the grids of SideNets without learned ones are searched.
+        rival_noises: on which the grids of solvers without a SideNet are searched.
         levers: also train the variants in `LEVERS`, from the first seed's chains.
     """
 
@@ -81,9 +83,11 @@ class FigureSettings:
     steps: int = 2200
     chains: int = 384
     starts: int = 1536
+    grid_runs: int = 12
     tune: int = 40
     noises: int = 96
     search_noises: int = 20
+    rival_noises: int = 48
     levers: bool = False
 
 
@@ -97,7 +101,7 @@ def recipe(settings: FigureSettings, out: Path, seed: int, **changes: Any) -> Ma
         "num_layers": 2,
         "embedding_dim": 48,
         "grid_nfe": ",".join(map(str, CALLS)),
-        "grid_runs": settings.search_noises,
+        "grid_runs": settings.grid_runs,
         "tune": settings.tune,
         "resume": True,
     }
@@ -282,8 +286,9 @@ def run_figures(settings: FigureSettings) -> dict[str, Any]:
     with torch.inference_mode():
         report = Measured.draw(backbone, REPORT_SEED, settings.noises)
         search = Measured.draw(backbone, SEARCH_SEED, settings.search_noises)
-        key = [settings.noises, settings.search_noises, settings.chains, settings.seeds[0], load_grids()]
-        found = kept(settings.out / "rivals.json", key, partial(rival_errors, chains, report, search))
+        key = [settings.noises, settings.rival_noises, settings.chains, settings.seeds[0], load_grids()]
+        theirs_on = Measured.draw(backbone, SEARCH_SEED, settings.rival_noises)
+        found = kept(settings.out / "rivals.json", key, partial(rival_errors, chains, report, theirs_on))
         without = {name: {int(calls): error for calls, error in row.items()} for name, row in found.items()}
         errors = {
             "ours": [sidenet_errors(path, report, search) for path in progress(ours, "ours")],
