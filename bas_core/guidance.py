@@ -40,7 +40,7 @@ class Guidance:
     def active(self, t: Tensor | float) -> bool:
         """Whether guidance changes the velocity at time t."""
         lo, hi = self.interval
-        return self.scale != 1 and lo < float(torch.as_tensor(t).detach()) <= hi
+        return self.scale != 1 and lo < float(t) <= hi
 
     def combine(self, branches: Tensor, t: Tensor | float) -> Tensor:
         """Branches [K, B, ...] (conditional first) to the velocity [B, ...] at time t."""

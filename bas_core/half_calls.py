@@ -62,7 +62,7 @@ class HalfCallField(Field):
         else:
             super().__init__(self._guided, field.conditions, NO_GUIDANCE, field.scale)
         self.whole, self.two = field, pair
-        self.anchors = [float(t) for t in (times.detach() if isinstance(times, Tensor) else times)][:-1]
+        self.anchors = [float(t) for t in times][:-1]
         self.rows = rows
         self.seen: list[Seen] = []
 
@@ -71,7 +71,7 @@ class HalfCallField(Field):
 
     def _branches(self, x: Tensor, t: Tensor, count: int) -> Tensor:
         self.whole.calls += 1
-        now = float(t[0].detach())
+        now = float(t[0])
         index = min(range(len(self.anchors)), key=lambda i: abs(self.anchors[i] - now))
         place = index - (len(self.anchors) - len(self.rows))
         if place < 0 or count == 1:  # not among the rows' anchors, or no more than the conditional branch is asked for

@@ -7,6 +7,7 @@ Gradients pass through all calls of the backbone: each keeps its activations, an
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -57,15 +58,18 @@ class TunedRun(nn.Module):
         def correct(proposal: Proposal) -> Tensor:
             return add_terms(proposal.x, terms(proposal), self.step_weights[place(proposal)])
 
-        return solve(
-            HalfCallField(field, times, halves) if halves else field,
-            sidenet,
-            noise,
-            times,
-            rule=rollout.rule,
-            skip_first=skip_first,
-            correct=correct,
-        )
+        with warnings.catch_warnings():
+            # The solver asks times for their value to decide by, which is meant.
+            warnings.filterwarnings("ignore", "Converting a tensor with requires_grad=True to a scalar")
+            return solve(
+                HalfCallField(field, times, halves) if halves else field,
+                sidenet,
+                noise,
+                times,
+                rule=rollout.rule,
+                skip_first=skip_first,
+                correct=correct,
+            )
 
 
 def tune(sidenet: SideNet, rollout: Rollout, learned: Learned, steps: int, seed: int) -> Learned:
