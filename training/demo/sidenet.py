@@ -87,7 +87,7 @@ class FigureSettings:
     tune: int = 40
     noises: int = 96
     search_noises: int = 20
-    rival_noises: int = 48
+    rival_noises: int = 32
     levers: bool = False
 
 
