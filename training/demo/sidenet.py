@@ -73,8 +73,7 @@ class FigureSettings:
         grid_runs: recorded runs on which the family of grids is searched.
         tune: steps that tune times and weights for each number of calls.
         noises: held-out noises of the report.
-        search_noises: on which the grids of SideNets without learned ones are searched.
-        rival_noises: on which the grids of solvers without a SideNet are searched.
+        search_noises: on which the grids of what has no learned grids are searched.
         levers: also train the variants in `LEVERS`, from the first seed's chains.
     """
 
@@ -87,7 +86,6 @@ class FigureSettings:
     tune: int = 40
     noises: int = 96
     search_noises: int = 20
-    rival_noises: int = 32
     levers: bool = False
 
 
@@ -286,9 +284,8 @@ def run_figures(settings: FigureSettings) -> dict[str, Any]:
     with torch.inference_mode():
         report = Measured.draw(backbone, REPORT_SEED, settings.noises)
         search = Measured.draw(backbone, SEARCH_SEED, settings.search_noises)
-        key = [settings.noises, settings.rival_noises, settings.chains, settings.seeds[0], load_grids()]
-        theirs_on = Measured.draw(backbone, SEARCH_SEED, settings.rival_noises)
-        found = kept(settings.out / "rivals.json", key, partial(rival_errors, chains, report, theirs_on))
+        key = [settings.noises, settings.search_noises, settings.chains, settings.seeds[0], load_grids()]
+        found = kept(settings.out / "rivals.json", key, partial(rival_errors, chains, report, search))
         without = {name: {int(calls): error for calls, error in row.items()} for name, row in found.items()}
         errors = {
             "ours": [sidenet_errors(path, report, search) for path in progress(ours, "ours")],
