@@ -235,7 +235,8 @@ def test_demo_workflow_draws_what_the_core_draws(server):
     field = model_field(sit, labels, torch.full_like(labels, sit.null_class), Guidance(2.0), mode=card.velocity)
     with torch.inference_mode():
         grid = torch.tensor(card.time_grids[5])
-        drawn = solve(field, net, noise, grid, skip_first=True, correct=card.weights_for(grid))
+        fitted = {"correct": card.weights_for(grid), "half_calls": card.half_calls_for(grid)}
+        drawn = solve(field, net, noise, grid, skip_first=True, **fitted)
     expected = (drawn.clamp(-1, 1) + 1) / 2
     assert (shown - expected).abs().max() < 2 / 255
     other = next(n for n, p in parts.items() if p.get("_meta", {}).get("title") == "Euler, 50 calls")
