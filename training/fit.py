@@ -94,7 +94,8 @@ class Training:
         grid_runs: recorded runs that they are learned on; each number of calls takes 30 to 60 times so many samplings.
             A few runs find the grid that suits those few.
         tune: steps that tune each number of calls' times and weights by gradients through whole runs (needs --grid-nfe,
-            and the memory of --end-point); the grids are then searched in the family alone.
+            and the memory of --end-point); the grids are then searched in the family alone. At least 30: few steps move
+            everything a little, and leave it worse than it was.
         closed_loop: steps of the closed-loop stage (needs --backbone).
         end_point: steps with gradients through the backbone (needs --backbone, and its memory).
         loop_batch: runs a step in these two stages.
