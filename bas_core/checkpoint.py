@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -243,6 +243,9 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
 # --- SideNet ----------------------------------------------------------------------------------------------------
 
 
+Fit = TypeVar("Fit", StepWeights, HalfCalls)
+
+
 @dataclass(frozen=True)
 class SideNetCard:
     """What a SideNet file says of itself beside its configuration.
@@ -271,13 +274,17 @@ class SideNetCard:
 
     def weights_for(self, times: Sequence[float] | Tensor) -> StepWeights | None:
         """The step weights that were fitted on the grid of a run; None where there are none."""
-        known = (StepWeights(self.time_grids[calls], rows) for calls, rows in self.step_weights.items())
-        return next((weights for weights in known if weights.suit(times)), None)
+        return self._fitted(StepWeights, self.step_weights, times)
 
     def half_calls_for(self, times: Sequence[float] | Tensor) -> HalfCalls | None:
         """The half calls that were fitted on the grid of a run; None where there are none."""
-        known = (HalfCalls(self.time_grids[calls], rows) for calls, rows in self.half_calls.items())
-        return next((halves for halves in known if halves.suit(times)), None)
+        return self._fitted(HalfCalls, self.half_calls, times)
+
+    def _fitted(
+        self, kind: type[Fit], rows: Mapping[int, list[list[float]]], times: Sequence[float] | Tensor
+    ) -> Fit | None:
+        known = (kind(self.time_grids[calls], found) for calls, found in rows.items())
+        return next((fit for fit in known if fit.suit(times)), None)
 
 
 def save_sidenet(path: Path | str, sidenet: SideNet, card: SideNetCard | None = None) -> None:

@@ -135,6 +135,16 @@ class Field:
         return self.guidance.combine(self(x, t, 2 if self.guidance.active(time) else 1), time)
 
 
+def combined(branches: Evaluate, guidance: Guidance) -> Evaluate:
+    """Branches guided as one; the unconditional one is evaluated only where guidance is active."""
+
+    def guided(x: Tensor, t: Tensor, count: int) -> Tensor:
+        time = just_inside(t[0])
+        return guidance.combine(branches(x, t, 2 if guidance.active(time) else 1), time)[None]
+
+    return guided
+
+
 def model_field(
     model: Callable[..., Tensor],
     cond: Tensor | None = None,
@@ -175,8 +185,4 @@ def model_field(
     if mode == "branch":
         return both
 
-    def guided(x: Tensor, t: Tensor, count: int) -> Tensor:
-        time = just_inside(t[0])
-        return guidance.combine(branches(x, t, 2 if guidance.active(time) else 1), time)[None]
-
-    return Field(guided, (cond,), NO_GUIDANCE, guidance.scale, both)
+    return Field(combined(branches, guidance), (cond,), NO_GUIDANCE, guidance.scale, both)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .grids import same_grid
-from .guidance import NO_GUIDANCE, Field, just_inside
+from .guidance import NO_GUIDANCE, Field, combined
 from .step_weights import add_terms
 
 Rows = Sequence[Sequence[float] | Tensor]
@@ -60,14 +60,11 @@ class HalfCallField(Field):
         if pair is field:
             super().__init__(self._branches, field.conditions, field.guidance, field.scale)
         else:
-            super().__init__(self._guided, field.conditions, NO_GUIDANCE, field.scale)
+            super().__init__(combined(self._branches, pair.guidance), field.conditions, NO_GUIDANCE, field.scale)
         self.whole, self.two = field, pair
         self.anchors = [float(t) for t in times][:-1]
         self.rows = rows
         self.seen: list[Seen] = []
-
-    def _guided(self, x: Tensor, t: Tensor, count: int) -> Tensor:
-        return self.two.guidance.combine(self._branches(x, t, 2), just_inside(t[0]))[None]
 
     def _branches(self, x: Tensor, t: Tensor, count: int) -> Tensor:
         self.whole.calls += 1
@@ -112,7 +109,7 @@ class HalfCalls:
         lengths = [len(row) for row in self.rows]
         whole = [sum(not length for length in lengths[:i]) for i in range(len(lengths))]
         wanted = [length and whole[i] + i for i, length in enumerate(lengths)]
-        if not len(self.times) - 2 <= len(self.rows) <= len(self.times) - 1 or lengths != wanted or not whole[-1:]:
+        if not len(self.times) - 2 <= len(self.rows) <= len(self.times) - 1 or lengths != wanted or not lengths:
             raise ValueError(
                 f"Half calls for {len(self.times) - 1} anchors come in as many rows, or one fewer, the first one "
                 f"empty, with as many numbers as calls and whole calls came before; got rows of {lengths} numbers."

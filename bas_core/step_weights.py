@@ -27,7 +27,7 @@ def terms(proposal: Proposal) -> list[Tensor]:
     proposed - p; provisional - p once the right anchor is known; d (v_j - v_i) for every other anchor j.
     """
     now = proposal.velocities[proposal.index]
-    length = (proposal.t1 - proposal.t0).to(now)
+    length = (proposal.t1 - proposal.t0).to(now.dtype)
     straight = proposal.start + length * now
     ends = [proposal.x - straight]
     if proposal.provisional is not None:

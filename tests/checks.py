@@ -2,21 +2,26 @@
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from ba_solver.bas_core import (
     Baseline,
     Control,
     Field,
     Guidance,
+    SideNetCard,
     edit,
     get_rule,
     invert,
+    load_sidenet,
     model_field,
     run_baseline,
+    save_sidenet,
     solve,
     straight_path,
     time_grid,
 )
+from ba_solver.bas_core.checkpoint import CheckpointError, read_safetensors, write_safetensors
 from problems import (
     Oracle,
     class_velocity,
@@ -77,6 +82,15 @@ def check_baseline_calls(solver: Baseline, intervals: int) -> None:
     field = exact_field()
     run_baseline(solver, field, state(), smooth_grid(intervals, 0.9, 0.1))
     assert field.calls == solver.first_calls + intervals * solver.calls_per_step
+
+
+def check_refused_in_a_file(path, times, metadata: dict[str, str], message: str) -> None:
+    """A SideNet's file with a grid for 4 calls and damaged metadata is not loaded."""
+    save_sidenet(path, small_sidenet(), SideNetCard(time_grids={4: times}))
+    tensors, intact = read_safetensors(path)
+    write_safetensors(path, tensors, {**intact, **metadata})
+    with pytest.raises(CheckpointError, match=message):
+        load_sidenet(path)
 
 
 def guided_field(batch: int, guidance: Guidance, mode: str = "branch"):

@@ -15,11 +15,11 @@ from ba_solver.bas_core import (
     save_sidenet,
     solve,
 )
-from ba_solver.bas_core.checkpoint import CheckpointError, read_safetensors, write_safetensors
+from ba_solver.bas_core.checkpoint import read_safetensors, write_safetensors
 from ba_solver.bas_core.guidance import NO_GUIDANCE
 from ba_solver.training.evaluate import sidenet_sampler
 from ba_solver.training.time_grids import Fitting, fit_run, search_times, weights_on
-from checks import guided_field
+from checks import check_refused_in_a_file, guided_field
 from problems import class_velocity, labels, noise, small_sidenet
 
 TIMES = [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]
@@ -251,9 +251,4 @@ def test_files_keep_them(tmp_path):
     ],
 )
 def test_damaged_half_calls_in_a_file_are_refused(rows, message, tmp_path):
-    path = tmp_path / "a.safetensors"
-    save_sidenet(path, small_sidenet(), SideNetCard(time_grids={4: TIMES}))
-    tensors, metadata = read_safetensors(path)
-    write_safetensors(path, tensors, {**metadata, "half_calls": rows})
-    with pytest.raises(CheckpointError, match=message):
-        load_sidenet(path)
+    check_refused_in_a_file(tmp_path / "a.safetensors", TIMES, {"half_calls": rows}, message)

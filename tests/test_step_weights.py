@@ -12,10 +12,10 @@ from ba_solver.bas_core import (
     solve,
     step_weights,
 )
-from ba_solver.bas_core.checkpoint import CheckpointError, read_safetensors, write_safetensors
+from ba_solver.bas_core.checkpoint import read_safetensors, write_safetensors
 from ba_solver.bas_core.step_weights import row_length
 from ba_solver.training.time_grids import Fitting, fit_run
-from checks import guided_field
+from checks import check_refused_in_a_file, guided_field
 from problems import exact_field, flow_map, noise, small_sidenet, state, uneven_grid
 
 TIMES = [1.0, 0.7, 0.45, 0.2, 0.0]
@@ -198,12 +198,7 @@ def test_files_keep_them(tmp_path):
     ],
 )
 def test_damaged_weights_in_a_file_are_refused(weights, message, tmp_path):
-    path = tmp_path / "a.safetensors"
-    save_sidenet(path, small_sidenet(), SideNetCard(time_grids={4: TIMES}))
-    tensors, metadata = read_safetensors(path)
-    write_safetensors(path, tensors, {**metadata, "step_weights": weights})
-    with pytest.raises(CheckpointError, match=message):
-        load_sidenet(path)
+    check_refused_in_a_file(tmp_path / "a.safetensors", TIMES, {"step_weights": weights}, message)
 
 
 def test_bad_weights_and_methods_are_refused():

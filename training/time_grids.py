@@ -169,15 +169,15 @@ class FitHalfCalls(HalfCallField):
 def fit_run(fitting: Fitting, times: Tensor, halved: bool = False) -> Fitted:
     """Run over a grid with step weights, and where it is asked for half calls, fitted on the way."""
     steps = FitWeights(fitting.truth)
-    made = calls_of(times, fitting.plain.skip_first)
-    halves = FitHalfCalls(fitting.field, times, made) if halved else None
+    skips = fitting.plain.skip_first
+    halves = FitHalfCalls(fitting.field, times, calls_of(times, skips)) if halved else None
     ends = solve(
         halves or fitting.field,
         fitting.sidenet,
         fitting.noise,
         times,
         rule=fitting.rule,
-        skip_first=fitting.plain.skip_first,
+        skip_first=skips,
         correct=steps,
     )
     return Fitted(ends, steps.rows, halves.found if halves else [])
@@ -192,7 +192,7 @@ def search_times(fitting: Fitting, calls: Sequence[int], rounds: int = ROUNDS) -
     Returns:
         Descending grids from 1 to 0, by number of calls, half ones counted as half.
     """
-    ends = fitting.truth(torch.tensor(0.0))
+    plain, ends = fitting.plain, fitting.truth(torch.tensor(0.0))
     found: dict[int, list[float]] = {}
     shape: GridShape | None = None
     for n in progress(sorted(calls), "time grids"):
@@ -202,14 +202,13 @@ def search_times(fitting: Fitting, calls: Sequence[int], rounds: int = ROUNDS) -
         def run(field: Field, noise: Tensor, times: Tensor, halved: bool = halved) -> Tensor:
             return fit_run(fitting, times, halved).ends
 
-        sampler = dataclasses.replace(fitting.plain, run=run)
+        sampler = dataclasses.replace(plain, run=run)
         shape = search_family(sampler, fitting.field, fitting.noise, ends, made, shape)
 
-        def error(grid: Tensor, made: int = made, sampler: Sampler = sampler) -> float:
-            if calls_of(grid, sampler.skip_first) != made:
+        def error(grid: Tensor, made: int = made, halved: bool = halved) -> float:
+            if calls_of(grid, plain.skip_first) != made:
                 return math.inf  # a first time has moved to where its call is, or is no longer, to be made
-            times = grid * fitting.start
-            return endpoint_errors(sampler.run(fitting.field, fitting.noise, times), ends).mean().item()
+            return endpoint_errors(fit_run(fitting, grid * fitting.start, halved).ends, ends).mean().item()
 
         found[n] = coordinate_search(error, sampler.times(made, shape), rounds).tolist()
     return found

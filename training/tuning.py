@@ -96,7 +96,7 @@ def tune(sidenet: SideNet, rollout: Rollout, learned: Learned, steps: int, seed:
             ends = run(field, rollout.noise(drawn), sidenet, rollout, skips)
             loss = endpoint_errors(ends, rollout.truth(drawn, torch.tensor(0.0))).mean()
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward(inputs=list(run.parameters()))  # some backbones' weights would take gradients too
             optimizer.step()
             schedule.step()
             rollout.spent["tuning"] += field.calls * len(drawn)

@@ -104,13 +104,14 @@ def told_the_mean(sidenet: SideNet) -> list[Sampler]:
 def search_grids(settings: BenchmarkSettings, demo: Demo, samplers: list[Sampler]) -> Demo:
     """The demo with the asked solvers' best grids on the search noises, which are written; ours are in its file."""
     backbone = open_backbone(BackboneChoice(backbone=f"sit:{SIT_FILE}", device=settings.device))
-    asked = {sampler.name: sampler for sampler in samplers if {"all", sampler.name} & set(settings.search)}
-    asked.pop("ba_solver", None)
+    asked = [
+        sampler for sampler in samplers if {"all", sampler.name} & set(settings.search) and sampler.name != "ba_solver"
+    ]
     grids: Grids = dict(demo.grids)
     with torch.inference_mode():
         noise, labels = (part.to(settings.device) for part in demo_noise(SEARCH_SEED, settings.search_noises))
         paths = reference_paths(demo.field(labels), noise, backbone, REFERENCE_POINTS)
-        shapes = search_shapes([(sampler, calls) for sampler in asked.values() for calls in settings.nfe], paths)
+        shapes = search_shapes([(sampler, calls) for sampler in asked for calls in settings.nfe], paths)
     for (name, calls), shape in shapes.items():
         grids[name] = {**grids.get(name, {}), calls: shape}
     write_text(GRIDS_FILE, json.dumps({"cfg": DEMO_CFG, "grids": grids}, indent=1))
