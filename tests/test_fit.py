@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from ba_solver.bas_core import SideNetCard, get_rule, load_sidenet, save_sidenet, solve, time_grid
 from ba_solver.bas_core.checkpoint import read_pickled_tensors, read_safetensors, write_safetensors
 from ba_solver.bas_core.grids import starts_short
-from ba_solver.training import fit, published
+from ba_solver.training import fit, published, tuning
 from ba_solver.training.backbones import BackboneChoice, open_backbone
 from ba_solver.training.chains import open_chains
 from ba_solver.training.cli import main
@@ -22,7 +22,7 @@ from ba_solver.training.evaluate import endpoint_errors
 from ba_solver.training.loop import LoopSettings, Share, train
 from ba_solver.training.published import load_latents, published_loss, signed_steps
 from ba_solver.training.time_grids import WEIGHT_RUNS, coordinate_search, fit_weights, learn_grids
-from ba_solver.training.tuning import tune
+from ba_solver.training.tuning import tune, tuning_loop
 from training_problems import BACKBONE, GAUSSIAN_MEAN, SHAPE
 
 torch.set_num_threads(1)
@@ -269,11 +269,11 @@ def test_closed_loop_and_grid_lower_the_rollout_error(folder, trained, tmp_path)
     before = rollout_error(sidenet, folder / "guided")
     options = ("--steps", "0", "--start-from", out, "--backbone", BACKBONE, *QUICK, "--nfe-range", "5", "5")
     closed, card = run(
-        folder / "guided", tmp_path / "c.safetensors", *options, "--closed-loop", "120", "--learning-rate", "3e-2"
+        folder / "guided", tmp_path / "c.safetensors", *options, "--closed-loop", "240", "--learning-rate", "3e-2"
     )
     assert rollout_error(closed, folder / "guided") < 0.95 * before
-    # 120 steps of 5 calls for 16 runs, and one score on 4 draws of 16 runs.
-    assert card.training["backbone_calls"]["closed loop"] == 120 * 5 * 16 + 1 * 4 * 16 * 5
+    # 240 steps of 5 calls for 16 runs, and one score on 4 draws of 16 runs.
+    assert card.training["backbone_calls"]["closed loop"] == 240 * 5 * 16 + 1 * 4 * 16 * 5
     gridded, card = run(folder / "guided", tmp_path / "g.safetensors", *options, "--grid-nfe", "5")
     grid = torch.tensor(card.time_grids[5])
     assert grid[0] == 1 and grid[-1] == 0 and (grid.diff() < 0).all() and len(grid) == 7
@@ -290,18 +290,59 @@ def test_tuning_lowers_the_rollout_error(folder, trained, tmp_path):
     out, sidenet, _ = trained
     chains, about = open_chains([folder / "guided"])
     backbone = open_backbone(BackboneChoice(backbone=BACKBONE))
-    rollout = Rollout(backbone, chains.split(12)[0], about, get_rule("lobatto4"), [], 16)
+    rollout, held_out = (Rollout(backbone, part, about, get_rule("lobatto4"), [], 16) for part in chains.split(12))
     learned = fit_weights(sidenet, rollout, learn_grids(sidenet, rollout, [5], 8, rounds=0))
     errors = []
-    for found in (learned, tune(sidenet, rollout, learned, 150, seed=1)):
+    loop = tuning_loop(LoopSettings(steps=400, batch=16, learning_rate=1e-3, seed=1))
+    for found in (learned, tune(sidenet, rollout, held_out, learned, 5, loop, tmp_path)):
         card, grid = SideNetCard(**vars(found)), torch.tensor(found.time_grids[5])
         fitted = {"weights": card.weights_for(grid), "halves": card.half_calls_for(grid)}
         errors.append(rollout_error(sidenet, folder / "guided", grid=grid, **fitted))
     assert errors[1] < 0.9 * errors[0], errors
     options = ("--steps", "0", "--start-from", out, "--backbone", BACKBONE, "--grid-nfe", "4", "--grid-runs", "4")
     card = run(folder / "guided", tmp_path / "t.safetensors", *options, *QUICK, "--tune", "2")[1]
-    assert card.training["backbone_calls"]["tuning"] == 2 * 5 * 16
+    # Two steps on two runs, two reports and two scores at the end on the twelve that were held out.
+    assert card.training["backbone_calls"]["tuning"] == 4 * (2 * 2 + 4 * 12)
     assert card.half_calls_for(card.time_grids[4]).count == 2
+
+
+def test_tuning_that_does_not_help_is_undone(folder, trained, tmp_path, monkeypatch, capsys):
+    """With too high a learning rate the run gets worse; what is written is what least squares found."""
+    options = ("--steps", "0", "--start-from", trained[0], "--backbone", BACKBONE, "--grid-nfe", "5", *QUICK)
+    monkeypatch.setattr(fit, "ROUNDS", 0)  # as where the grids are tuned
+    fitted = run(folder / "guided", tmp_path / "fitted.safetensors", *options)[1]
+    monkeypatch.setattr(tuning, "LEARNING_RATE", 3.0)
+    tuned = run(folder / "guided", tmp_path / "tuned.safetensors", *options, "--tune", "4")[1]
+    assert "did not help" in capsys.readouterr().out
+    assert tuned.step_weights == fitted.step_weights and tuned.half_calls == fitted.half_calls
+
+
+def test_an_interrupted_tuning_goes_on_to_the_same_numbers(folder, trained, tmp_path, monkeypatch, capsys):
+    """Neither the search for grids nor a number of calls that is tuned is done again."""
+    options = ("--steps", "0", "--start-from", trained[0], "--backbone", BACKBONE, "--grid-nfe", "4,5", *QUICK)
+    options += ("--tune", "40", "--resume")
+    monkeypatch.setattr(tuning, "LEARNING_RATE", 1e-3)
+    whole = run(folder / "guided", tmp_path / "whole.safetensors", *options)[1]
+    assert "did not help" not in capsys.readouterr().out
+    real, seen = tuning.TunedRun.forward, []
+
+    def interrupted(*args):
+        seen.append(None)
+        if len(seen) == 60:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(tuning.TunedRun, "forward", interrupted)
+    out = tmp_path / "resumed.safetensors"
+    command = ["train", "--chains", str(folder / "guided"), "--out", str(out), *map(str, options)]
+    assert main(command) == 130 and not out.exists()
+    assert {path.name for path in out.with_suffix(".run").glob("*.pt")} == {"time_grids.pt", "tune_4.pt", "tune_5.pt"}
+    monkeypatch.setattr(tuning.TunedRun, "forward", real)
+    monkeypatch.setattr(fit, "learn_grids", None)
+    resumed = run(folder / "guided", out, *options)[1]
+    assert (resumed.time_grids, resumed.step_weights) == (whole.time_grids, whole.step_weights)
+    assert resumed.half_calls == whole.half_calls
+    assert not list(out.with_suffix(".run").glob("*.pt"))
 
 
 def test_end_point_training_lowers_the_rollout_error(folder, trained, tmp_path):

@@ -23,7 +23,7 @@ def reference(noise, labels, points=400):
     from ba_solver.training.chains import record_chain
 
     times = torch.linspace(1, 0, points)
-    states, velocities = record_chain(model_field(swirl, labels), noise, times, "adams_bashforth4")
+    states, velocities = record_chain(model_field(swirl, labels), noise, times)
     chains = Chains(times.expand(len(noise), -1), states, velocities, labels)
     return lambda t: chains.at(torch.arange(len(noise)), t)
 

@@ -22,7 +22,7 @@ from ..bas_core.solver import Step
 from .progress import progress
 
 CHAINS_FORMAT = "ba-solver-chains"
-TEACHER = "adams_bashforth3"
+TEACHER = "adams_pec"
 # Chains end here: at t = 0 itself a network's velocity means little, and the integral does not depend on it.
 LAST_TIME = 0.01
 # Of a recording's times: the first gap, in usual gaps, and how far a time may be off, in gaps.
@@ -171,14 +171,14 @@ def both_branches(field: Field, guidance: Guidance, seen: list[Tensor]) -> Field
     return Field(evaluate, field.conditions[:1])
 
 
-def record_chain(field: Field, noise: Tensor, times: Tensor, teacher: str = TEACHER) -> tuple[Tensor, Tensor]:
-    """Integrate from `noise` and keep every point.
+def record_chain(field: Field, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+    """Integrate from `noise` by the teacher and keep every point.
 
     Returns:
         States and velocities, both [B, N + 1, C, *spatial]; one backbone call a point.
     """
     steps: list[Step] = []
-    end = run_baseline(teacher, field, noise, times, steps.append)
+    end = run_baseline(TEACHER, field, noise, times, steps.append)
     states = [step.x for step in steps] + [end]
     velocities = [step.velocity for step in steps] + [field.velocity(end, times[-1])]
     return torch.stack(states, 1), torch.stack(velocities, 1)

@@ -24,7 +24,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..bas_core.checkpoint import CheckpointError, SideNetCard, load_sidenet, save_sidenet, write_text
+from ..bas_core.checkpoint import (
+    CheckpointError,
+    SideNetCard,
+    load_sidenet,
+    read_pickled_tensors,
+    save_sidenet,
+    write_atomically,
+    write_text,
+)
 from ..bas_core.grids import time_grid
 from ..bas_core.quadrature import RULES, get_rule
 from ..bas_core.sidenet import SideNet, SideNetConfig
@@ -38,8 +46,8 @@ from .progress import MAIN_PROCESS, say
 from .published import CHAIN_STEPS, load_latents, published_loss
 from .record import STARTS
 from .settings import UsageError, check_device, check_positive, parse_calls, plain, prepare_folder, shareable
-from .time_grids import ROUNDS, Learned, fit_weights, learn_grids
-from .tuning import tune
+from .time_grids import ROUNDS, Learned, fit_weights, joined, learn_grids
+from .tuning import tune, tuning_loop
 
 OBJECTIVES = ("all_pairs", "published")
 TIME_BINS, STEP_BINS = (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.05, 0.1, 0.2, 1.0)
@@ -94,8 +102,8 @@ class Training:
         grid_runs: recorded runs that they are learned on; each number of calls takes 30 to 60 times so many samplings.
             A few runs find the grid that suits those few.
         tune: steps that tune each number of calls' times and weights by gradients through whole runs (needs --grid-nfe,
-            and the memory of --end-point); the grids are then searched in the family alone. At least 30: few steps move
-            everything a little, and leave it worse than it was.
+            and the memory of --end-point); the grids are then searched in the family alone. A few hundred; where it
+            does not help runs that were held out, it is undone.
         closed_loop: steps of the closed-loop stage (needs --backbone).
         end_point: steps with gradients through the backbone (needs --backbone, and its memory).
         loop_batch: runs a step in these two stages.
@@ -475,6 +483,18 @@ def rolled_stage(job: Job, sidenet: SideNet, name: str, steps: int, loss: Rolled
     return run_stage(job, sidenet, name, loop, lambda network, *drawn: loss(network, rollout, *drawn), score)
 
 
+def grids_stage(job: Job, sidenet: SideNet, calls: Sequence[int]) -> dict[int, list[float]]:
+    """Stage 2: time grids for numbers of calls; in the family alone if they are tuned later."""
+    path = job.folder / "time_grids.pt"
+    if path.exists():
+        return {int(n): grid for n, grid in read_pickled_tensors(path).items()}
+    rounds = 0 if job.training.tune else ROUNDS
+    found = learn_grids(sidenet, job.rollout(job.chains), calls, job.training.grid_runs, rounds)
+    if MAIN_PROCESS:
+        write_atomically(path, lambda temporary: torch.save(found, temporary))
+    return found
+
+
 def fit(job: Job) -> SideNet:
     """All stages that are asked for."""
     training = job.training
@@ -485,8 +505,7 @@ def fit(job: Job) -> SideNet:
         sidenet = (published_stage if training.objective == "published" else all_pairs_stage)(job, sidenet)
     if training.grid_nfe:
         calls = parse_calls(training.grid_nfe, "--grid-nfe")
-        rounds = 0 if training.tune else ROUNDS
-        job.learned = Learned(learn_grids(sidenet, job.rollout(job.chains), calls, training.grid_runs, rounds))
+        job.learned = Learned(grids_stage(job, sidenet, calls))
     if training.closed_loop:
         sidenet = rolled_stage(job, sidenet, "closed_loop", training.closed_loop, interval_loss)
     if training.end_point:
@@ -495,7 +514,10 @@ def fit(job: Job) -> SideNet:
     if job.learned.time_grids:
         job.learned = fit_weights(sidenet, job.rollout(job.chains), job.learned.time_grids)
     if training.tune:
-        job.learned = tune(sidenet, job.rollout(job.chains), job.learned, training.tune, training.seed)
+        loop = tuning_loop(training.loop(training.tune, training.loop_batch))
+        parts = job.rollout(job.chains), job.rollout(job.held_out)
+        tuned = [tune(sidenet, *parts, job.learned, calls, loop, job.folder) for calls in job.learned.time_grids]
+        job.learned = joined(tuned)
     return sidenet
 
 

@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 T = TypeVar("T")
-# Of several processes (`accelerate launch`) one speaks; the variable is torch's convention.
+# Of several processes (`accelerate launch`) one speaks; the variables are torch's convention.
 MAIN_PROCESS = os.environ.get("RANK", "0") == "0"
+PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def progress(items: Iterable[T], what: str, **options: Any) -> tqdm[T]:

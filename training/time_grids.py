@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -84,6 +84,19 @@ class Learned:
     time_grids: dict[int, list[float]] = field(default_factory=dict)
     step_weights: Rows = field(default_factory=dict)
     half_calls: Rows = field(default_factory=dict)
+
+    def only(self, calls: int) -> Learned:
+        """What was learned for one number of calls."""
+        return Learned(*({calls: rows[calls]} if calls in rows else {} for rows in vars(self).values()))
+
+
+def joined(parts: Iterable[Learned]) -> Learned:
+    """What was learned for one number of calls and another."""
+    whole = Learned()
+    for part in parts:
+        for name, rows in vars(part).items():
+            getattr(whole, name).update(rows)
+    return whole
 
 
 @dataclass(frozen=True)

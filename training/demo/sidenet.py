@@ -11,6 +11,7 @@ measured on noises that none of them has seen. What is finished is not done agai
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -80,10 +81,10 @@ class FigureSettings:
     out: Path = Path("runs/demo_sidenet")
     seeds: tuple[int, ...] = (1, 2, 3)
     steps: int = 2200
-    chains: int = 384
-    starts: int = 1536
+    chains: int = 256
+    starts: int = 1024
     grid_runs: int = 12
-    tune: int = 40
+    tune: int = 480
     noises: int = 96
     search_noises: int = 20
     levers: bool = False
@@ -189,7 +190,13 @@ class Measured:
 
 
 def sidenet_errors(path: Path, report: Measured, search: Measured) -> dict[int, float]:
-    """A SideNet's end-point errors, on its learned grids or else on those searched for it here."""
+    """A SideNet's end-point errors, on its learned grids or else on those searched for it here; kept beside it."""
+    key = [hashlib.sha256(path.read_bytes()).hexdigest(), len(report.noise), len(search.noise)]
+    found = kept(path.with_suffix(".errors.json"), key, partial(_sidenet_errors, path, report, search))
+    return {int(calls): error for calls, error in found.items()}
+
+
+def _sidenet_errors(path: Path, report: Measured, search: Measured) -> dict[int, float]:
     sidenet, card = load_sidenet(path)
     sampler = sidenet_sampler(sidenet, card=card)
     errors = {}
