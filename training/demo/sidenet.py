@@ -145,7 +145,8 @@ def published(settings: FigureSettings, seed: int, backbone: Backbone) -> Path:
         grid_nfe="",
         tune=0,
     )
-    record(job, dataclasses.replace(job, seed=1), few, backbone)  # to validate on
+    if not job.out.exists():
+        record(job, dataclasses.replace(job, seed=1), few, backbone)  # to validate on
     trained(job, few, backbone)
     return job.out
 
