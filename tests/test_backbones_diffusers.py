@@ -122,6 +122,26 @@ def test_v_prediction_unets_are_mapped_too(tmp_path):
     assert (ours - x[1]).norm() < 1e-3 * (x[1] - x[0]).norm()
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_gradients_pass_through_a_pipeline_and_not_into_its_weights(name, saved):
+    """As tuning and the end-point stage want them: right against a difference, and nothing kept beside."""
+    backbone = open_backbone(choice_for(name, saved))
+    generator = torch.Generator().manual_seed(1)
+    x, along = torch.randn(2, 1, *backbone.shape, generator=generator)
+    field = backbone.field(torch.tensor([1]), 2.5)
+    x.requires_grad_()
+    weight = torch.randn(field.velocity(x, torch.tensor(0.6)).shape, generator=generator)
+
+    def value(at):
+        return (field.velocity(at, torch.tensor(0.6)) * weight).sum()
+
+    (slope,) = torch.autograd.grad(value(x), x)
+    with torch.no_grad():
+        measured = (value(x + 1e-2 * along) - value(x - 1e-2 * along)) / 2e-2
+    assert (slope * along).sum().item() == pytest.approx(measured.item(), rel=0.05)
+    assert not any(p.requires_grad for p in backbone.velocity.module.parameters())
+
+
 @pytest.mark.parametrize("name", ["sd3", "qwen", "lumina2", "sana"])
 def test_batches_of_different_prompts_are_their_items(name, saved):
     """Also where prompts differ in length, or are padded to one length with a mask."""

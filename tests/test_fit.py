@@ -342,6 +342,9 @@ def test_an_interrupted_tuning_goes_on_to_the_same_numbers(folder, trained, tmp_
     resumed = run(folder / "guided", out, *options)[1]
     assert (resumed.time_grids, resumed.step_weights) == (whole.time_grids, whole.step_weights)
     assert resumed.half_calls == whole.half_calls
+    # What was spent before the interruption counts, finished steps' results or not.
+    once, twice = (card.training["backbone_calls"] for card in (whole, resumed))
+    assert twice["time grids"] == once["time grids"] and once["tuning"] < twice["tuning"] < 1.5 * once["tuning"]
     assert not list(out.with_suffix(".run").glob("*.pt"))
 
 

@@ -66,6 +66,7 @@ def fireflow_that_reuses_the_wrong_end(velocity, x, t0, t1, history):
         ("rf_solver", rf_solver_with_half_the_slope),
         ("fireflow", fireflow_that_reuses_the_wrong_end),
         ("adams_bashforth4", BASELINES["adams_bashforth3"].step),
+        ("adams_pec", BASELINES["adams_bashforth3"].step),
     ],
 )
 def test_the_order_check_finds_a_damaged_baseline(name, step):

@@ -569,10 +569,14 @@ def check_run_folder(folder: Path, settings: Any, resume: bool) -> None:
 
 
 @contextmanager
-def stopwatch(path: Path) -> Iterator[Callable[[], float]]:
-    """Counts seconds, and keeps them in the file when the work is done or interrupted; where the unfinished run beside
-    it is gone on with, from those in the file on."""
-    earlier = float(path.read_text()) if path.exists() and any(path.parent.glob("*.pt")) else 0.0
+def account(path: Path, spent: Counter[str]) -> Iterator[Callable[[], float]]:
+    """Counts seconds, and keeps them and the calls spent in the file when the work is done or interrupted; where the
+    unfinished run beside it is gone on with, from those in the file on."""
+    earlier = 0.0
+    if path.exists() and any(path.parent.glob("*.pt")):
+        known = json.loads(path.read_text(encoding="utf-8"))
+        earlier = known["seconds"]
+        spent.update(known["backbone_calls"])
     start = time.perf_counter()
 
     def seconds() -> float:
@@ -582,7 +586,7 @@ def stopwatch(path: Path) -> Iterator[Callable[[], float]]:
         yield seconds
     finally:
         if MAIN_PROCESS:
-            write_text(path, f"{seconds():.1f}")
+            write_text(path, json.dumps({"seconds": round(seconds(), 1), "backbone_calls": dict(spent)}))
 
 
 def train_from(
@@ -626,7 +630,7 @@ def train_from(
         )
     parts = hold_out(recorded, training.held_out)
     job = Job(training, *parts, about, check_device(choice.device), folder, backbone, starts)
-    with stopwatch(folder / "seconds.txt") as seconds:
+    with account(folder / "spent.json", job.spent) as seconds:
         sidenet = fit(job)
     card = card_of(job, sidenet, settings, seconds())
     if MAIN_PROCESS:

@@ -284,6 +284,7 @@ def open_backbone(where: str, choice: BackboneChoice, device: torch.device) -> B
     pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
     check_supported(pipeline)
+    network_of(pipeline).requires_grad_(False)  # tuning takes gradients through it, not of it
     check_lengths(pipeline, prompts)
     if choice.offload:
         pipeline.enable_group_offload(device, offload_type="leaf_level", use_stream=device.type == "cuda")
