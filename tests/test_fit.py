@@ -117,11 +117,16 @@ def test_a_killed_training_goes_on_from_its_last_save(folder, tmp_path):
 
 
 def test_two_processes_equal_one(folder, tmp_path):
-    """Two CPU processes of accelerate share each batch and come to the one-process weights, to rounding."""
+    """Two CPU processes of accelerate share each batch and come to the one-process weights, to rounding.
+
+    So do they where they tune.
+    """
     options = [*QUICK, "--steps", "12", "--save-every", "6", "--warmup", "2"]
-    run(folder / "guided", tmp_path / "one.safetensors", *options)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "ba_solver.training"]
+    options += ["--backbone", BACKBONE, "--grid-nfe", "4", "--grid-runs", "4", "--tune", "100"]
+    card = run(folder / "guided", tmp_path / "one.safetensors", *options)[1]
+    logs = tmp_path / "logs"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch += ["--log-dir", str(logs), "--redirects", "3", "-m", "ba_solver.training"]
     command = [
         *launch,
         "train",
@@ -138,7 +143,13 @@ def test_two_processes_equal_one(folder, tmp_path):
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=2e-3, atol=2e-5)
     assert max((one[name] - start[name]).abs().max() for name in one) > 0.02
-    assert done.stdout.count("Written:") == 1
+    said = [path.read_text() for path in sorted(logs.rglob("stdout.log"))]
+    assert len(said) == 2 and "Written:" in said[0] and not said[1]
+    assert "did not help" not in said[0]
+    again = load_sidenet(tmp_path / "two.safetensors")[1]
+    assert again.training["backbone_calls"] == card.training["backbone_calls"]
+    for row, same in zip(card.step_weights[4], again.step_weights[4], strict=True):
+        assert same == pytest.approx(row, rel=1e-2, abs=1e-2)
 
 
 def tensors_of_untrained(folder, tmp_path):

@@ -1,7 +1,7 @@
 """A run tuned end to end: its times, step weights and half calls, by gradients of the end-point error.
 
 Least squares brings every state of a run near the path; what counts is the last one. A run has some hundred numbers at
-most, so that a few dozen steps on ever new recorded runs find better ones and learn none of the runs by heart.
+most, so that some hundred steps on recorded runs find better ones and learn none of the runs by heart.
 Gradients pass through all calls of the backbone: each keeps its activations, and takes about three times as long.
 """
 
@@ -128,19 +128,19 @@ def tune(
     rows, scored = rollout.alike(len(rollout.chains)), held_out.alike(SCORED_RUNS)
     skips = sidenet_sampler(sidenet, start=rollout.backbone.start).skip_first
 
-    def error(run: TunedRun, runs: Rollout, drawn: Tensor) -> Tensor:
+    def error(run: TunedRun, runs: Rollout, drawn: Tensor, counted: int) -> Tensor:
         field = runs.field_of(drawn)
         ends = run(field, runs.noise(drawn), sidenet, runs, skips)
-        runs.spent["tuning"] += round(field.cost * len(drawn))
+        runs.spent["tuning"] += round(field.cost * counted)
         return endpoint_errors(ends, runs.truth(drawn, torch.tensor(0.0))).mean()
 
     def loss_at(step: int, share: Share) -> Tensor:
         drawn = torch.randint(len(rows), (loop.batch,), generator=loop.generator(step))
-        return error(run, rollout, share.of(rows[drawn]))
+        return error(run, rollout, share.of(rows[drawn]), loop.batch if share.index == 0 else 0)
 
     def score(run: TunedRun, step: int) -> Numbers:
         with torch.no_grad():
-            return {"score": error(run, held_out, scored).item()}
+            return {"score": error(run, held_out, scored, len(scored)).item()}
 
     begun = TunedRun(learned.time_grids[calls], learned.step_weights[calls], learned.half_calls.get(calls))
     run = copy.deepcopy(begun).to(rollout.backbone.device)
