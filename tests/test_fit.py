@@ -1,11 +1,9 @@
 """Training from chains: resume, processes, stages and what they reach, on a field whose truth is known."""
 
 import json
-import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +21,7 @@ from ba_solver.training.loop import LoopSettings, Share, train
 from ba_solver.training.published import load_latents, published_loss, signed_steps
 from ba_solver.training.time_grids import WEIGHT_RUNS, coordinate_search, fit_weights, learn_grids
 from ba_solver.training.tuning import tune, tuning_loop
-from training_problems import BACKBONE, GAUSSIAN_MEAN, SHAPE
+from training_problems import BACKBONE, GAUSSIAN_MEAN, SHAPE, environment, in_two_processes
 
 torch.set_num_threads(1)
 SMALL = ("--base-channels", "16", "--embedding-dim", "16", "--num-layers", "2", "--patch-size", "1", "--batch", "16")
@@ -82,13 +80,6 @@ def test_four_steps_equal_two_stop_resume_two(folder, tmp_path, monkeypatch, cap
     assert not list((tmp_path / "part.run").glob("*.pt"))
 
 
-def environment():
-    """For a process of its own, which finds what this one finds."""
-    package = str(Path(fit.__file__).resolve().parents[1].parent)
-    paths = os.pathsep.join([*(p for p in sys.path if p), package])
-    return os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-
-
 def test_a_killed_training_goes_on_from_its_last_save(folder, tmp_path):
     """Killed without a chance to tidy up, it leaves no half file, and --resume comes to the same bits."""
     options = [*QUICK, "--steps", "120", "--save-every", "10"]
@@ -124,27 +115,14 @@ def test_two_processes_equal_one(folder, tmp_path):
     options = [*QUICK, "--steps", "12", "--save-every", "6", "--warmup", "2"]
     options += ["--backbone", BACKBONE, "--grid-nfe", "4", "--grid-runs", "4", "--tune", "100"]
     card = run(folder / "guided", tmp_path / "one.safetensors", *options)[1]
-    logs = tmp_path / "logs"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    launch += ["--log-dir", str(logs), "--redirects", "3", "-m", "ba_solver.training"]
-    command = [
-        *launch,
-        "train",
-        "--chains",
-        str(folder / "guided"),
-        "--out",
-        str(tmp_path / "two.safetensors"),
-        *options,
-    ]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 0, done.stderr
+    command = ["train", "--chains", str(folder / "guided"), "--out", str(tmp_path / "two.safetensors"), *options]
+    said = in_two_processes(command, tmp_path)
     one, two = tensors(tmp_path / "one.safetensors"), tensors(tmp_path / "two.safetensors")
     start = tensors_of_untrained(folder, tmp_path)
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=2e-3, atol=2e-5)
     assert max((one[name] - start[name]).abs().max() for name in one) > 0.02
-    said = [path.read_text() for path in sorted(logs.rglob("stdout.log"))]
-    assert len(said) == 2 and "Written:" in said[0] and not said[1]
+    assert "Written:" in said[0] and not said[1]
     assert "did not help" not in said[0]
     again = load_sidenet(tmp_path / "two.safetensors")[1]
     assert again.training["backbone_calls"] == card.training["backbone_calls"]

@@ -10,7 +10,7 @@ from ba_solver.training.backbones import open_backbone
 from ba_solver.training.backbones.base import BackboneChoice
 from ba_solver.training.chains import Chains, open_chains, open_shard, record_chain, save_shard
 from ba_solver.training.cli import main
-from training_problems import BACKBONE, swirl
+from training_problems import BACKBONE, in_two_processes, swirl
 
 
 def arguments(out, **changes):
@@ -52,6 +52,15 @@ def test_shards_hold_the_guided_field_along_its_path(tmp_path, capsys):
     # Two shards of a recording have noises and times of their own.
     first = chains.states[rows, torch.zeros(10, dtype=torch.long)]
     assert torch.pdist(first.flatten(1)).min() > 1 and (chains.times[0] != chains.times[4]).any()
+
+
+def test_two_processes_share_the_shards(tmp_path):
+    """Each records some; together they are the recording of one process, and one of them speaks."""
+    whole, _ = record(tmp_path / "one")
+    said = in_two_processes(["record", *arguments(tmp_path / "two")], tmp_path)
+    assert "backbone calls" in said[0] and not said[1]
+    shared, _ = open_chains([tmp_path / "two"])
+    assert len(shared) == 10 and all(torch.equal(whole.states[i], shared.states[i]) for i in range(10))
 
 
 def test_streamed_chains_are_the_same_as_chains_in_memory(tmp_path):

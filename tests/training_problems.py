@@ -1,7 +1,13 @@
 """A backbone with known velocities for the training tests: `python:training_problems:swirl_backbone`."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import torch
 from ba_solver.bas_core import model_field
+from ba_solver.training import chains
 from ba_solver.training.backbones import Backbone
 from ba_solver.training.chains import LAST_TIME, Chains, batch_generator, random_times, record_chain
 
@@ -74,3 +80,24 @@ def chains_of(field, labels, points, seed=3, until=LAST_TIME, batch=8):
         noise = torch.randn((len(rows), *SHAPE), generator=generator)
         parts.append((times.expand(len(rows), -1), *record_chain(model_field(field, rows), noise, times)))
     return Chains(*(torch.cat(column).clone() for column in zip(*parts, strict=True)), labels)
+
+
+def environment():
+    """For a process of its own, which finds what this one finds."""
+    package = str(Path(chains.__file__).resolve().parents[1].parent)
+    paths = os.pathsep.join([*(p for p in sys.path if p), package])
+    return os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+
+
+def in_two_processes(command, folder):
+    """Run a command of `ba-solver` in two CPU processes, and return what each printed."""
+    logs = folder / "logs"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch += ["--log-dir", str(logs), "--redirects", "3", "-m", "ba_solver.training"]
+    done = subprocess.run(
+        [*launch, *command], env=environment(), capture_output=True, text=True, cwd=folder, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    said = [path.read_text() for path in sorted(logs.rglob("stdout.log"))]
+    assert len(said) == 2
+    return said
