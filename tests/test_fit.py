@@ -17,6 +17,7 @@ from ba_solver.training.chains import open_chains
 from ba_solver.training.cli import main
 from ba_solver.training.closed_loop import Rollout, end_point_loss, interval_loss
 from ba_solver.training.evaluate import endpoint_errors
+from ba_solver.training.files import describe_sidenet
 from ba_solver.training.loop import LoopSettings, Share, train
 from ba_solver.training.published import load_latents, published_loss, signed_steps
 from ba_solver.training.time_grids import WEIGHT_RUNS, coordinate_search, fit_weights, learn_grids
@@ -293,6 +294,9 @@ def test_tuning_lowers_the_rollout_error(folder, trained, tmp_path):
     # Two steps on two runs, two reports and two scores at the end on the twelve that were held out.
     assert card.training["backbone_calls"]["tuning"] == 4 * (2 * 2 + 4 * 12)
     assert card.half_calls_for(card.time_grids[4]).count == 2
+    # What it began as is not forgotten.
+    assert card.training["started_from"] == trained[2].training
+    assert f"began as:   one trained: {trained[2].training['objective']}" in describe_sidenet(sidenet, card)
 
 
 def test_tuning_that_does_not_help_is_undone(folder, trained, tmp_path, monkeypatch, capsys):

@@ -58,6 +58,7 @@ def run_info(settings: InfoSettings) -> None:
 def describe_sidenet(sidenet: SideNet, card: SideNetCard) -> str:
     """A SideNet's card in words."""
     config, training, recorded = sidenet.config, card.training, card.training.get("recorded", {})
+    earlier = training.get("started_from", {})
     low, high = card.guidance_range
     parameters = sum(p.numel() for p in sidenet.parameters())
     facts = {
@@ -76,6 +77,10 @@ def describe_sidenet(sidenet: SideNet, card: SideNetCard) -> str:
         else "",
         "cost": f"backbone calls {training.get('backbone_calls', 'not said')}, "
         f"{training.get('seconds', '?')} s of training",
+        "began as": f"one trained: {earlier.get('objective', 'not said')}; backbone calls "
+        f"{earlier.get('backbone_calls', 'not said')}"
+        if earlier
+        else "",
         "licence": card.licence,
     }
     lines = [f"{name + ':':<12}{value}" for name, value in facts.items() if value]

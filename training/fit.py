@@ -529,6 +529,8 @@ def card_of(job: Job, sidenet: SideNet, settings: Any, seconds: float) -> SideNe
         recorded["starts"] = len(job.starts) // job.chains.branches * job.starts.times.shape[1]
     spent = dict(job.spent) if job.training.objective == "published" else {**recorded, **job.spent}
     low, high = job.about["guidance"]
+    begun = job.training.start_from
+    earlier = SideNetCard() if begun is None else load_sidenet(begun)[1]
     return SideNetCard(
         velocity=job.about["velocity"],
         guidance_range=(low, high),
@@ -543,7 +545,9 @@ def card_of(job: Job, sidenet: SideNet, settings: Any, seconds: float) -> SideNe
             "settings": shareable(settings),
             "seconds": round(seconds),
             "torch": torch.__version__,
+            **({} if begun is None else {"started_from": earlier.training}),
         },
+        licence=earlier.licence,
         evaluation={"residual_variance": residual_table(sidenet, job)},
     )
 
