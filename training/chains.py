@@ -134,7 +134,7 @@ def random_times(
     """[points] descending times from `start` to `until`, jittered, so that batches cover all.
 
     Evenly spread, but for the first third, whose gaps grow from a tenth: a multistep teacher begins as Euler's method,
-    and its first steps would otherwise make most of its error (on the demo five sixths, with 32 points).
+    and its first steps would otherwise make most of its error (five sixths of that of Adams-Bashforth 3 on the demo).
 
     Args:
         points: how many.

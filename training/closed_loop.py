@@ -26,6 +26,8 @@ from .loop import Share
 
 # Share of the states' mean square that is added to the line's error; see `losses.RELATIVE_FLOOR`.
 FLOOR = 1e-6
+# Held-out runs that the stages with the backbone in the loop are scored on.
+SCORED_RUNS = 16
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from ..bas_core.quadrature import RULES, get_rule
 from ..bas_core.sidenet import SideNet, SideNetConfig
 from .backbones import Backbone, BackboneChoice, open_backbone
 from .chains import Chains, check_alike, open_chains
-from .closed_loop import Rollout, end_point_loss, interval_loss
+from .closed_loop import SCORED_RUNS, Rollout, end_point_loss, interval_loss
 from .loop import LoopSettings, Numbers, Share, train
 from .losses import predicted, relative_loss, squared_errors
 from .pairs import KINDS, Examples, QueryRange, draw_examples
@@ -51,9 +51,9 @@ from .tuning import tune, tuning_loop
 
 OBJECTIVES = ("all_pairs", "published")
 TIME_BINS, STEP_BINS = (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.05, 0.1, 0.2, 1.0)
-# The later stages' learning rate, over the first's; and what they are scored on.
+# The later stages' learning rate, over the first's; and on how many draws of SCORED_RUNS they are scored.
 LATER_RATE = 0.1
-SCORED_RUNS, SCORED_DRAWS = 16, 4
+SCORED_DRAWS = 4
 VALIDATION_BATCH, VALIDATION_BATCHES = 128, 16
 # Of the runs that could save the call at t = 1, how many do in training: the others are for noise of inversions.
 SKIP_FIRST = 0.85

@@ -22,7 +22,7 @@ from ..bas_core.half_calls import HalfCallField
 from ..bas_core.sidenet import SideNet
 from ..bas_core.solver import Proposal, solve
 from ..bas_core.step_weights import add_terms, place, terms
-from .closed_loop import Rollout
+from .closed_loop import SCORED_RUNS, Rollout
 from .evaluate import endpoint_errors, sidenet_sampler
 from .loop import LoopSettings, Numbers, Share, train
 from .progress import PROCESSES, say
@@ -33,7 +33,6 @@ from .time_grids import Learned
 BATCH = 2
 LEARNING_RATE, EMA = 0.02, 0.9
 REPORTS = 4
-SCORED_RUNS = 16
 
 
 def tuning_loop(usual: LoopSettings) -> LoopSettings:
