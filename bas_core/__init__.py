@@ -1,34 +1,18 @@
 """The BA-solver and its SideNet in plain torch. Start reading at `flow.py`."""
 
 from .baselines import BASELINES, Baseline, get_baseline, run_baseline
-from .checkpoint import (
-    CheckpointError,
-    SideNetCard,
-    load_official_sidenet,
-    load_sidenet,
-    load_sit,
-    save_sidenet,
-    save_sit,
-)
-from .editing import (
-    Control,
-    DivergedError,
-    SourcePath,
-    edit,
-    editing_grid,
-    invert,
-    reconstruct,
-    straight_path,
-)
+from .checkpoint import SideNetCard, load_official_sidenet, load_sidenet, load_sit, save_sidenet, save_sit
+from .editing import Control, DivergedError, SourcePath, edit, editing_grid, invert, reconstruct, straight_path
+from .files import CheckpointError
 from .flow import interpolate, velocity_to_noise, velocity_to_x0
 from .grids import resample_grid, time_grid, time_shift
 from .guidance import Field, Guidance, NonFiniteError, model_field
-from .half_calls import HalfCalls
 from .quadrature import RULES, Rule, get_rule, symmetric_four_point
+from .runs import FittedRun, run_over
 from .sidenet import SideNet, SideNetConfig
 from .sit import SiT, SiTConfig
-from .solver import Proposal, Step, solve
-from .step_weights import StepWeights
+from .solver import Step, solve
+from .steps import Proposal
 from .weighting import WeightedSideNet, with_strength
 
 __all__ = [
@@ -39,8 +23,8 @@ __all__ = [
     "Control",
     "DivergedError",
     "Field",
+    "FittedRun",
     "Guidance",
-    "HalfCalls",
     "NonFiniteError",
     "Proposal",
     "Rule",
@@ -51,7 +35,6 @@ __all__ = [
     "SideNetConfig",
     "SourcePath",
     "Step",
-    "StepWeights",
     "WeightedSideNet",
     "edit",
     "editing_grid",
@@ -66,6 +49,7 @@ __all__ = [
     "reconstruct",
     "resample_grid",
     "run_baseline",
+    "run_over",
     "save_sidenet",
     "save_sit",
     "solve",

@@ -16,7 +16,8 @@ from torch import Tensor
 from .flow import velocity_to_x0
 from .grids import check_grid
 from .guidance import Field
-from .solver import Advance, Callback, check_state, run_steps, solve
+from .solver import Callback, check_state, run_steps, solve
+from .steps import Advance
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 History = tuple[tuple[Tensor, Tensor], ...]

@@ -32,22 +32,8 @@ from torch import Tensor
 from .flow import interpolate
 from .grids import check_grid
 from .guidance import Field
-from .quadrature import get_rule
-from .solver import (
-    DEFAULT_RULES,
-    Callback,
-    Correct,
-    Plan,
-    Predictor,
-    Proposal,
-    Step,
-    StepFunction,
-    StraightLine,
-    as_proposed,
-    bi_anchor_steps,
-    check_state,
-    run_steps,
-)
+from .solver import Callback, Step, check_state, make_plan, run_bi_anchor
+from .steps import Correct, Predictor, Proposal
 
 # Where an inversion leaves the image; see `editing_grid`. Smaller, and velocities mean less; larger, and less of the
 # image is inverted. Both measured on the demo.
@@ -204,9 +190,8 @@ def invert(
         return v[:count]
 
     recorder = Field(noted, field.conditions, field.guidance, field.scale)
-    end = run_steps(
-        _steps(recorder, sidenet, up, _divergence_watch(field, image, up), chunk), recorder, start, up, callback
-    )
+    plan = make_plan(recorder, sidenet, chunk=chunk)
+    end = run_bi_anchor(plan, start, up, _divergence_watch(field, image, up), callback)
     recorder(end, up[-1])
     return _source_path(field, sidenet, down, [*states[::-1], image], velocities[::-1], chunk)
 
@@ -292,8 +277,7 @@ def edit(
             return torch.lerp(x, there, 1 - mask * (1 - keep))
         return torch.lerp(x, there, keep) if keep else x
 
-    grid = tuple(source.times)
-    return run_steps(_steps(field, sidenet, grid, steer, chunk), field, source.noise, grid, callback)
+    return run_bi_anchor(make_plan(field, sidenet, chunk=chunk), source.noise, tuple(source.times), steer, callback)
 
 
 def reconstruct(
@@ -308,8 +292,8 @@ def reconstruct(
 
     Args and errors as `edit`; `field` is the velocity under the source condition.
     """
-    grid = tuple(source.times)
-    return run_steps(_steps(field, sidenet, grid, as_proposed, chunk), field, source.noise, grid, callback)
+    plan = make_plan(field, sidenet, chunk=chunk)
+    return run_bi_anchor(plan, source.noise, tuple(source.times), callback=callback)
 
 
 def check_mask(mask: Tensor, image: Tensor) -> Tensor:
@@ -375,13 +359,6 @@ def _branches(field: Field) -> int:
     return 2 if field.guidance.scale != 1 else 1
 
 
-def _steps(
-    field: Field, sidenet: Predictor | None, grid: Sequence[Tensor], correct: Correct, chunk: int | None
-) -> StepFunction:
-    plan = Plan(field, StraightLine() if sidenet is None else sidenet, get_rule(DEFAULT_RULES["bi_anchor"]), chunk)
-    return bi_anchor_steps(plan, grid, correct)
-
-
 def _source_path(
     field: Field,
     sidenet: Predictor | None,
@@ -400,5 +377,5 @@ def _source_path(
         residuals[proposal.index, proposal.accepted] = there - proposal.x
         return there
 
-    run_steps(_steps(table, sidenet, grid, follow, chunk), table, states[0], grid, None)
+    run_bi_anchor(make_plan(table, sidenet, chunk=chunk), states[0], grid, follow)
     return SourcePath(torch.stack(list(grid)), tuple(states), residuals)

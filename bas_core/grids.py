@@ -72,7 +72,7 @@ def resample_grid(times: Tensor, intervals: int) -> Tensor:
     return torch.lerp(values[left], values[left + 1], position - left).to(times.dtype)
 
 
-# The longest first interval, in mean intervals, whose call is saved (see `solver.solve`). What the mean of the data
+# The longest first interval, in mean intervals, whose call is saved (see `runs.FittedRun`). What the mean of the data
 # does not say of the single image grows with its square: on the demo's uniform grids it would be most of the error,
 # where the first step is .3 to .45 of the mean one it is hardly seen.
 SHORT_START = 0.45
@@ -88,16 +88,11 @@ def starts_short(times: Sequence[float] | Tensor) -> bool:
 SAME_TIME = 1e-3
 
 
-def same_grid(times: Sequence[float] | Tensor, known: Sequence[float]) -> bool:
+def same_grid(times: Sequence[float] | Tensor, known: Sequence[float] | Tensor) -> bool:
     """Whether a run's times are those of a known grid from 1; models that start below 1 shrink it."""
     return len(times) == len(known) and all(
         abs(float(a) - float(times[0]) * float(b)) <= SAME_TIME for a, b in zip(times, known, strict=True)
     )
-
-
-def calls_of(times: Sequence[float] | Tensor, skip_first: bool) -> int:
-    """How many backbone calls a run over a grid makes: one an interval, less the first where it may be saved and is."""
-    return len(times) - 1 - (skip_first and starts_short(times))
 
 
 def grid_of_calls(make: Callable[[int], Tensor], calls: int, skip_first: bool) -> Tensor:
@@ -106,10 +101,10 @@ def grid_of_calls(make: Callable[[int], Tensor], calls: int, skip_first: bool) -
     Args:
         make: intervals to a descending grid [intervals + 1].
         calls: at least 1.
-        skip_first: the run may save its first call (see `solver.solve`), which makes room for one more interval.
+        skip_first: the run may save its first call (see `runs.FittedRun`), which makes room for one more interval.
     """
     longer = make(calls + 1)
-    return longer if calls_of(longer, skip_first) == calls else make(calls)
+    return longer if skip_first and starts_short(longer) else make(calls)
 
 
 def check_grid(times: Tensor) -> Tensor:

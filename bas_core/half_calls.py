@@ -2,7 +2,7 @@
 
 Classifier-free guidance doubles every call: v = v_u + scale (v_c - v_u). The difference v_c - v_u changes less along a
 path than the velocity does, so at some calls the unconditional branch is left out and the difference predicted from
-what earlier calls have shown, by weights that are fitted on recorded runs (`training.time_grids`), as linear adaptive
+what earlier calls have shown, by weights that are fitted on recorded runs (`training.runs.fitting`), as linear adaptive
 guidance predicts it (Castillo et al. 2023, arXiv 2312.12487). What that saves buys more anchors at the same cost.
 Every term is zero where velocities do not change: where an inpaint mask keeps the image, so is the prediction.
 """
@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .grids import same_grid
 from .guidance import NO_GUIDANCE, Field, combined
-from .step_weights import add_terms
+from .step_weights import add_terms, plain_numbers
 
 Rows = Sequence[Sequence[float] | Tensor]
 Times = Sequence[float] | Sequence[Tensor] | Tensor
@@ -90,42 +88,20 @@ class HalfCallField(Field):
         return conditional, add_terms(torch.zeros_like(conditional), found, self.rows[place])
 
 
-@dataclass(frozen=True)
-class HalfCalls:
-    """Which calls of a run over one grid are half ones, and what they weigh.
-
-    Attributes:
-        times: [N + 1] of the grid that the weights were fitted on, descending from 1.
-        rows: for the last anchors, see `HalfCallField`.
+def check_half_calls(rows: Rows, intervals: int, calls: int) -> None:
+    """Refuse rows that do not fit a run of so many intervals and calls.
 
     Raises:
-        ValueError: rows do not fit the times, or a weight is not finite.
+        ValueError: there are too few or too many rows or numbers, or one is not finite.
     """
-
-    times: Sequence[float]
-    rows: Rows
-
-    def __post_init__(self) -> None:
-        lengths = [len(row) for row in self.rows]
-        whole = [sum(not length for length in lengths[:i]) for i in range(len(lengths))]
-        wanted = [length and whole[i] + i for i, length in enumerate(lengths)]
-        if not len(self.times) - 2 <= len(self.rows) <= len(self.times) - 1 or lengths != wanted or not lengths:
-            raise ValueError(
-                f"Half calls for {len(self.times) - 1} anchors come in as many rows, or one fewer, the first one "
-                f"empty, with as many numbers as calls and whole calls came before; got rows of {lengths} numbers."
-            )
-        if not all(math.isfinite(weight) for row in self.rows for weight in row):
-            raise ValueError("Weights of half calls must be finite.")
-
-    def suit(self, times: Sequence[float] | Tensor) -> bool:
-        """Whether a run over these times is what the weights were fitted for."""
-        return same_grid(times, self.times)
-
-    @property
-    def count(self) -> int:
-        """How many calls are half ones."""
-        return sum(map(bool, self.rows))
-
-    def __call__(self, field: Field, times: Times) -> Field:
-        """The field for a run over these times; the field itself where it has no two branches to choose from."""
-        return field if field.pair is None else HalfCallField(field, times, self.rows)
+    lengths = [len(row) for row in rows]
+    whole = [sum(not length for length in lengths[:i]) for i in range(len(lengths))]
+    wanted = [length and whole[i] + i for i, length in enumerate(lengths)]
+    if not intervals - 1 <= len(rows) <= calls or lengths != wanted:
+        raise ValueError(
+            f"Half calls for {calls} calls come in as many rows, or one fewer where the first call is not remembered, "
+            f"the first one empty, with as many numbers as calls and whole calls came before; got rows of {lengths} "
+            "numbers."
+        )
+    if not all(math.isfinite(weight) for row in rows for weight in plain_numbers(row)):
+        raise ValueError("Weights of half calls must be finite.")

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .files import count_blocks
+
 SIT_SIZES = {
     "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
     "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
@@ -35,6 +37,7 @@ class SiTConfig:
         convention: `noise_at_one` is REPA's and ours (t = 1 noise, v = noise - data); `data_at_one` is the
             original SiT's (t = 1 data, v = data - noise).
         learn_sigma: the network's output has twice the channels and only the first half is the velocity.
+        qk_norm: queries and keys of each head are normalised (REPA's `--qk-norm`).
     """
 
     input_size: int = 32
@@ -47,6 +50,7 @@ class SiTConfig:
     mlp_ratio: float = 4.0
     learn_sigma: bool = False
     convention: str = "noise_at_one"
+    qk_norm: bool = False
 
     def __post_init__(self) -> None:
         for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
@@ -135,16 +139,22 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over tokens [B, N, D]."""
+    """Multi-head self-attention over tokens [B, N, D], as timm has it."""
 
-    def __init__(self, hidden_size: int, num_heads: int, operations: Any, **factory: Any) -> None:
+    def __init__(self, config: SiTConfig, operations: Any, **factory: Any) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.qkv = operations.Linear(hidden_size, 3 * hidden_size, **factory)
-        self.proj = operations.Linear(hidden_size, hidden_size, **factory)
+        d = config.hidden_size
+        self.config = config
+        self.qkv = operations.Linear(d, 3 * d, **factory)
+        self.proj = operations.Linear(d, d, **factory)
+        if config.qk_norm:
+            self.q_norm = operations.LayerNorm(d // config.num_heads, **factory)
+            self.k_norm = operations.LayerNorm(d // config.num_heads, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.config.num_heads)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
 
 
@@ -156,7 +166,7 @@ class Block(nn.Module):
         d = config.hidden_size
         inner = int(d * config.mlp_ratio)
         self.norm = operations.LayerNorm(d, elementwise_affine=False, eps=1e-6, **factory)
-        self.attn = Attention(d, config.num_heads, operations, **factory)
+        self.attn = Attention(config, operations, **factory)
         self.mlp = nn.ModuleDict(
             {"fc1": operations.Linear(d, inner, **factory), "fc2": operations.Linear(inner, d, **factory)}
         )
@@ -278,10 +288,11 @@ def sit_config_from_state_dict(
         state: cleaned tensor names (no `module.` prefix).
         convention: see `SiTConfig`; None takes the original SiT's where the output channels are doubled, and
             REPA's otherwise, for weights alone cannot tell.
-        num_heads: None takes the published number for the width, or one head per 64 channels.
+        num_heads: None takes what normalised queries tell, the published number for the width, or one head per 64
+            channels.
 
     Raises:
-        ValueError: tensors are missing, or the token grid is not square.
+        ValueError: tensors are missing, blocks are not numbered in turn, or the token grid is not square.
     """
     needed = ("x_embedder.proj.weight", "pos_embed", "y_embedder.embedding_table.weight", "final_layer.linear.weight")
     missing = [name for name in needed if name not in state]
@@ -293,16 +304,19 @@ def sit_config_from_state_dict(
         raise ValueError(f"pos_embed must hold a square number of tokens; got {state['pos_embed'].shape[1]}.")
     learn_sigma = state["final_layer.linear.weight"].shape[0] == 2 * channels * patch**2
     published = {size["hidden_size"]: size["num_heads"] for size in SIT_SIZES.values()}
-    blocks = [int(name.split(".")[1]) for name in state if name.startswith("blocks.")]
+    norm = state.get("blocks.0.attn.q_norm.weight")
+    if norm is not None and hidden % len(norm) == 0:
+        published[hidden] = hidden // len(norm)
     return SiTConfig(
         input_size=side * patch,
         patch_size=patch,
         in_channels=channels,
         hidden_size=hidden,
-        depth=1 + max(blocks, default=-1),
+        depth=count_blocks(state),
         num_heads=num_heads or published.get(hidden, max(1, hidden // 64)),
         num_classes=state["y_embedder.embedding_table.weight"].shape[0] - 1,
         mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / hidden if "blocks.0.mlp.fc1.weight" in state else 4.0,
         learn_sigma=learn_sigma,
         convention=convention or ("data_at_one" if learn_sigma else "noise_at_one"),
+        qk_norm=norm is not None,
     )

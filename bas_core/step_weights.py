@@ -2,7 +2,7 @@
 
 A linear multistep method weights all velocities so far; the bi-anchor step knows two, and what the SideNet makes of
 them. On a fixed grid both fit together: to what the solver proposes, each step adds a few differences that would be
-zero if the velocity did not change, with weights found by least squares on recorded runs (`training.time_grids`).
+zero if the velocity did not change, with weights found by least squares on recorded runs (`training.runs.fitting`).
 So the weights correct the SideNet's mean bias too, such as too long an extrapolation. All weights zero is the
 published solver, and a straight path stays exact with any weights: where an inpaint mask keeps the image, they do
 nothing.
@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from torch import Tensor
 
-from .grids import same_grid
-from .solver import Proposal
+from .steps import Proposal
 
 
 def terms(proposal: Proposal) -> list[Tensor]:
@@ -35,7 +33,7 @@ def terms(proposal: Proposal) -> list[Tensor]:
     return ends + [length * (v - now) for j, v in enumerate(proposal.velocities) if j != proposal.index]
 
 
-def place(proposal: Proposal) -> int:
+def row_of(proposal: Proposal) -> int:
     """Which row of weights a proposal takes: every step but the last has one for its provisional end and one after."""
     return 2 * proposal.index + (proposal.provisional is not None)
 
@@ -46,38 +44,22 @@ def row_length(row: int) -> int:
     return 1 + index + 2 * refined
 
 
-@dataclass(frozen=True)
-class StepWeights:
-    """Weights for one grid; a `Correct` for `solve`.
+def plain_numbers(row: Sequence[float] | Tensor) -> list[float]:
+    """A row of weights as numbers, whatever they are kept as."""
+    return row.tolist() if isinstance(row, Tensor) else list(row)
 
-    Attributes:
-        times: [N + 1] of the grid that they were fitted on, descending from 1.
-        rows: 2 N - 1 rows, in the order of the proposals; row r has `row_length(r)` numbers.
+
+def check_step_weights(rows: Sequence[Sequence[float] | Tensor], intervals: int) -> None:
+    """Refuse rows that do not fit a run of so many intervals.
 
     Raises:
-        ValueError: rows do not fit the times, or a weight is not finite.
+        ValueError: there are too few or too many numbers, or one is not finite.
     """
-
-    times: Sequence[float]
-    rows: Sequence[Sequence[float]]
-
-    def __post_init__(self) -> None:
-        wanted = [row_length(row) for row in range(2 * len(self.times) - 3)]
-        if [len(row) for row in self.rows] != wanted:
-            raise ValueError(
-                f"Step weights for {len(self.times) - 1} intervals come in rows of {wanted} numbers; got "
-                f"{[len(row) for row in self.rows]}."
-            )
-        if not all(math.isfinite(weight) for row in self.rows for weight in row):
-            raise ValueError("Step weights must be finite.")
-
-    def suit(self, times: Sequence[float] | Tensor) -> bool:
-        """Whether a run over these times is what the weights were fitted for."""
-        return same_grid(times, self.times)
-
-    def __call__(self, proposal: Proposal) -> Tensor:
-        """The proposed state [B, C, *spatial] with its weighted terms added."""
-        return add_terms(proposal.x, terms(proposal), self.rows[place(proposal)])
+    wanted, lengths = [row_length(row) for row in range(2 * intervals - 1)], [len(row) for row in rows]
+    if lengths != wanted:
+        raise ValueError(f"Step weights for {intervals} intervals come in rows of {wanted} numbers; got {lengths}.")
+    if not all(math.isfinite(weight) for row in rows for weight in plain_numbers(row)):
+        raise ValueError("Step weights must be finite.")
 
 
 def add_terms(x: Tensor, found: Sequence[Tensor], weights: Sequence[float] | Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .flow import per_sample
-from .solver import Predictor
+from .steps import Predictor
 
 Weight = Callable[[Tensor], Tensor | float]
 

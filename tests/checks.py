@@ -8,6 +8,7 @@ from ba_solver.bas_core import (
     Baseline,
     Control,
     Field,
+    FittedRun,
     Guidance,
     SideNetCard,
     edit,
@@ -21,7 +22,7 @@ from ba_solver.bas_core import (
     straight_path,
     time_grid,
 )
-from ba_solver.bas_core.checkpoint import CheckpointError, read_safetensors, write_safetensors
+from ba_solver.bas_core.files import CheckpointError, read_safetensors, write_safetensors
 from problems import (
     Oracle,
     class_velocity,
@@ -85,8 +86,8 @@ def check_baseline_calls(solver: Baseline, intervals: int) -> None:
 
 
 def check_refused_in_a_file(path, times, metadata: dict[str, str], message: str) -> None:
-    """A SideNet's file with a grid for 4 calls and damaged metadata is not loaded."""
-    save_sidenet(path, small_sidenet(), SideNetCard(time_grids={4: times}))
+    """A SideNet's file with a run for 4 calls and damaged metadata is not loaded."""
+    save_sidenet(path, small_sidenet(), SideNetCard(runs={4: FittedRun(times)}))
     tensors, intact = read_safetensors(path)
     write_safetensors(path, tensors, {**intact, **metadata})
     with pytest.raises(CheckpointError, match=message):

@@ -8,10 +8,11 @@ import pytest
 import torch
 from ba_solver.bas_core import (
     CheckpointError,
+    FittedRun,
     SideNet,
     SideNetCard,
     SideNetConfig,
-    checkpoint,
+    files,
     load_official_sidenet,
     load_sidenet,
     load_sit,
@@ -25,7 +26,7 @@ CARD = SideNetCard(
     velocity="guided",
     guidance_range=(1.0, 4.5),
     backbone={"name": "demo", "kind": "SiT", "fingerprint": "0123abcd"},
-    time_grids={5: [1.0, 0.9, 0.75, 0.5, 0.25, 0.0], 1: [1.0, 0.0]},
+    runs={5: FittedRun([1.0, 0.9, 0.75, 0.5, 0.25, 0.0]), 1: FittedRun([1.0, 0.0])},
     training={"objective": "pairs", "steps": 1500, "seed": 0, "versions": {"torch": "2"}},
     evaluation={"5": {"ba_solver": 0.0375}, "note": "größer"},
     licence="MIT",
@@ -74,10 +75,11 @@ def test_a_loaded_network_computes_the_same_and_may_be_cast(tmp_path):
 
 def test_the_metadata_are_what_the_design_says(tmp_path):
     _, _, metadata = stored(tmp_path)
-    assert metadata["format"] == "ba-solver-sidenet" and metadata["format_version"] == "1"
+    assert metadata["format"] == "ba-solver-sidenet" and metadata["format_version"] == "2"
     assert metadata["latent_channels"] == "2" and metadata["velocity"] == "guided"
     assert json.loads(metadata["config"])["base_channels"] == 8
-    assert json.loads(metadata["time_grids"])["1"] == [1.0, 0.0]
+    run = {"times": [1.0, 0.0], "step_weights": [], "half_calls": [], "skip_first": False}
+    assert json.loads(metadata["runs"])["1"] == run
     assert json.loads(metadata["backbone"])["fingerprint"] == "0123abcd" and metadata["licence"] == "MIT"
 
 
@@ -88,9 +90,9 @@ def test_a_card_is_not_needed(tmp_path):
 
 def test_fingerprints_follow_the_weights_alone():
     state = small_sidenet().state_dict()
-    same = checkpoint.fingerprint(dict(reversed(state.items())))
-    changed = checkpoint.fingerprint(state | {"output_conv.bias": state["output_conv.bias"] + 1e-3})
-    assert same == checkpoint.fingerprint(state) != changed
+    same = files.fingerprint(dict(reversed(state.items())))
+    changed = files.fingerprint(state | {"output_conv.bias": state["output_conv.bias"] + 1e-3})
+    assert same == files.fingerprint(state) != changed
 
 
 # --- the official files -----------------------------------------------------------------------------------------------
@@ -237,7 +239,7 @@ def test_a_missing_file_is_named(tmp_path, load, name):
         ({"format": None}, "no ba-solver-sidenet file: it has no 'format'"),
         ({"format": "pt"}, "no ba-solver-sidenet file: its format is 'pt'"),
         ({"format": "ba-solver-sit"}, "its format is 'ba-solver-sit'"),
-        ({"format_version": "2"}, "format version '2'; this code reads up to 1. Update ba-solver"),
+        ({"format_version": "3"}, "format version '3'; this code reads up to 2. Update ba-solver"),
         ({"format_version": "one"}, "format version 'one'"),
         ({"format_version": "²"}, "format version '²'"),
         ({"format_version": None}, "format version ''"),
@@ -256,9 +258,13 @@ def test_a_missing_file_is_named(tmp_path, load, name):
         ({"velocity": None}, "velocity must be 'branch' or 'guided'; got None"),
         ({"guidance_range": "[1]"}, "do not describe a SideNet"),
         ({"guidance_range": "1"}, "do not describe a SideNet"),
-        ({"time_grids": "[]"}, "net.safetensors"),
-        ({"time_grids": '{"five": [1, 0]}'}, "do not describe a SideNet"),
-        ({"time_grids": None}, "lacks 'time_grids'"),
+        ({"runs": "[]"}, "net.safetensors"),
+        ({"runs": '{"five": {"times": [1, 0]}}'}, "do not describe a SideNet"),
+        ({"runs": '{"1": {"times": [1, 0], "colour": 3}}'}, "do not describe a SideNet"),
+        ({"runs": '{"1": {"times": [1, 1]}}'}, "do not describe a SideNet.*strictly descend"),
+        ({"runs": '{"2": {"times": [1, 0]}}'}, "listed under 2 calls costs 1"),
+        ({"runs": '{"1": {"times": [0.9, 0.5, 0], "skip_first": true}}'}, "Only a run from pure noise"),
+        ({"runs": None}, "lacks 'runs'"),
         ({"training": "{"}, "damaged 'training'"),
     ],
     ids=str,
@@ -320,7 +326,7 @@ def test_a_failure_midway_leaves_the_old_file_whole(tmp_path, monkeypatch, fault
         os.truncate(filename, os.path.getsize(filename) // 2)
         raise fault
 
-    monkeypatch.setattr(checkpoint, "save_file", half)
+    monkeypatch.setattr(files, "save_file", half)
     with pytest.raises(type(fault)):
         save_sidenet(path, small_sidenet(1), CARD)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]

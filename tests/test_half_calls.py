@@ -1,24 +1,24 @@
 """Half calls: what they compute and evaluate, when they do nothing, that fitting finds them, and what files keep."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 from ba_solver.bas_core import (
+    FittedRun,
     Guidance,
-    HalfCalls,
     SideNetCard,
-    StepWeights,
     half_calls,
     load_sidenet,
     model_field,
+    run_over,
     save_sidenet,
     solve,
 )
-from ba_solver.bas_core.checkpoint import read_safetensors, write_safetensors
 from ba_solver.bas_core.guidance import NO_GUIDANCE
-from ba_solver.training.evaluate import sidenet_sampler
-from ba_solver.training.time_grids import Fitting, fit_run, search_times, weights_on
+from ba_solver.training.runs.fitting import Fitting, fit_run, fit_runs
+from ba_solver.training.runs.search import search_times
 from checks import check_refused_in_a_file, guided_field
 from problems import class_velocity, labels, noise, small_sidenet
 
@@ -27,6 +27,7 @@ TIMES = [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]
 ROWS = [[], [0.7, -0.4], [], [0.5, 0.3, 0.1, -0.2, 0.6]]
 SCALE = 2.5
 GRID = torch.tensor(TIMES, dtype=torch.float64)
+RUN = FittedRun(GRID, half_calls=ROWS)
 
 
 def start():
@@ -65,7 +66,7 @@ def euler(field, x):
 def check_run():
     for mode in ("guided", "branch"):
         field = guided_field(2, Guidance(SCALE), mode)
-        found = euler(half_calls.HalfCalls(TIMES, ROWS)(field, GRID), start())
+        found = euler(RUN.field_over(field), start())
         torch.testing.assert_close(found, naive_run(start(), ROWS), atol=1e-12, rtol=0)
         assert (field.calls, field.halves, field.cost) == (5, 2, 4.0)
 
@@ -75,7 +76,7 @@ def check_straight_paths_stay_exact():
     speed = torch.linspace(-1, 1, 32, dtype=torch.float64).reshape(2, 1, 4, 4)
     field = model_field(lambda x, t, c: torch.cat([speed] * (len(x) // 2)), *labels(2), Guidance(SCALE))
     x = torch.zeros_like(speed)
-    end = solve(field, None, x, GRID, half_calls=HalfCalls(TIMES, ROWS))
+    end = solve(field, None, x, RUN)
     torch.testing.assert_close(end, x - speed, atol=1e-12, rtol=0)
 
 
@@ -94,14 +95,12 @@ def check_fit_finds_the_weights():
     whole = solve(field, None, start(), times)
     fitting = Fitting(None, field, start(), lambda t: whole)
     field.calls = 0
-    learned = weights_on({5: times.tolist()}, fitting)
-    steps, halves = learned.step_weights, learned.half_calls
-    assert field.calls == 6 and [bool(row) for row in halves[5]] == [False, False, False, True, False, True]
-    zero = StepWeights(times.tolist(), [[0.0] * len(row) for row in steps[5]])
+    run = fit_runs({5: FittedRun(times)}, fitting)[5]
+    assert field.calls == 6 and [bool(row) for row in run.half_calls] == [False, False, False, True, False, True]
     field = model_field(alike, *labels(2), Guidance(SCALE), "guided")
-    thrifty = solve(field, None, start(), times, correct=zero, half_calls=HalfCalls(times.tolist(), halves[5]))
+    thrifty = solve(field, None, start(), replace(run, step_weights=()))
     torch.testing.assert_close(thrifty, whole, atol=1e-5, rtol=0)
-    assert field.cost == 5
+    assert field.cost == 5 == run.cost
 
 
 def check_evaluations():
@@ -114,7 +113,7 @@ def check_evaluations():
 
     conditional, unconditional = (part.tolist() for part in labels(2))
     field = model_field(model, *labels(2), Guidance(SCALE), "guided")
-    solve(field, small_sidenet().double(), start(), GRID, half_calls=HalfCalls(TIMES, ROWS))
+    solve(field, small_sidenet().double(), start(), RUN)
     both = conditional + unconditional
     assert evaluated == [both, both, conditional, both, conditional]
 
@@ -131,7 +130,7 @@ def predict_the_velocity(patch):
 
 
 def always_whole(patch):
-    patch.setattr(half_calls.HalfCalls, "__call__", lambda self, field, times: field)
+    patch.setattr(FittedRun, "field_over", lambda self, field: field)
 
 
 def one_place_off(patch):
@@ -176,8 +175,8 @@ def test_damaged_half_calls_fail_the_check(damage, check, monkeypatch):
 def test_whole_calls_alone_are_the_plain_solver():
     for mode in ("guided", "branch"):
         plain, same = (
-            solve(guided_field(2, Guidance(SCALE), mode), small_sidenet().double(), start(), GRID, half_calls=halves)
-            for halves in (None, HalfCalls(TIMES, [[], [], [], [], []]))
+            solve(guided_field(2, Guidance(SCALE), mode), small_sidenet().double(), start(), run)
+            for run in (GRID, FittedRun(GRID, half_calls=[[], [], [], [], []]))
         )
         torch.testing.assert_close(same, plain, atol=1e-12, rtol=0)
 
@@ -186,7 +185,7 @@ def test_whole_calls_alone_are_the_plain_solver():
 def test_without_two_branches_at_every_time_there_are_none(guidance):
     for mode in ("guided", "branch"):
         field = guided_field(2, guidance, mode)
-        assert HalfCalls(TIMES, ROWS)(field, GRID) is field
+        assert RUN.field_over(field) is field
         assert Fitting(None, field, start(), lambda t: start()).halves(10) is False
     with pytest.raises(ValueError, match="two branches"):
         half_calls.HalfCallField(field, GRID, ROWS)
@@ -196,8 +195,8 @@ def test_what_a_budget_is_spent_on():
     """Two half calls, the last and the last but two, pay for one more anchor; the first two calls stay whole."""
     fitting = Fitting(None, guided_field(2, Guidance(SCALE)), start(), lambda t: start())
     assert [fitting.halves(calls) for calls in (3, 4, 5, 10)] == [False, True, True, True]
-    halves = fit_run(fitting, torch.linspace(1, 0, 6), True).half_calls
-    assert [bool(row) for row in halves] == [False, False, True, False, True]
+    run = fit_run(fitting, FittedRun(torch.linspace(1, 0, 6)), True)[1]
+    assert [bool(row) for row in run.half_calls] == [False, False, True, False, True]
 
 
 def test_searched_grids_spend_the_budget_and_are_worth_it():
@@ -216,39 +215,34 @@ def test_searched_grids_spend_the_budget_and_are_worth_it():
         if kind == "whole":
             tried.branches = None
         fitting = Fitting(None, tried, x, truth)
-        grids = search_times(fitting, [5])
-        learned = weights_on(grids, fitting)
-        card = SideNetCard(**vars(learned))
+        run = fit_runs(search_times(fitting, [5]), fitting)[5]
         before = tried.cost
-        end = sidenet_sampler(None, card=card).run(tried, x, torch.tensor(grids[5], dtype=torch.float64))
+        end = solve(tried, None, x, run.over(torch.tensor(run.times, dtype=torch.float64)))
         assert tried.cost - before == 5
         found[kind] = (end - states[-1]).square().mean().sqrt()
-    assert not learned.half_calls and found["half"] < 0.7 * found["whole"]
+    assert not run.half_calls and found["half"] < 0.7 * found["whole"]
 
 
 def test_files_keep_them(tmp_path):
-    card = SideNetCard(time_grids={4: TIMES}, half_calls={4: ROWS})
+    card = SideNetCard(runs={4: FittedRun(TIMES, half_calls=ROWS)})
     save_sidenet(tmp_path / "a.safetensors", small_sidenet(), card)
     loaded = load_sidenet(tmp_path / "a.safetensors")[1]
-    assert loaded.half_calls == card.half_calls and loaded.half_calls_for(torch.tensor(TIMES)).count == 2
-    assert loaded.half_calls_for(torch.tensor(TIMES[:-1])) is None
-    tensors, metadata = read_safetensors(tmp_path / "a.safetensors")
-    del metadata["half_calls"]  # as in files from before there were any
-    write_safetensors(tmp_path / "old.safetensors", tensors, metadata)
-    assert load_sidenet(tmp_path / "old.safetensors")[1].half_calls == {}
+    assert loaded.runs == card.runs and run_over(torch.tensor(TIMES), loaded.runs).halves == 2
+    assert not run_over(torch.tensor(TIMES[:-1]), loaded.runs).fitted
 
 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ('{"7": [[]]}', "half calls for 7 calls, but no time grid"),
-        ('{"4": [[], [0.1]]}', "come in as many rows"),
-        ('{"4": [[0.1], [], [], []]}', "the first one empty"),
-        ('{"4": [[], [0.1, 0.2], [], [0.1]]}', "as many numbers as"),
-        ('{"4": [[], [], [], ["a"]]}', "do not describe a SideNet"),
-        ('{"4": [[], [1e999, 1], [], []]}', "must be finite"),
+        ("[[], [0.1]]", "come in as many rows"),
+        ("[[0.1], [], [], []]", "the first one empty"),
+        ("[[], [0.1, 0.2], [], [0.1]]", "as many numbers as"),
+        ('[[], [], [], ["a"]]', "do not describe a SideNet"),
+        ("[[], [1e999, 1], [], []]", "must be finite"),
         ("[1, 2]", "do not describe a SideNet"),
+        ("[[], [], [], []]", "listed under 4 calls costs 5"),
     ],
 )
 def test_damaged_half_calls_in_a_file_are_refused(rows, message, tmp_path):
-    check_refused_in_a_file(tmp_path / "a.safetensors", TIMES, {"half_calls": rows}, message)
+    runs = f'{{"4": {{"times": {TIMES}, "half_calls": {rows}}}}}'
+    check_refused_in_a_file(tmp_path / "a.safetensors", TIMES[1:], {"runs": runs}, message)

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ba_solver.bas_core import BASELINES, Field, Guidance, get_rule, model_field, run_baseline, solve, time_grid
-from ba_solver.bas_core.grids import calls_of, grid_of_calls
-from ba_solver.bas_core.solver import Anchor, Plan, Query, StraightLine, predict, probe, refine, single_anchor_step
+from ba_solver.bas_core.grids import grid_of_calls
+from ba_solver.bas_core.runs import FittedRun, run_over
+from ba_solver.bas_core.steps import Anchor, Plan, Query, StraightLine, predict, probe, refine, single_anchor_step
 from checks import (
     TIGHT,
     check_chunking,
@@ -71,24 +72,25 @@ def test_a_sidenet_that_knows_the_mean_saves_the_first_call_and_nothing_else(anc
     sidenet, x = sidenet_with_mean(anchors), noise(3, 2, 4, 4)
     fields = [model_field(gaussian_velocity) for _ in range(3)]
     whole = solve(fields[0], sidenet, x, SHORT, method=method)
-    saved = solve(fields[1], sidenet, x, SHORT, method=method, skip_first=True)
-    other = solve(fields[2], sidenet_with_mean(anchors, MEAN + 0.1), x, SHORT, method=method, skip_first=True)
-    assert [field.calls for field in fields] == [4, 3, 3] == [calls_of(SHORT, skips) for skips in (False, True, True)]
+    saving = FittedRun(SHORT, skip_first=True)
+    saved = solve(fields[1], sidenet, x, saving, method=method)
+    other = solve(fields[2], sidenet_with_mean(anchors, MEAN + 0.1), x, saving, method=method)
+    assert [field.calls for field in fields] == [4, 3, 3] == [FittedRun(SHORT).calls, saving.calls, saving.calls]
     torch.testing.assert_close(saved, whole, **TIGHT)
     assert (other - whole).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("times", [[1.0, 0.84, 0.5, 0.0], [0.99, 0.95, 0.5, 0.0], [0.0, 0.07, 0.5, 1.0]], ids=str)
 def test_the_first_call_is_made_unless_a_short_step_leads_away_from_pure_noise(times):
-    field = model_field(gaussian_velocity)
-    solve(field, sidenet_with_mean(), noise(1, 2, 4, 4), torch.tensor(times, dtype=torch.float64), skip_first=True)
-    assert field.calls == 3
+    field, run = model_field(gaussian_velocity), run_over(torch.tensor(times, dtype=torch.float64), knows_mean=True)
+    solve(field, sidenet_with_mean(), noise(1, 2, 4, 4), run)
+    assert field.calls == 3 == run.calls
 
 
 def test_without_a_mean_the_first_call_is_made():
     for sidenet in (None, small_sidenet(anchors=2, num_classes=0), Oracle(2)):
         field = exact_field()
-        solve(field, sidenet, noise(1, 2, 4, 4).abs(), SHORT, skip_first=True)
+        solve(field, sidenet, noise(1, 2, 4, 4).abs(), FittedRun(SHORT, skip_first=True))
         assert field.calls == 4
 
 

@@ -3,18 +3,18 @@
 import pytest
 import torch
 from ba_solver.bas_core import (
+    FittedRun,
     Guidance,
     SideNetCard,
-    StepWeights,
     load_sidenet,
     model_field,
+    run_over,
+    runs,
     save_sidenet,
     solve,
-    step_weights,
 )
-from ba_solver.bas_core.checkpoint import read_safetensors, write_safetensors
 from ba_solver.bas_core.step_weights import row_length
-from ba_solver.training.time_grids import Fitting, fit_run
+from ba_solver.training.runs.fitting import Fitting, fit_run
 from checks import check_refused_in_a_file, guided_field
 from problems import exact_field, flow_map, noise, small_sidenet, state, uneven_grid
 
@@ -26,12 +26,12 @@ def random_weights(times=TIMES, size=0.3):
     rows = [
         (size * torch.randn(row_length(row), generator=generator)).tolist() for row in range(2 * (len(times) - 1) - 1)
     ]
-    return StepWeights(list(times), rows)
+    return FittedRun(torch.tensor(times, dtype=torch.float64), rows)
 
 
-def naive_run(velocity, x, weights):
+def naive_run(velocity, x, run):
     """The predictor-corrector with weighted terms, written out from the module's description."""
-    times, rows = weights.times, iter(weights.rows)
+    times, rows = run.times.tolist(), iter(run.step_weights)
     known = [(times[0], velocity(x, times[0]))]
     for i in range(len(times) - 1):
         t0, t1 = times[i], times[i + 1]
@@ -57,10 +57,10 @@ def naive_run(velocity, x, weights):
 
 
 def check_weighted_run():
-    weights = random_weights()
+    run = random_weights()
     field = exact_field()
-    x = solve(field, None, state(), torch.tensor(TIMES, dtype=torch.float64), correct=weights)
-    torch.testing.assert_close(x, naive_run(field.velocity, state(), weights), atol=1e-12, rtol=0)
+    x = solve(field, None, state(), run)
+    torch.testing.assert_close(x, naive_run(field.velocity, state(), run), atol=1e-12, rtol=0)
     assert field.calls == 4 + 4  # the solver's and the naive one's
 
 
@@ -68,7 +68,7 @@ def check_straight_paths_stay_exact():
     """Any weights leave a velocity that does not change alone, as where an inpaint mask keeps the image."""
     speed = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(3, 1, 2, 2)
     field = model_field(lambda x, t: speed)
-    x = solve(field, None, state(), torch.tensor(TIMES, dtype=torch.float64), correct=random_weights())
+    x = solve(field, None, state(), random_weights())
     torch.testing.assert_close(x, state() - speed, atol=1e-12, rtol=0)
 
 
@@ -93,22 +93,20 @@ def check_fit_finds_the_weights():
 
     field = model_field(changing_velocity)
     plain = (solve(field, None, noise, times) - truth(0.0)).abs().max()
-    fitted, rows, _ = fit_run(Fitting(None, field, noise, truth), times)
+    fitted, run = fit_run(Fitting(None, field, noise, truth), FittedRun(times))
     assert plain > 1e-2 and (fitted - truth(0.0)).abs().max() < 1e-5
-    again = solve(field, None, noise, times, correct=StepWeights(TIMES, rows))
+    again = solve(field, None, noise, run)
     torch.testing.assert_close(again, fitted, atol=1e-12, rtol=0)
 
 
 def forget_a_velocity(patch):
-    intact = step_weights.terms
-    patch.setattr(step_weights, "terms", lambda p: [*intact(p)[:-1], 0 * intact(p)[-1]])
+    intact = runs.terms
+    patch.setattr(runs, "terms", lambda p: [*intact(p)[:-1], 0 * intact(p)[-1]])
 
 
 def weight_accepted_ends_only(patch):
-    intact = step_weights.StepWeights.__call__
-    patch.setattr(
-        step_weights.StepWeights, "__call__", lambda self, p: p.x if p.provisional is None else intact(self, p)
-    )
+    intact = FittedRun.correct
+    patch.setattr(FittedRun, "correct", lambda self, p: p.x if p.provisional is None else intact(self, p))
 
 
 def measure_from_the_state(patch):
@@ -119,7 +117,7 @@ def measure_from_the_state(patch):
         ends = [p.x - p.start] + ([p.provisional - p.start] if p.provisional is not None else [])
         return ends + [length * v for j, v in enumerate(p.velocities) if j != p.index]
 
-    patch.setattr(step_weights, "terms", whole)
+    patch.setattr(runs, "terms", whole)
 
 
 CHECKS = [check_weighted_run, check_straight_paths_stay_exact, check_fit_finds_the_weights]
@@ -150,61 +148,57 @@ def test_zero_weights_are_the_plain_solver_bit_by_bit():
     times = torch.tensor(TIMES)
     net, field, x = small_sidenet(), guided_field(2, Guidance(2.0)), noise(2, 2, 4, 4)
     plain = solve(field, net, x, times)
-    zero = StepWeights(TIMES, [[0.0] * len(row) for row in random_weights().rows])
-    assert torch.equal(solve(field, net, x, times, correct=zero), plain)
-    assert not torch.equal(solve(field, net, x, times, correct=random_weights(size=0.01)), plain)
+    zero = FittedRun(TIMES, [[0.0] * len(row) for row in random_weights().step_weights])
+    assert torch.equal(solve(field, net, x, zero), plain)
+    assert not torch.equal(solve(field, net, x, random_weights(size=0.01).over(times)), plain)
 
 
 def test_fitted_weights_serve_other_starts():
     """On a nonlinear flow, weights from some starts lower the error from others."""
     times = uneven_grid(4)
     starts = torch.linspace(0.4, 1.3, 64, dtype=torch.float64).reshape(16, 1, 2, 2)
-    _, rows, _ = fit_run(Fitting(None, exact_field(), starts, lambda t: flow_map(starts, 1.0, float(t))), times)
+    fitting = Fitting(None, exact_field(), starts, lambda t: flow_map(starts, 1.0, float(t)))
+    run = fit_run(fitting, FittedRun(times))[1]
     held_out = state() + 0.013
     exact = flow_map(held_out, 1.0, 0.0)
-    weights = StepWeights(times.tolist(), rows)
-    plain, fitted = (
-        (solve(exact_field(), None, held_out, times, correct=c) - exact).abs().mean() for c in (None, weights)
-    )
+    plain, fitted = ((solve(exact_field(), None, held_out, over) - exact).abs().mean() for over in (times, run))
     assert fitted < 0.3 * plain
 
 
 def test_they_suit_their_own_grid_and_no_other():
-    weights = random_weights()
-    assert weights.suit(TIMES) and weights.suit(torch.tensor(TIMES) * 0.93)
-    assert not weights.suit([1.0, 0.7, 0.45, 0.21, 0.0]) and not weights.suit(TIMES[:-1])
-    card = SideNetCard(time_grids={4: TIMES, 2: [1.0, 0.5, 0.0]}, step_weights={4: weights.rows})
-    assert card.weights_for(torch.tensor(TIMES)).rows == weights.rows
-    assert card.weights_for(torch.tensor([1.0, 0.5, 0.0])) is None
+    run = random_weights()
+    card = SideNetCard(runs={4: run, 2: FittedRun([1.0, 0.5, 0.0])})
+    for times in (TIMES, torch.tensor(TIMES) * 0.93, torch.tensor(TIMES) + 5e-4 * torch.tensor([0, 1, -1, 1, 0])):
+        found = run_over(times, card.runs)
+        assert found.step_weights == run.step_weights and list(found.times) == list(times)
+    for times in ([1.0, 0.7, 0.45, 0.21, 0.0], TIMES[:-1], [1.0, 0.5, 0.0]):
+        assert not run_over(times, card.runs).step_weights
 
 
 def test_files_keep_them(tmp_path):
-    card = SideNetCard(time_grids={4: TIMES}, step_weights={4: random_weights().rows})
+    card = SideNetCard(runs={4: random_weights().detached()})
     save_sidenet(tmp_path / "a.safetensors", small_sidenet(), card)
-    assert load_sidenet(tmp_path / "a.safetensors")[1].step_weights == card.step_weights
-    tensors, metadata = read_safetensors(tmp_path / "a.safetensors")
-    del metadata["step_weights"]  # as in files from before there were any
-    write_safetensors(tmp_path / "old.safetensors", tensors, metadata)
-    assert load_sidenet(tmp_path / "old.safetensors")[1].step_weights == {}
+    assert load_sidenet(tmp_path / "a.safetensors")[1].runs == card.runs
 
 
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ('{"5": [[0.1]]}', "step weights for 5 calls, but no time grid"),
-        ('{"4": [[0.1], [0.2]]}', "come in rows of"),
-        ('{"4": [["a"]]}', "do not describe a SideNet"),
+        ("[[0.1], [0.2]]", "come in rows of"),
+        ('[["a"]]', "do not describe a SideNet"),
         ("[1, 2]", "do not describe a SideNet"),
+        ("7", "do not describe a SideNet"),
     ],
 )
 def test_damaged_weights_in_a_file_are_refused(weights, message, tmp_path):
-    check_refused_in_a_file(tmp_path / "a.safetensors", TIMES, {"step_weights": weights}, message)
+    runs = f'{{"4": {{"times": {TIMES}, "step_weights": {weights}}}}}'
+    check_refused_in_a_file(tmp_path / "a.safetensors", TIMES, {"runs": runs}, message)
 
 
 def test_bad_weights_and_methods_are_refused():
     with pytest.raises(ValueError, match="come in rows of \\[1, 3, 2, 4, 3, 5, 4\\] numbers; got \\[1\\]"):
-        StepWeights(TIMES, [[0.0]])
+        FittedRun(TIMES, [[0.0]])
     with pytest.raises(ValueError, match="must be finite"):
         random_weights(size=float("inf"))
-    with pytest.raises(ValueError, match="Only bi_anchor can be corrected"):
-        solve(exact_field(), None, state(), torch.tensor(TIMES), method="single_anchor", correct=random_weights())
+    with pytest.raises(ValueError, match="were fitted for bi_anchor; got method 'single_anchor'"):
+        solve(exact_field(), None, state(), random_weights(), method="single_anchor")

@@ -1,0 +1,95 @@
+"""A fitted run as one value: what it costs, what it refuses, and that files of the old spelling hold the same."""
+
+import json
+
+import pytest
+import torch
+from ba_solver.bas_core import FittedRun, Guidance, SideNetCard, load_sidenet, run_over, save_sidenet, solve
+from ba_solver.bas_core.files import read_safetensors, write_safetensors
+from ba_solver.bas_core.runs import describe_runs
+from ba_solver.bas_core.step_weights import row_length
+from checks import guided_field
+from problems import noise, small_sidenet
+
+TIMES = [1.0, 0.95, 0.8, 0.6, 0.3, 0.0]
+HALVES = [[], [0.7, -0.4], [], [0.5, 0.3, 0.1, -0.2, 0.6]]
+
+
+def fitted(times=TIMES, **changes):
+    generator = torch.Generator().manual_seed(1)
+    rows = [(0.1 * torch.randn(row_length(row), generator=generator)).tolist() for row in range(2 * len(times) - 3)]
+    return FittedRun(times, **{"step_weights": rows, "half_calls": HALVES, "skip_first": True, **changes})
+
+
+def test_what_it_costs_is_what_the_field_counts():
+    sidenet = small_sidenet(dtype=torch.float32, anchors=2, mean_size=2)
+    for run in (fitted(), fitted(half_calls=()), fitted(skip_first=False), FittedRun(TIMES), fitted(step_weights=())):
+        field = guided_field(2, Guidance(2.0), "guided")
+        solve(field, sidenet, noise(2, 2, 4, 4, dtype=torch.float32), run)
+        assert (field.calls, field.halves, field.cost) == (run.calls, run.halves, run.cost)
+    assert [r.cost for r in (fitted(), fitted(skip_first=False), FittedRun(TIMES))] == [3, 4, 5]
+    assert describe_runs({3: fitted()}) == "3 calls (5 steps, the first call saved, 2 half calls, step weights)"
+
+
+def test_it_is_a_value():
+    """Equal where its numbers are; hashable; and nobody can change it."""
+    assert fitted() == fitted() and hash(fitted()) == hash(fitted()) and fitted() != FittedRun(TIMES)
+    with pytest.raises(AttributeError):
+        fitted().times = TIMES
+    tensors = FittedRun(torch.tensor(TIMES, dtype=torch.float64), [torch.tensor(row) for row in fitted().step_weights])
+    assert tensors.detached().times == tuple(TIMES) and isinstance(tensors.detached().step_weights[0], tuple)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"times": [1.0, 0.5, 0.5]}, "strictly descend"),
+        ({"times": [1.0]}, "at least two times"),
+        ({"times": [1.5, 0.0]}, r"must lie in \[0, 1\]"),
+        ({"times": [1.0, float("nan")]}, r"must lie in \[0, 1\]"),
+        ({"times": 5}, "sequences of numbers; got int"),
+        ({"times": [0.9, 0.5, 0.0], "skip_first": True}, "from pure noise, t = 1.*begins at 0.9"),
+        ({"times": TIMES, "step_weights": [[0.1]]}, "come in rows of"),
+        ({"times": TIMES, "half_calls": [[], [0.1]]}, "come in as many rows"),
+        ({"times": TIMES, "half_calls": [[], *HALVES], "skip_first": True}, "Half calls for 4 calls"),
+    ],
+    ids=str,
+)
+def test_parts_that_do_not_fit_are_refused(parts, message):
+    with pytest.raises(ValueError, match=message):
+        FittedRun(**parts)
+
+
+def test_times_from_elsewhere_find_their_run():
+    """As sigmas come back from other programs: rounded, or shrunk to where a model starts, where no call is saved."""
+    runs = {3: fitted()}
+    rounded = run_over(torch.tensor(TIMES) + torch.tensor([0, 5e-4, -5e-4, 5e-4, 0, 0]), runs)
+    assert rounded.step_weights == fitted().step_weights and rounded.skip_first and rounded.cost == 3
+    shrunk = run_over(torch.tensor(TIMES) * 0.98, runs)
+    assert shrunk.half_calls == fitted().half_calls and not shrunk.skip_first and shrunk.cost == 4
+    assert torch.equal(shrunk.times, fitted().scaled(0.98).times) and not fitted().scaled(0.98).skip_first
+    other = run_over(torch.tensor([1.0, 0.95, 0.5, 0.0]), runs, knows_mean=True)
+    assert not other.fitted and other.skip_first  # a short first step, and a SideNet that knows the mean
+    assert not run_over(torch.tensor([1.0, 0.5, 0.0]), runs, knows_mean=True).skip_first
+
+
+def test_files_of_the_first_version_hold_the_same_runs(tmp_path):
+    """There the parts lay in three tables, and the first call was saved where the grid starts short."""
+    card = SideNetCard("guided", (2.0, 2.0), runs={3: fitted(), 5: FittedRun([1.0, 0.8, 0.6, 0.4, 0.2, 0.0])})
+    sidenet = small_sidenet(dtype=torch.float32, anchors=2, mean_size=2)
+    path = tmp_path / "new.safetensors"
+    save_sidenet(path, sidenet, card)
+    tensors, metadata = read_safetensors(path)
+    runs = {n: run for n, run in json.loads(metadata.pop("runs")).items()}
+    metadata |= {
+        "format_version": "1",
+        "time_grids": json.dumps({n: run["times"] for n, run in runs.items()}),
+        "step_weights": json.dumps({n: run["step_weights"] for n, run in runs.items() if run["step_weights"]}),
+        "half_calls": json.dumps({n: run["half_calls"] for n, run in runs.items() if run["half_calls"]}),
+    }
+    write_safetensors(tmp_path / "old.safetensors", tensors, metadata)
+    assert load_sidenet(tmp_path / "old.safetensors")[1] == load_sidenet(path)[1] == card
+    # As in files from before there were step weights and half calls.
+    metadata = {name: text for name, text in metadata.items() if name not in ("step_weights", "half_calls")}
+    write_safetensors(tmp_path / "older.safetensors", tensors, metadata | {"time_grids": json.dumps({4: TIMES})})
+    assert load_sidenet(tmp_path / "older.safetensors")[1].runs == {4: FittedRun(TIMES, skip_first=True)}
