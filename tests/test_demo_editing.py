@@ -6,9 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 from ba_solver.bas_core import BASELINES
-from ba_solver.training.demo import editing, reversible
+from ba_solver.lab import editing, editing_data, edits, reversible
+from ba_solver.lab import round_trips as round_trips_module
+from ba_solver.lab.editing_data import drawn, noise_for
+from ba_solver.lab.edits import EDITS, Task, faults, seen_shape
+from ba_solver.lab.round_trips import decibels, round_trips
 from ba_solver.training.demo.assets import load_demo
-from ba_solver.training.demo.editing import EDITS, Task, decibels, drawn, faults, noise_for, round_trips, seen_shape
 from torchdiffeq import odeint
 
 SEED = 16_000_000
@@ -76,10 +79,10 @@ def test_rf_solvers_step_is_the_midpoint():
 
 
 def test_all_pairs_are_edited():
-    source, target = editing.pairs(2)
+    source, target = edits.pairs(2)
     assert len(source) == 180 and len(set(zip(source.tolist(), target.tolist(), strict=True))) == 90
     assert (source != target).all()
-    for searched in editing.pairs(0):
+    for searched in edits.pairs(0):
         assert set(searched.tolist()) == set(range(10)), "a search sees every class on both sides"
 
 
@@ -87,13 +90,13 @@ def small(monkeypatch, tmp_path):
     """The benchmark with the least of everything; its settings file goes to a temporary folder."""
     monkeypatch.setattr(editing, "SETTINGS_FILE", tmp_path / "settings.json")
     monkeypatch.setattr(editing, "CASES", {k: replace(c, calls=(3,)) for k, c in editing.CASES.items()})
-    monkeypatch.setattr(editing, "SEARCH_SHIFTS", (1.0, 2.0))
-    monkeypatch.setattr(editing, "SEARCH_COSINES", (0.15,))
-    monkeypatch.setattr(editing, "REFERENCE_STEPS", 3)
-    monkeypatch.setattr(editing, "STARTS", (0.8,))
-    monkeypatch.setattr(editing, "GUIDANCES", (2.0, 3.5))
-    monkeypatch.setattr(editing, "pairs", lambda repeats: (torch.arange(2), torch.arange(2) + 1))
-    return editing.EditingSettings(tmp_path, search=True, images=2, seeds=2, search_images=1, edit_calls=(6,))
+    monkeypatch.setattr(round_trips_module, "SEARCH_SHIFTS", (1.0, 2.0))
+    monkeypatch.setattr(round_trips_module, "SEARCH_COSINES", (0.15,))
+    monkeypatch.setattr(round_trips_module, "REFERENCE_STEPS", 3)
+    monkeypatch.setattr(edits, "STARTS", (0.8,))
+    monkeypatch.setattr(edits, "GUIDANCES", (2.0, 3.5))
+    monkeypatch.setattr(edits, "pairs", lambda repeats: (torch.arange(2), torch.arange(2) + 1))
+    return editing_data.EditingSettings(tmp_path, search=True, images=2, seeds=2, search_images=1, edit_calls=(6,))
 
 
 def test_what_is_finished_is_on_disk_when_the_benchmark_is_stopped(monkeypatch, tmp_path):
@@ -101,12 +104,12 @@ def test_what_is_finished_is_on_disk_when_the_benchmark_is_stopped(monkeypatch, 
 
     def stopped_in_the_second_seed(*arguments):
         measured = judge(*arguments)
-        if arguments[5] != editing.REPORT_SEED and arguments[5] != editing.SEARCH_SEED:
+        if arguments[5] != editing_data.REPORT_SEED and arguments[5] != editing_data.SEARCH_SEED:
             raise KeyboardInterrupt
         return measured
 
-    judge = editing.judge
-    monkeypatch.setattr(editing, "judge", stopped_in_the_second_seed)
+    judge = edits.judge
+    monkeypatch.setattr(edits, "judge", stopped_in_the_second_seed)
     with pytest.raises(KeyboardInterrupt):
         editing.run_editing(settings)
     result = json.loads((tmp_path / "editing.json").read_text())

@@ -4,30 +4,44 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from ba_solver.bas_core import SideNetCard, get_rule, load_sidenet, save_sidenet, solve, time_grid
-from ba_solver.bas_core.checkpoint import read_pickled_tensors, read_safetensors, write_safetensors
-from ba_solver.bas_core.grids import starts_short
-from ba_solver.training import fit, published, tuning
+from ba_solver.bas_core import get_rule, load_sidenet, save_sidenet, time_grid
+from ba_solver.bas_core.files import read_pickled_tensors, read_safetensors, write_safetensors
+from ba_solver.training import train as training
 from ba_solver.training.backbones import BackboneChoice, open_backbone
-from ba_solver.training.chains import open_chains
 from ba_solver.training.cli import main
-from ba_solver.training.closed_loop import Rollout, end_point_loss, interval_loss
-from ba_solver.training.evaluate import endpoint_errors
-from ba_solver.training.files import describe_sidenet
-from ba_solver.training.loop import LoopSettings, Share, train
-from ba_solver.training.published import load_latents, published_loss, signed_steps
-from ba_solver.training.time_grids import WEIGHT_RUNS, coordinate_search, fit_weights, learn_grids
-from ba_solver.training.tuning import tune, tuning_loop
+from ba_solver.training.network import published, stages
+from ba_solver.training.network.closed_loop import Rollout, end_point_loss, interval_loss
+from ba_solver.training.network.loop import LoopSettings, Share, train
+from ba_solver.training.network.published import load_latents, published_loss, signed_steps
+from ba_solver.training.recording.chains import open_chains
+from ba_solver.training.recording.record import STARTS
+from ba_solver.training.recording.replay import Replay
+from ba_solver.training.runs import tuning
+from ba_solver.training.runs.fitting import WEIGHT_RUNS
+from ba_solver.training.runs.search import coordinate_search
+from ba_solver.training.sidenet_files import describe_sidenet
+from training_checks import (
+    QUICK,
+    SMALL,
+    TOKENS,
+    check_closed_loop,
+    check_end_point,
+    check_fitted_weights,
+    check_pairs,
+    check_tuning,
+    record,
+    rollout_error,
+    run,
+    train_on_pairs,
+)
 from training_problems import BACKBONE, GAUSSIAN_MEAN, SHAPE, environment, in_two_processes
 
 torch.set_num_threads(1)
-SMALL = ("--base-channels", "16", "--embedding-dim", "16", "--num-layers", "2", "--patch-size", "1", "--batch", "16")
-SMALL += ("--body", "convolution", "--kernel-size", "3", "--no-muon")
-QUICK = (*SMALL, "--warmup", "10", "--learning-rate", "1e-2", "--ema", "0.95")
 
 
 @pytest.fixture(scope="module")
@@ -40,16 +54,6 @@ def folder(tmp_path_factory):
     return root
 
 
-def record(out, *more):
-    command = ["record", "--backbone", BACKBONE, "--points", "40", "--record-batch", "16", "--starts", "0"]
-    assert main([*command, "--out", str(out), *more]) == 0
-
-
-def run(folder, out, *more, status=0):
-    assert main(["train", "--chains", str(folder), "--out", str(out), *map(str, more)]) == status
-    return load_sidenet(out) if status == 0 else None
-
-
 def tensors(path):
     return read_safetensors(path)[0]
 
@@ -58,7 +62,7 @@ def test_four_steps_equal_two_stop_resume_two(folder, tmp_path, monkeypatch, cap
     """Bit for bit, through the command; without --resume nothing is gone on with or lost."""
     options = (*SMALL, "--steps", "4", "--save-every", "1")
     run(folder / "guided", tmp_path / "whole.safetensors", *options)
-    calls, real = [], fit.relative_loss
+    calls, real = [], stages.relative_loss
 
     def interrupted(*arguments):
         calls.append(1)
@@ -66,10 +70,10 @@ def test_four_steps_equal_two_stop_resume_two(folder, tmp_path, monkeypatch, cap
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(fit, "relative_loss", interrupted)
+    monkeypatch.setattr(stages, "relative_loss", interrupted)
     part = tmp_path / "part.safetensors"
     run(folder / "guided", part, *options, status=130)
-    monkeypatch.setattr(fit, "relative_loss", real)
+    monkeypatch.setattr(stages, "relative_loss", real)
     assert not part.exists()
     run(folder / "guided", part, *options, status=2)
     assert "Go on with --resume" in capsys.readouterr().err
@@ -127,7 +131,7 @@ def test_two_processes_equal_one(folder, tmp_path):
     assert "did not help" not in said[0]
     again = load_sidenet(tmp_path / "two.safetensors")[1]
     assert again.training["backbone_calls"] == card.training["backbone_calls"]
-    for row, same in zip(card.step_weights[4], again.step_weights[4], strict=True):
+    for row, same in zip(card.runs[4].step_weights, again.runs[4].step_weights, strict=True):
         assert same == pytest.approx(row, rel=1e-2, abs=1e-2)
 
 
@@ -163,58 +167,30 @@ def test_early_stopping_keeps_the_best():
 
 @pytest.fixture(scope="module")
 def trained(folder, tmp_path_factory):
-    out = tmp_path_factory.mktemp("trained") / "sidenet.safetensors"
-    sidenet, card = run(folder / "guided", out, *QUICK, "--batch", "64", "--steps", "400", "--save-every", "100")
-    return out, sidenet, card
+    return train_on_pairs(folder / "guided", tmp_path_factory.mktemp("trained") / "sidenet.safetensors")
 
 
-def rollout_error(sidenet, folder, calls=5, grid=None, weights=None, halves=None):
-    """Mean end-point error on the recording's held-out runs."""
-    chains, about = open_chains([folder])
-    backbone = open_backbone(BackboneChoice(backbone=BACKBONE))
-    held_out = chains.split(12)[1]
-    rollout = Rollout(backbone, held_out, about, fit.get_rule("lobatto4"), [], 12)
-    rows = torch.arange(0, len(held_out), held_out.branches)
-    with torch.no_grad():
-        times = time_grid(calls) if grid is None else grid
-        field = rollout.field_of(rows)
-        x = solve(field, sidenet, rollout.noise(rows), times, correct=weights, half_calls=halves)
-        assert field.cost == (calls if halves or grid is None else len(grid) - 1)
-    return endpoint_errors(x, rollout.truth(rows, torch.tensor(0.0))).mean().item()
-
-
-def test_training_from_chains_beats_the_solver_without_a_sidenet(folder, trained):
-    _, sidenet, card = trained
-    table = card.evaluation["residual_variance"]
-    assert max(table["kind"][kind] for kind in ("between", "beyond", "last")) < 0.85, table
+def test_training_from_chains_beats_the_solver_without_a_sidenet(folder, trained, tmp_path):
+    table = trained[2].evaluation["residual_variance"]
     assert set(table) == {"kind", "time", "step"} and len(table["step"]) >= 3
-    assert rollout_error(sidenet, folder / "guided") < 0.7 * rollout_error(None, folder / "guided")
+    check_pairs(folder / "guided", trained[0], tmp_path)
 
 
-TOKENS = (
-    "--base-channels",
-    "16",
-    "--num-heads",
-    "2",
-    "--embedding-dim",
-    "16",
-    "--num-layers",
-    "1",
-    "--patch-size",
-    "1",
-)
+@pytest.mark.parametrize("check", [check_closed_loop, check_end_point, check_fitted_weights, check_tuning])
+def test_each_later_stage_lowers_the_error_of_the_real_sampler(check, folder, trained, tmp_path):
+    check(folder / "guided", trained[0], tmp_path)
 
 
 def test_the_default_body_and_optimizer_learn_with_starts_at_hand(tmp_path):
     """Tokens and Muon, on whole runs and on the starts of many more, which are counted and asked."""
     folder = tmp_path / "chains"
     record(folder, "--guidance", "2", "--chains", "64", "--starts", "96", "--start-points", "10")
-    assert len(list((folder / fit.STARTS).glob("*.safetensors"))) == 6
+    assert len(list((folder / STARTS).glob("*.safetensors"))) == 6
     quick = ("--warmup", "10", "--learning-rate", "2e-2", "--ema", "0.9", "--batch", "64", "--steps", "150")
     sidenet, card = run(folder, tmp_path / "a.safetensors", *TOKENS, *quick)
     assert sidenet.config.body == "tokens" and card.training["backbone_calls"] == {"chains": 64 * 40, "starts": 96 * 10}
     assert card.evaluation["residual_variance"]["kind"]["beyond"] < 0.9
-    (folder / fit.STARTS / "chains-0001-00003.safetensors").write_bytes(b"damaged")
+    (folder / STARTS / "chains-0001-00003.safetensors").write_bytes(b"damaged")
     assert main(["train", "--chains", str(folder), "--out", str(tmp_path / "b.safetensors")]) == 1
 
 
@@ -222,7 +198,7 @@ def test_starts_of_another_model_are_refused(tmp_path, capsys):
     folder, other = tmp_path / "chains", tmp_path / "other"
     record(folder, "--chains", "16")
     record(other, "--chains", "16", "--starts", "16", "--backbone", "python:training_problems:other_backbone")
-    (other / fit.STARTS).rename(folder / fit.STARTS)
+    (other / STARTS).rename(folder / STARTS)
     assert main(["train", "--chains", str(folder), "--out", str(tmp_path / "a.safetensors")]) == 1
     assert "does not belong here: backbone is" in capsys.readouterr().err
 
@@ -234,7 +210,8 @@ def test_the_mean_of_the_data_is_kept_where_the_first_velocity_leads_there(folde
     options = (*TOKENS, "--steps", "3", "--batch", "8", "--grid-nfe", "5", "--grid-runs", "4", "--mean-size", "4")
     sidenet, card = run(tmp_path / "chains", tmp_path / "a.safetensors", *options, "--backbone", backbone)
     torch.testing.assert_close(sidenet.data_mean, GAUSSIAN_MEAN, atol=1e-5, rtol=0)
-    assert len(card.time_grids[5]) == 7 and starts_short(card.time_grids[5])
+    run5 = card.runs[5]
+    assert len(run5.times) == 7 and run5.skip_first and run5.cost == 5
     capsys.readouterr()
     sidenet, _ = run(folder / "guided", tmp_path / "b.safetensors", *TOKENS, "--steps", "1", "--batch", "4")
     assert sidenet.config.mean_size == 0 and "so its call is not saved" in capsys.readouterr().out
@@ -253,47 +230,26 @@ def test_the_card_says_how_it_was_made(folder, trained):
     assert list((journal / "tensorboard").iterdir()) and (journal / "all_pairs_loss.png").stat().st_size > 5000
 
 
-def test_closed_loop_and_grid_lower_the_rollout_error(folder, trained, tmp_path):
-    """Per-interval targets and a learned grid each lower the held-out end-point error of the real sampler."""
+def test_learned_runs_spend_what_they_say_and_lower_the_error(folder, trained, tmp_path):
+    """Learned times with weights and half calls end nearer than the uniform grid, and are counted."""
     out, sidenet, _ = trained
-    before = rollout_error(sidenet, folder / "guided")
-    options = ("--steps", "0", "--start-from", out, "--backbone", BACKBONE, *QUICK, "--nfe-range", "5", "5")
-    closed, card = run(
-        folder / "guided", tmp_path / "c.safetensors", *options, "--closed-loop", "240", "--learning-rate", "3e-2"
-    )
-    assert rollout_error(closed, folder / "guided") < 0.95 * before
-    # 240 steps of 5 calls for 16 runs, and one score on 4 draws of 16 runs.
-    assert card.training["backbone_calls"]["closed loop"] == 240 * 5 * 16 + 1 * 4 * 16 * 5
-    gridded, card = run(folder / "guided", tmp_path / "g.safetensors", *options, "--grid-nfe", "5")
-    grid = torch.tensor(card.time_grids[5])
+    options = ("--steps", "0", "--start-from", out, "--backbone", BACKBONE, *QUICK)
+    learned, card = run(folder / "guided", tmp_path / "g.safetensors", *options, "--grid-nfe", "5")
+    grid = torch.tensor(card.runs[5].times)
     assert grid[0] == 1 and grid[-1] == 0 and (grid.diff() < 0).all() and len(grid) == 7
-    fitted = {"weights": card.weights_for(grid), "halves": card.half_calls_for(grid)}
-    assert fitted["halves"].count == 2
-    weighted = rollout_error(gridded, folder / "guided", grid=grid, **fitted)
-    unweighted = rollout_error(gridded, folder / "guided", grid=grid, halves=fitted["halves"])
-    assert weighted < 0.95 * before and weighted < 0.95 * unweighted
+    assert card.runs[5].halves == 2
+    weighted = rollout_error(learned, folder / "guided", card.runs[5])
+    assert weighted < 0.4 * rollout_error(sidenet, folder / "guided")
     assert card.training["backbone_calls"]["step weights"] == 6 * WEIGHT_RUNS
 
 
-def test_tuning_lowers_the_rollout_error(folder, trained, tmp_path):
-    """Of held-out runs, beside the same grid of the family with weights from least squares."""
+def test_tuning_is_counted_and_the_past_is_kept(folder, trained, tmp_path):
     out, sidenet, _ = trained
-    chains, about = open_chains([folder / "guided"])
-    backbone = open_backbone(BackboneChoice(backbone=BACKBONE))
-    rollout, held_out = (Rollout(backbone, part, about, get_rule("lobatto4"), [], 16) for part in chains.split(12))
-    learned = fit_weights(sidenet, rollout, learn_grids(sidenet, rollout, [5], 8, rounds=0))
-    errors = []
-    loop = tuning_loop(LoopSettings(steps=400, batch=16, learning_rate=1e-3, seed=1))
-    for found in (learned, tune(sidenet, rollout, held_out, learned, 5, loop, tmp_path)):
-        card, grid = SideNetCard(**vars(found)), torch.tensor(found.time_grids[5])
-        fitted = {"weights": card.weights_for(grid), "halves": card.half_calls_for(grid)}
-        errors.append(rollout_error(sidenet, folder / "guided", grid=grid, **fitted))
-    assert errors[1] < 0.9 * errors[0], errors
     options = ("--steps", "0", "--start-from", out, "--backbone", BACKBONE, "--grid-nfe", "4", "--grid-runs", "4")
     card = run(folder / "guided", tmp_path / "t.safetensors", *options, *QUICK, "--tune", "2")[1]
     # Two steps on two runs, two reports and two scores at the end on the twelve that were held out.
     assert card.training["backbone_calls"]["tuning"] == 4 * (2 * 2 + 4 * 12)
-    assert card.half_calls_for(card.time_grids[4]).count == 2
+    assert card.runs[4].halves == 2
     # What it began as is not forgotten.
     assert card.training["started_from"] == trained[2].training
     assert f"began as:   one trained: {trained[2].training['objective']}" in describe_sidenet(sidenet, card)
@@ -302,12 +258,12 @@ def test_tuning_lowers_the_rollout_error(folder, trained, tmp_path):
 def test_tuning_that_does_not_help_is_undone(folder, trained, tmp_path, monkeypatch, capsys):
     """With too high a learning rate the run gets worse; what is written is what least squares found."""
     options = ("--steps", "0", "--start-from", trained[0], "--backbone", BACKBONE, "--grid-nfe", "5", *QUICK)
-    monkeypatch.setattr(fit, "ROUNDS", 0)  # as where the grids are tuned
+    monkeypatch.setattr(training, "ROUNDS", 0)  # as where the grids are tuned
     fitted = run(folder / "guided", tmp_path / "fitted.safetensors", *options)[1]
     monkeypatch.setattr(tuning, "LEARNING_RATE", 3.0)
     tuned = run(folder / "guided", tmp_path / "tuned.safetensors", *options, "--tune", "4")[1]
     assert "did not help" in capsys.readouterr().out
-    assert tuned.step_weights == fitted.step_weights and tuned.half_calls == fitted.half_calls
+    assert tuned.runs == fitted.runs
 
 
 def test_an_interrupted_tuning_goes_on_to_the_same_numbers(folder, trained, tmp_path, monkeypatch, capsys):
@@ -331,31 +287,20 @@ def test_an_interrupted_tuning_goes_on_to_the_same_numbers(folder, trained, tmp_
     assert main(command) == 130 and not out.exists()
     assert {path.name for path in out.with_suffix(".run").glob("*.pt")} == {"time_grids.pt", "tune_4.pt", "tune_5.pt"}
     monkeypatch.setattr(tuning.TunedRun, "forward", real)
-    monkeypatch.setattr(fit, "learn_grids", None)
+    monkeypatch.setattr(training, "learn_times", None)
     resumed = run(folder / "guided", out, *options)[1]
-    assert (resumed.time_grids, resumed.step_weights) == (whole.time_grids, whole.step_weights)
-    assert resumed.half_calls == whole.half_calls
+    assert resumed.runs == whole.runs
     # What was spent before the interruption counts, finished steps' results or not.
     once, twice = (card.training["backbone_calls"] for card in (whole, resumed))
     assert twice["time grids"] == once["time grids"] and once["tuning"] < twice["tuning"] < 1.5 * once["tuning"]
     assert not list(out.with_suffix(".run").glob("*.pt"))
 
 
-def test_end_point_training_lowers_the_rollout_error(folder, trained, tmp_path):
-    out, sidenet, _ = trained
-    before = rollout_error(sidenet, folder / "guided")
-    options = ("--steps", "0", "--start-from", out, "--backbone", BACKBONE, *QUICK, "--nfe-range", "5", "5")
-    ended, _ = run(
-        folder / "guided", tmp_path / "e.safetensors", *options, "--end-point", "60", "--learning-rate", "3e-2"
-    )
-    assert rollout_error(ended, folder / "guided") < 0.9 * before
-
-
 def test_closed_loop_losses_are_one_without_a_sidenet(folder):
     """They are relative to the solver's own line; the interval loss does not differentiate through the backbone."""
     chains, about = open_chains([folder / "guided"])
     backbone = open_backbone(BackboneChoice(backbone=BACKBONE))
-    rollout = Rollout(backbone, chains, about, fit.get_rule("lobatto4"), [time_grid(5)], 8)
+    rollout = Rollout(Replay(backbone, chains, about), get_rule("lobatto4"), [time_grid(5)], 8)
     from ba_solver.bas_core import SideNet, SideNetConfig
 
     config = SideNetConfig(in_channels=2, base_channels=8, embedding_dim=8, num_layers=1, num_classes=2, anchors=2)
@@ -502,7 +447,6 @@ def test_bad_settings_are_refused_in_words(options, message, folder, tmp_path, c
 
 
 def test_a_sidenet_of_another_model_is_not_started_from(folder, trained, tmp_path, capsys):
-    from dataclasses import replace
 
     _, sidenet, card = trained
     save_sidenet(tmp_path / "s.safetensors", sidenet, replace(card, backbone={"name": "else", "fingerprint": "0"}))

@@ -5,7 +5,9 @@ import dataclasses
 
 import pytest
 import torch
-from ba_solver.bas_core import BASELINES, Guidance, editing, solver, time_grid
+from ba_solver.bas_core import BASELINES, Guidance, editing, steps, time_grid
+from ba_solver.training.network import closed_loop, loop, stages
+from ba_solver.training.runs import fitting, tuning
 from checks import (
     check_baseline_order,
     check_calls,
@@ -21,6 +23,15 @@ from checks import (
     check_oracle_order,
 )
 from problems import Oracle, small_sidenet
+from training_checks import (
+    check_closed_loop,
+    check_end_point,
+    check_fitted_weights,
+    check_pairs,
+    check_tuning,
+    record,
+    train_on_pairs,
+)
 
 
 def rk4_with_equal_weights(velocity, x, t0, t1, history):
@@ -79,56 +90,56 @@ def test_the_order_check_finds_a_damaged_baseline(name, step):
 
 def swap_first_two_velocities(patch):
     """The velocity at the anchor is taken for the one at the first inner node, and the other way round."""
-    intact = solver.integrate
+    intact = steps.integrate
 
     def integrate(rule, velocities, x, t0, t1):
         first, second = rule.nodes[:2]
         return intact(rule, velocities | {first: velocities[second], second: velocities[first]}, x, t0, t1)
 
-    patch.setattr(solver, "integrate", integrate)
+    patch.setattr(steps, "integrate", integrate)
 
 
 def look_the_wrong_way_back(patch):
     """Backward refinement with h of the wrong sign."""
-    intact = solver.predict
+    intact = steps.predict
 
     def predict(sidenet, queries, *rest):
         turned = [q._replace(time=2 * q.near.t - q.time) if q.time > q.near.t else q for q in queries]
         return intact(sidenet, turned, *rest)
 
-    patch.setattr(solver, "predict", predict)
+    patch.setattr(steps, "predict", predict)
 
 
 def right_anchor_at_the_left_state(patch):
     """The backbone is called at the end's time but at the start's state."""
-    intact = solver.probe
+    intact = steps.probe
 
     def probe(plan, left, previous, t1):
         end, velocities = intact(plan, left, previous, t1)
         return (left.x if float(t1) > 0 else end), velocities
 
-    patch.setattr(solver, "probe", probe)
+    patch.setattr(steps, "probe", probe)
 
 
 def refine_the_left_half(patch):
     """The nodes nearer to the left anchor are predicted anew instead of those nearer to the right one."""
-    patch.setattr(solver.Plan, "seen_again", lambda plan: tuple(c for c in plan.rule.nodes if 0 < c < 0.5))
+    patch.setattr(steps.Plan, "seen_again", lambda plan: tuple(c for c in plan.rule.nodes if 0 < c < 0.5))
 
 
 def keep_the_forward_nodes(patch):
     """No backward refinement at all."""
-    patch.setattr(solver.Plan, "seen_again", lambda self: ())
+    patch.setattr(steps.Plan, "seen_again", lambda self: ())
 
 
 def accept_the_probe(patch):
     """No second integration."""
-    intact = solver.refine
-    patch.setattr(solver, "refine", lambda plan, left, right, v: (right.x, intact(plan, left, right, v)[1]))
+    intact = steps.refine
+    patch.setattr(steps, "refine", lambda plan, left, right, v: (right.x, intact(plan, left, right, v)[1]))
 
 
 def call_the_backbone_at_the_end(patch):
     """The last interval too gets a right anchor."""
-    intact = solver.probe
+    intact = steps.probe
 
     def probe(plan, left, previous, t1):
         end, velocities = intact(plan, left, previous, t1)
@@ -136,28 +147,28 @@ def call_the_backbone_at_the_end(patch):
             plan.field(end, t1)
         return end, velocities
 
-    patch.setattr(solver, "probe", probe)
+    patch.setattr(steps, "probe", probe)
 
 
 def forget_the_right_anchor(patch):
     """v_end is not reused: each interval calls the backbone at its corrected start."""
-    intact = solver.probe
+    intact = steps.probe
 
     def probe(plan, left, previous, t1):
         fresh = left if float(left.t) == 1 else left._replace(v=plan.field(left.x, left.t, len(left.v)))
         return intact(plan, fresh, previous, t1)
 
-    patch.setattr(solver, "probe", probe)
+    patch.setattr(steps, "probe", probe)
 
 
 def mix_the_batch(patch):
     """A little of the batch's mean gets into every sample."""
-    intact = solver.integrate
+    intact = steps.integrate
 
     def integrate(rule, velocities, x, t0, t1):
         return intact(rule, velocities, torch.lerp(x, x.mean(0, keepdim=True), 1e-6), t0, t1)
 
-    patch.setattr(solver, "integrate", integrate)
+    patch.setattr(steps, "integrate", integrate)
 
 
 def mix_the_conditions(patch):
@@ -166,12 +177,12 @@ def mix_the_conditions(patch):
     def conditions(field, branches, queries):
         return torch.stack(field.conditions[:branches], 1).flatten().repeat(queries)
 
-    patch.setattr(solver, "_conditions", conditions)
+    patch.setattr(steps, "_conditions", conditions)
 
 
 def guide_by_the_anchors_time(patch):
     """Every node of an interval is guided as its left anchor is."""
-    intact = solver.probe
+    intact = steps.probe
 
     def probe(plan, left, previous, t1):
         field = copy.copy(plan.field)
@@ -179,12 +190,12 @@ def guide_by_the_anchors_time(patch):
         field.guidance = Guidance(scale)
         return intact(plan._replace(field=field), left, previous, t1)
 
-    patch.setattr(solver, "probe", probe)
+    patch.setattr(steps, "probe", probe)
 
 
 def drop_the_remainder(patch):
     """What is left over after the last whole chunk is predicted as no change."""
-    intact = solver.predict
+    intact = steps.predict
 
     def predict(sidenet, queries, field, branches, chunk=None):
         def partly(x, **inputs):
@@ -192,12 +203,12 @@ def drop_the_remainder(patch):
 
         return intact(partly, queries, field, branches, chunk)
 
-    patch.setattr(solver, "predict", predict)
+    patch.setattr(steps, "predict", predict)
 
 
 def cut_only_the_states(patch):
     """Every chunk of the states meets the first chunk's steps."""
-    intact = solver.predict
+    intact = steps.predict
 
     def predict(sidenet, queries, field, branches, chunk=None):
         first = {}
@@ -207,24 +218,24 @@ def cut_only_the_states(patch):
 
         return intact(partly, queries, field, branches, chunk)
 
-    patch.setattr(solver, "predict", predict)
+    patch.setattr(steps, "predict", predict)
 
 
 def skip_the_unconditional_branch(patch):
     """Calls outside the CFG interval never evaluate it, though nodes ahead may need it."""
     patch.setattr(
-        solver,
+        steps,
         "branches_needed",
         lambda plan, times: [2 if plan.field.guidance.active(t) else 1 for t in times[:-1]],
     )
-    intact = solver.predict
+    intact = steps.predict
 
     def predict(sidenet, queries, field, branches, chunk=None):
         whole = [q._replace(near=q.near._replace(v=q.near.v.expand(branches, *q.near.v.shape[1:]))
                             if len(q.near.v) < branches else q.near) for q in queries]  # fmt: skip
         return intact(sidenet, whole, field, branches, chunk)
 
-    patch.setattr(solver, "predict", predict)
+    patch.setattr(steps, "predict", predict)
 
 
 GUIDED = Guidance(2.0, (0.3, 0.75))
@@ -289,12 +300,12 @@ def test_a_damaged_solver_fails_the_check(damage, check, monkeypatch):
 
 def add_residuals_to_accepted_ends_only(patch):
     """The right anchor of an edit is where the solver proposes it, without the path's residual."""
-    intact = editing.bi_anchor_steps
+    intact = editing.run_bi_anchor
 
-    def steps(plan, grid, correct):
-        return intact(plan, grid, lambda p: correct(p) if p.accepted else p.x)
+    def run(plan, x, grid, correct=steps.as_proposed, callback=None):
+        return intact(plan, x, grid, lambda p: correct(p) if p.accepted else p.x, callback)
 
-    patch.setattr(editing, "bi_anchor_steps", steps)
+    patch.setattr(editing, "run_bi_anchor", run)
 
 
 def keep_the_wrong_states(patch):
@@ -333,8 +344,8 @@ def never_pull(patch):
 
 def stop_a_step_early(patch):
     """The path's noise is the state before the last step up."""
-    intact = editing.run_steps
-    patch.setattr(editing, "run_steps", lambda steps, f, x, grid, callback: intact(steps, f, x, grid[:-1], callback))
+    intact = editing.run_bi_anchor
+    patch.setattr(editing, "run_bi_anchor", lambda plan, x, grid, *rest: intact(plan, x, grid[:-1], *rest))
 
 
 def return_check():
@@ -376,3 +387,80 @@ def test_damaged_editing_fails_the_check(damage, check, monkeypatch):
     damage(monkeypatch)
     with pytest.raises((AssertionError, RuntimeError)):
         check()
+
+
+# --- damages to the trainer ---------------------------------------------------------------------------------------
+
+
+def forget_the_gradients(patch):
+    intact = loop.Run.gradients
+
+    def gradients(self, loss_at):
+        loss = intact(self, loss_at)
+        self.model.zero_grad()
+        return loss
+
+    patch.setattr(loop.Run, "gradients", gradients)
+
+
+def climb(patch):
+    """Gradients of the wrong sign."""
+    intact = loop.Run.gradients
+
+    def gradients(self, loss_at):
+        loss = intact(self, loss_at)
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.neg_()
+        return loss
+
+    patch.setattr(loop.Run, "gradients", gradients)
+
+
+def elsewhere(truth):
+    """Another run's truth, at other places."""
+    return truth.roll(1, 0).flip(-1, -2).roll(1, -1)
+
+
+def shuffle_the_targets(patch):
+    """Everything that is trained or fitted is compared with the truth of something else."""
+    pairs, rolled, tuned, fitted = (
+        stages.relative_loss,
+        closed_loop.relative,
+        tuning.endpoint_errors,
+        fitting.least_squares,
+    )
+    patch.setattr(
+        stages, "relative_loss", lambda net, e, n: pairs(net, dataclasses.replace(e, target=elsewhere(e.target)), n)
+    )
+    patch.setattr(closed_loop, "relative", lambda x, line, truth: rolled(x, line, elsewhere(truth)))
+    patch.setattr(tuning, "endpoint_errors", lambda x, truth: tuned(x, elsewhere(truth)))
+    patch.setattr(fitting, "least_squares", lambda columns, wanted: fitted(columns, elsewhere(wanted)))
+
+
+TRAINED_CHECKS = [check_pairs, check_closed_loop, check_end_point, check_tuning]
+TRAINER_DAMAGES = [
+    (forget_the_gradients, TRAINED_CHECKS),
+    (climb, TRAINED_CHECKS),
+    # Not the closed loop: on this field, whose uncorrected states grow too large, whatever holds them back helps.
+    (shuffle_the_targets, [check_pairs, check_end_point, check_tuning, check_fitted_weights]),
+]
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """A recording, and a SideNet that was trained on it before the trainer was damaged."""
+    root = tmp_path_factory.mktemp("recorded")
+    record(root / "guided", "--guidance", "2", "--chains", "96")
+    return root / "guided", train_on_pairs(root / "guided", root / "sidenet.safetensors")[0]
+
+
+@pytest.mark.parametrize(
+    ("damage", "check"),
+    [pytest.param(d, c, id=f"{d.__name__}-{c.__name__}") for d, checks in TRAINER_DAMAGES for c in checks],
+)
+def test_a_damaged_trainer_fails_the_check(damage, check, recorded, tmp_path, monkeypatch):
+    """`test_fit.py` asks the same of the trainer as it is."""
+    damage(monkeypatch)
+    with pytest.raises((AssertionError, ArithmeticError)):
+        check(*recorded, tmp_path)

@@ -5,11 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from ba_solver.bas_core import CheckpointError, run_baseline
-from ba_solver.training import record as recording
 from ba_solver.training.backbones import open_backbone
 from ba_solver.training.backbones.base import BackboneChoice
-from ba_solver.training.chains import Chains, open_chains, open_shard, record_chain, save_shard
 from ba_solver.training.cli import main
+from ba_solver.training.recording import record as recording
+from ba_solver.training.recording.chains import Chains, open_chains
+from ba_solver.training.recording.shards import open_shard, save_shard
+from ba_solver.training.recording.teacher import record_chain
 from training_problems import BACKBONE, in_two_processes, swirl
 
 

@@ -6,12 +6,12 @@ import json
 import pytest
 import torch
 from ba_solver.bas_core import Field, SideNet, SideNetConfig, load_sidenet, model_field, run_baseline, time_grid
-from ba_solver.training import score
 from ba_solver.training.backbones import BackboneChoice, open_backbone
-from ba_solver.training.chains import Chains, open_chains
 from ba_solver.training.cli import main
-from ba_solver.training.evaluate import endpoint_errors
-from ba_solver.training.multistep import LearnedMultistep
+from ba_solver.training.measuring import score
+from ba_solver.training.measuring.multistep import LearnedMultistep
+from ba_solver.training.recording.chains import Chains, open_chains
+from ba_solver.training.runs.samplers import endpoint_errors
 from matplotlib.image import imread
 from training_problems import BACKBONE, SHAPE, swirl
 
@@ -20,7 +20,7 @@ torch.set_num_threads(1)
 
 def reference(noise, labels, points=400):
     """The exact path of the test field, at any time."""
-    from ba_solver.training.chains import record_chain
+    from ba_solver.training.recording.teacher import record_chain
 
     times = torch.linspace(1, 0, points)
     states, velocities = record_chain(model_field(swirl, labels), noise, times)
@@ -94,7 +94,7 @@ def test_make_records_trains_and_evaluates(made):
     assert {(n, g) for name, n, g in rows if name == "ba_solver"} == {
         (n, g) for n in (4, 6) for g in ("uniform", "best")
     }
-    assert sorted(card.time_grids) == [4, 6] and card.training["settings"]["chains"] == 48
+    assert sorted(card.runs) == [4, 6] and card.training["settings"]["chains"] == 48
     for calls in (4, 6):
         ours = float(rows["ba_solver", calls, "uniform"]["error"])
         assert ours < float(rows["predictor_corrector", calls, "uniform"]["error"])
@@ -135,7 +135,7 @@ def test_evaluate_alone_fits_the_rival_on_noises_of_its_own(made, tmp_path):
     assert ("learned_multistep", 5, "best") in rows and ("ba_solver", 5, "best") in rows
     # The best grid found becomes the file's, beside those that were learned, with step weights of its own.
     card = load_sidenet(copy)[1]
-    assert sorted(card.time_grids) == sorted(card.step_weights) == [4, 5, 6]
+    assert sorted(card.runs) == [4, 5, 6] and all(run.step_weights for run in card.runs.values())
     assert main(f"{command} --reference 64 --search-noises 0".split()) == 0
     assert {(name, grid) for name, n, grid in lines(tmp_path / "r") if n == 5 and grid != "uniform"} == {
         ("ba_solver", "best")
@@ -171,7 +171,8 @@ def test_make_does_not_train_over_a_sidenet(made, capsys):
 def test_info_says_what_a_sidenet_is(made, capsys):
     assert main(["info", str(made)]) == 0
     said = capsys.readouterr().out
-    for fact in ("swirl (python, fingerprint swirl-1)", "2 anchor(s)", "guided, guidance 2", "4 calls, 6 calls",
+    for fact in ("swirl (python, fingerprint swirl-1)", "2 anchor(s)", "guided, guidance 2",
+                 "4 calls (5 steps, 2 half calls, step weights); 6 calls (7",
                  "48 runs of 32 points of (2, 4, 4)", "residual variance left by kind", "Euler"):  # fmt: skip
         assert fact in said, said
 
@@ -197,7 +198,7 @@ def test_out_of_memory_says_what_to_lower(monkeypatch, capsys):
     def explode(settings):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
-    monkeypatch.setattr("ba_solver.training.record.run_record", explode)
+    monkeypatch.setattr("ba_solver.training.recording.record.run_record", explode)
     assert main(["record", "--backbone", BACKBONE, "--out", "x"]) == 1
     said = capsys.readouterr().err
     assert "GPU's memory is too small" in said and "Lower --record-batch" in said

@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from ba_solver.bas_core import RULES, model_field
-from ba_solver.training.chains import LAST_TIME, Chains, random_times, record_chain
-from ba_solver.training.evaluate import converged_reference
-from ba_solver.training.loop import LoopSettings, train
-from ba_solver.training.losses import squared_errors
-from ba_solver.training.pairs import KINDS, QueryRange, draw_examples, draw_queries
+from ba_solver.training.measuring.rivals import converged_reference
+from ba_solver.training.network.loop import LoopSettings, train
+from ba_solver.training.network.losses import squared_errors
+from ba_solver.training.network.pairs import KINDS, QueryRange, draw_examples, draw_queries
+from ba_solver.training.recording.chains import Chains
+from ba_solver.training.recording.teacher import LAST_TIME, random_times, record_chain
 from training_problems import SHAPE, chains_of, swirl
 
 RULE = RULES["lobatto4"]

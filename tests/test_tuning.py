@@ -2,43 +2,34 @@
 
 import pytest
 import torch
-from ba_solver.bas_core import Guidance, HalfCalls, StepWeights, get_rule, solve
-from ba_solver.training import tuning
-from ba_solver.training.time_grids import Fitting, fit_run
-from ba_solver.training.tuning import TunedRun
+from ba_solver.bas_core import FittedRun, Guidance, get_rule, solve
+from ba_solver.training.runs.fitting import Fitting, fit_run
+from ba_solver.training.runs.tuning import TunedRun
 from checks import guided_field
 from problems import noise, small_sidenet
 
 GRID = [1.0, 0.93, 0.7, 0.5, 0.25, 0.0]
 SCALE = 2.5
-
-
-class At:
-    """What a tuned run needs of a rollout."""
-
-    rule = get_rule("lobatto4")
-
-    class backbone:
-        start = 1.0
+RULE = get_rule("lobatto4")
 
 
 def begun():
     """A run of fitted weights and half calls, with its field, noise and network, in double precision."""
     field, x, sidenet = guided_field(2, Guidance(SCALE), "guided"), noise(2, 2, 4, 4), small_sidenet().double()
     fitting = Fitting(sidenet, field, x, lambda t: x * float(t) ** 2)
-    fitted = fit_run(fitting, torch.tensor(GRID, dtype=torch.float64), True)
-    return TunedRun(GRID, fitted.step_weights, fitted.half_calls).double(), field, x, sidenet
+    run = fit_run(fitting, FittedRun(torch.tensor(GRID, dtype=torch.float64)), True)[1]
+    return TunedRun(run).double(), field, x, sidenet
 
 
 def check_run_is_the_samplers():
     run, field, x, sidenet = begun()
     with torch.no_grad():
-        ours = run(field, x, sidenet, At(), False)
-        times = run.times()
-        weights = StepWeights(times.tolist(), [row.tolist() for row in run.step_weights])
-        halves = HalfCalls(times.tolist(), [row.tolist() for row in run.half_calls])
-        theirs = solve(field, sidenet, x, times, correct=weights, half_calls=halves)
+        ours = run(field, x, sidenet, 1.0, RULE)
+        found = run.run().detached()
+        times = torch.tensor(found.times, dtype=torch.float64)
+        theirs = solve(field, sidenet, x, found.over(times))
     torch.testing.assert_close(times, torch.tensor(GRID, dtype=torch.float64), atol=1e-6, rtol=0)
+    assert found.halves == 2 and len(found.step_weights) == 9
     torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
 
 
@@ -47,7 +38,7 @@ def check_gradients():
     run, field, x, sidenet = begun()
 
     def error():
-        return run(field, x, sidenet, At(), False).square().sum()
+        return run(field, x, sidenet, 1.0, RULE).square().sum()
 
     error().backward()
     picked = [(run.log_steps, 1), (run.step_weights[0], 0), (run.step_weights[3], 2), (run.half_calls[2], 1)]
@@ -70,7 +61,7 @@ def hold_the_times(patch):
 
 
 def forget_the_half_calls(patch):
-    patch.setattr(tuning, "HalfCallField", lambda field, times, rows: field)
+    patch.setattr(TunedRun, "run", lambda self: FittedRun(self.times(), list(self.step_weights)))
 
 
 @pytest.mark.parametrize("check", [check_run_is_the_samplers, check_gradients])

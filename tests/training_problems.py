@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 from ba_solver.bas_core import model_field
-from ba_solver.training import chains
 from ba_solver.training.backbones import Backbone
-from ba_solver.training.chains import LAST_TIME, Chains, batch_generator, random_times, record_chain
+from ba_solver.training.recording import chains
+from ba_solver.training.recording.chains import Chains
+from ba_solver.training.recording.teacher import LAST_TIME, batch_generator, random_times, record_chain
 
 SHAPE = (2, 4, 4)
 BACKBONE = "python:training_problems:swirl_backbone"

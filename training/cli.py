@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 from typing import Any, NamedTuple
 
@@ -36,19 +37,24 @@ COMMANDS = {
         needs=("matplotlib",),
     ),
     "record": Command(
-        "record sampling runs of a model", "record", "RecordSettings", "run_record", "--record-batch, or use --offload"
+        "record sampling runs of a model",
+        "recording.record",
+        "RecordSettings",
+        "run_record",
+        "--record-batch, or use --offload",
     ),
-    "train": Command("train a SideNet from recorded runs", "fit", "FitSettings", "run_fit", needs=("matplotlib",)),
+    "train": Command("train a SideNet from recorded runs", "train", "FitSettings", "run_fit", needs=("matplotlib",)),
     "evaluate": Command(
         "measure a SideNet beside other solvers",
-        "score",
+        "measuring.score",
         "ScoreSettings",
         "run_score",
         "--noise-batch",
         ("matplotlib",),
     ),
-    "convert": Command("an official SideNet (.pt) to safetensors", "files", "ConvertSettings", "run_convert"),
-    "info": Command("what a SideNet file is for, and how good it is", "files", "InfoSettings", "run_info"),
+    "sample": Command("draw images, with a SideNet or with any other solver", "sample", "SampleSettings", "run_sample"),
+    "convert": Command("an official SideNet (.pt) to safetensors", "sidenet_files", "ConvertSettings", "run_convert"),
+    "info": Command("what a SideNet file is for, and how good it is", "sidenet_files", "InfoSettings", "run_info"),
     "demo": Command(
         "sample the shipped model with BA-solver and its rivals: a table and two pictures",
         "demo.show",
@@ -86,6 +92,9 @@ DEMO_EXTRAS = dict.fromkeys(EXTRAS, "bench")
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 = it failed, 2 = wrong usage, 130 = interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal's encoding lacks must not end the work
+            stream.reconfigure(errors="backslashreplace")
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
         print(USAGE)

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .backbones import BackboneChoice, open_backbone
-from .evaluate import Measurement
-from .fit import Training, train_from
+from .measuring.rivals import Measurement
+from .measuring.score import Scoring, evaluate
+from .network.options import Training
 from .progress import say
-from .record import Recording, record
-from .score import Scoring, evaluate
+from .recording.record import Recording, record
 from .settings import UsageError, parse_calls, plain, prepare_folder
+from .train import train_from
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..bas_core.checkpoint import write_atomically
+from ..bas_core.files import CheckpointError, read_user_text, write_atomically
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -73,8 +73,8 @@ def _toml_flags(path: Path, valid: set[str], program: str) -> list[str]:
     if not path.is_file():
         raise UsageError(f"--config {path}: there is no such file.")
     try:
-        content: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        content: dict[str, Any] = tomllib.loads(read_user_text(path))
+    except (tomllib.TOMLDecodeError, CheckpointError) as error:
         raise UsageError(f"--config {path} is no TOML file: {error}") from error
     _check_known([key for key in content if key.replace("-", "_") not in valid], valid, "key ", f"{path} for {program}")
     flags: list[str] = []

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...bas_core.checkpoint import fingerprint, load_sit
+from ...bas_core.checkpoint import load_sit
+from ...bas_core.files import fingerprint
 from .base import DIFFUSERS_ONLY, Backbone, BackboneChoice
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...bas_core.checkpoint import CheckpointError, SideNetCard, load_sidenet, load_sit
+from ...bas_core.checkpoint import SideNetCard, load_sidenet, load_sit
+from ...bas_core.files import CheckpointError
 from ...bas_core.guidance import Field, Guidance, model_field
 from ...bas_core.sidenet import SideNet
 from ...bas_core.sit import SiT
-from ..evaluate import UNIFORM, GridShape, Sampler
+from ..runs.samplers import UNIFORM, GridShape, Sampler
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
 SIT_FILE = WEIGHTS / "demo_sit.safetensors"
@@ -53,8 +54,8 @@ class Demo:
         """
         if kind == "uniform":
             return sampler, UNIFORM
-        if sampler.name == "ba_solver" and calls in self.card.time_grids:
-            return replace(sampler, grids=self.card.time_grids), UNIFORM
+        if sampler.name == "ba_solver" and calls in self.card.runs:
+            return replace(sampler, given=self.card.runs), UNIFORM
         known = self.grids.get(sampler.name)
         return sampler, known[min(known, key=lambda n: abs(n - calls))] if known else UNIFORM
 

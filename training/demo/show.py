@@ -10,16 +10,10 @@ import torch
 import tyro
 from torch import Tensor
 
-from ..evaluate import (
-    Measurement,
-    converged_reference,
-    line_up,
-    measure,
-    rivals,
-    sidenet_sampler,
-)
+from ..measuring.report import SHOWN, plot_errors, plot_images, summary, table, write_csv
+from ..measuring.rivals import Measurement, converged_reference, line_up, measure, rivals
 from ..progress import progress
-from ..report import SHOWN, plot_errors, plot_images, summary, table, write_csv
+from ..runs.samplers import sidenet_sampler
 from ..settings import UsageError, check_device, parse_calls, prepare_folder
 from .assets import DEMO_CFG, demo_noise, load_demo
 
@@ -64,7 +58,7 @@ def run_demo(settings: DemoSettings) -> list[Measurement]:
 
     noise, labels = (part.to(device) for part in demo_noise(SEED_OFFSET + settings.seed, IMAGES))
     field = demo.field(labels, settings.cfg)
-    samplers = [*rivals(), sidenet_sampler(demo.sidenet, card=demo.card)]
+    samplers = [*rivals(), sidenet_sampler(demo.sidenet)]
     jobs = line_up(samplers, calls)
 
     rows: list[Measurement] = []

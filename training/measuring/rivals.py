@@ -1,0 +1,124 @@
+"""The solvers that BA-solver is measured against, and one line of a table."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...bas_core.grids import starts_short
+from ...bas_core.guidance import Field
+from ...bas_core.sidenet import SideNet
+from ..runs.samplers import GridShape, Sampler, baseline_sampler, endpoint_errors
+
+
+@dataclass
+class Opened:
+    """A field whose velocity at t = 1 is what a SideNet knows of it: other solvers notice nothing, and save a call."""
+
+    field: Field
+    first_velocity: Callable[[Tensor, Tensor], Tensor | None]
+
+    def velocity(self, x: Tensor, t: Tensor) -> Tensor:
+        """[B, C, *spatial] states at one time."""
+        known = self.first_velocity(x, t) if float(t) == 1 else None
+        return self.field.velocity(x, t) if known is None else known
+
+
+def with_first_call_saved(sampler: Sampler, sidenet: SideNet) -> Sampler:
+    """A solver without a SideNet that is told the mean of the data all the same, and so saves its first call too."""
+
+    def run(field: Field, x: Tensor, times: Tensor) -> Tensor:
+        opened: Any = Opened(field, sidenet.first_velocity) if starts_short(times) else field
+        return sampler.run(opened, x, times)
+
+    return replace(
+        sampler, name=f"{sampler.name}_mean", label=f"{sampler.label}, told the mean", run=run, skip_first=True
+    )
+
+
+def unipc(field: Field, x: Tensor, times: Tensor) -> Tensor:
+    """UniPC (Zhao et al. 2023) as `diffusers` has it, order 2, bh2, on flow sigmas."""
+    from diffusers import UniPCMultistepScheduler
+
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0)
+    scheduler.set_timesteps(sigmas=times[:-1].double().numpy(), device=x.device)
+    for sigma, step in zip(times[:-1], scheduler.timesteps, strict=True):
+        x = scheduler.step(field.velocity(x, sigma), step, x, return_dict=False)[0]
+    return x
+
+
+def rivals(start: float = 1.0) -> list[Sampler]:
+    """The training-free solvers that BA-solver is measured against."""
+    return [
+        baseline_sampler("euler", start),
+        baseline_sampler("heun", start),
+        baseline_sampler("adams_bashforth2", start),
+        baseline_sampler("dpmpp_2m", start),
+        Sampler("unipc", "UniPC", unipc, start=start),
+        baseline_sampler("predictor_corrector", start),
+    ]
+
+
+def line_up(samplers: Sequence[Sampler], calls: Sequence[int]) -> list[tuple[Sampler, int, str]]:
+    """What a table compares: every sampler at every number of calls on both grids, and Euler with 100 calls."""
+    jobs = [(sampler, n, grid) for n in calls for sampler in samplers for grid in ("uniform", "best")]
+    return [*jobs, (baseline_sampler("euler", samplers[0].start), 100, "uniform")]
+
+
+def converged_reference(field: Field, noise: Tensor, tolerance: float = 1e-5) -> Tensor:
+    """The end of the path by adaptive Dormand-Prince 5 of `torchdiffeq`, relative and absolute tolerance alike."""
+    from torchdiffeq import odeint
+
+    ends = torch.tensor([1.0, 0.0], device=noise.device)
+    return odeint(lambda t, x: field.velocity(x, t), noise, ends, rtol=tolerance, atol=tolerance, method="dopri5")[-1]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One line of a table.
+
+    Attributes:
+        sampler, label: which.
+        grid: "uniform" or "best".
+        shape: (shift, cosine) of the grid.
+        calls: backbone calls, counted, half ones as half.
+        error: mean over the noises of the end-point RMSE.
+        spread: standard error of that mean.
+        seconds: per image.
+    """
+
+    sampler: str
+    label: str
+    grid: str
+    shape: GridShape
+    calls: int
+    error: float
+    spread: float
+    seconds: float
+
+
+def measure(
+    sampler: Sampler, field: Field, noise: Tensor, reference: Tensor, calls: int, shape: GridShape, grid: str
+) -> tuple[Measurement, Tensor]:
+    """Sample, compare with the reference, and time it.
+
+    Returns:
+        The table's line, and the samples [B, C, *spatial].
+    """
+    before = field.cost
+    start = time.perf_counter()
+    x = sampler.sample(field, noise, calls, shape)
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    seconds = (time.perf_counter() - start) / len(noise)
+    errors = endpoint_errors(x, reference)
+    spread = (errors.std() / len(noise) ** 0.5).item() if len(noise) > 1 else 0.0
+    line = Measurement(
+        sampler.name, sampler.label, grid, shape, round(field.cost - before), errors.mean().item(), spread, seconds
+    )
+    return line, x

@@ -1,0 +1,338 @@
+"""The one training loop: averaged weights, a schedule, a progress bar, atomic saves, and resume to the bit."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ...bas_core.files import CheckpointError, read_pickled_tensors, write_atomically
+from ..progress import progress
+from ..settings import UsageError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Model = TypeVar("Model", bound=nn.Module)
+# What accelerate calls them.
+PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """What every training has in common.
+
+    Attributes:
+        steps: optimizer steps.
+        batch: samples a step.
+        learning_rate: peak, after a linear warm-up of `warmup` steps, of a cosine down to 1 %.
+        weight_decay: of AdamW.
+        muon: orthogonalise the updates of the blocks' matrices (Muon; needs torch 2.9), which a transformer
+            learns about twice as fast with; the other parameters get half the learning rate, from AdamW.
+        ema: decay of the averaged weights.
+        seed: of weights and batches.
+        save_every: steps between reports and saves.
+        accumulate: backward passes a step, each over a part of the batch, when memory is short.
+        precision: fp32, bf16 or fp16 (the last on a GPU only).
+        patience: reports without a better score after which to stop; 0 = never.
+        compile: use torch.compile.
+    """
+
+    steps: int
+    batch: int
+    learning_rate: float
+    warmup: int = 200
+    weight_decay: float = 0.0
+    muon: bool = False
+    ema: float = 0.999
+    seed: int = 0
+    save_every: int = 500
+    accumulate: int = 1
+    precision: str = "fp32"
+    patience: int = 0
+    compile: bool = False
+
+    def factor(self, step: int) -> float:
+        """The learning rate at a step, over the peak."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.steps - self.warmup)))
+
+    def generator(self, step: int) -> torch.Generator:
+        """The source of a step's randomness, so that a resumed run draws what the whole run would have drawn."""
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+
+
+def averaged(model: nn.Module, decay: float) -> torch.optim.swa_utils.AveragedModel:
+    """An exponential moving average of a model's weights that trusts the present more while it is young."""
+
+    @torch.no_grad()
+    def update(averages: Any, current: Any, count: Tensor | int) -> None:
+        seen = int(count)
+        torch._foreach_lerp_(averages, current, 1 - min(decay, (1 + seen) / (10 + seen)))
+
+    return torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=update)
+
+
+def make_optimizers(model: nn.Module, settings: LoopSettings) -> list[torch.optim.Optimizer]:
+    """AdamW over everything, or Muon over the matrices of `blocks` and AdamW over the rest."""
+    rate, decay = settings.learning_rate, settings.weight_decay
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in named if settings.muon and name.startswith("blocks.") and p.ndim == 2]
+    chosen = {id(p) for p in matrices}
+    others = [p for _, p in named if id(p) not in chosen]
+    if not matrices:
+        return [torch.optim.AdamW(others, lr=rate, weight_decay=decay, betas=(0.9, 0.99))]
+    return [
+        torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=rate / 2, weight_decay=decay, betas=(0.9, 0.99)),
+    ]
+
+
+@contextmanager
+def interrupts_deferred() -> Iterator[None]:
+    """Hold Ctrl-C back until the block is done (in the main thread, where Python delivers it)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pending: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, frame: pending.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if pending:
+        raise KeyboardInterrupt
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which rows of a step's batch one backward pass takes, of those of all passes and processes."""
+
+    index: int = 0
+    count: int = 1
+
+    def of(self, rows: Tensor) -> Tensor:
+        """Every `count`-th row from `index` on."""
+        return rows[self.index :: self.count]
+
+
+LossAt = Callable[[int, Share], Tensor]
+Numbers = dict[str, float]
+
+
+def accelerator_for(model: nn.Module, settings: LoopSettings) -> Accelerator:
+    """Processes, precision and gradient scaling, where the model is.
+
+    Raises:
+        UsageError: the precision is unknown or the device cannot do it, or the batch does not divide.
+    """
+    if settings.precision not in PRECISIONS:
+        raise UsageError(f"--precision must be one of {', '.join(PRECISIONS)}; got {settings.precision!r}.")
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    if on_cpu and settings.precision == "fp16":
+        raise UsageError("--precision fp16 needs a GPU; use bf16 or fp32 on a CPU.")
+    from accelerate import Accelerator  # here, so that what only reads weights does without it
+
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision=PRECISIONS[settings.precision])
+    passes = accelerator.num_processes * settings.accumulate
+    if settings.accumulate < 1 or settings.batch % passes:
+        raise UsageError(
+            f"--batch must be a multiple of processes times --accumulate, here {passes}, so that all do the same; "
+            f"got {settings.batch}."
+        )
+    return accelerator
+
+
+class Run(Generic[Model]):
+    """Everything that changes during a training, so that it can be saved and gone on with."""
+
+    def __init__(self, model: Model, settings: LoopSettings, path: Path | None) -> None:
+        self.model, self.settings, self.path, self.done = model, settings, path, 0
+        self.accelerator = accelerator_for(model, settings)
+        self.average = averaged(model, settings.ema)
+        self.optimizers = make_optimizers(model, settings)
+        self.schedules = [torch.optim.lr_scheduler.LambdaLR(o, settings.factor) for o in self.optimizers]
+        # The schedules stay with the bare optimizers: wrapped ones would advance once for every process.
+        self.steppers = [self.accelerator.prepare_optimizer(o) for o in self.optimizers]
+        self.history: list[Numbers] = []
+        self.best: dict[str, Tensor] | None = None
+        if path is not None and path.exists():
+            self._load(path)
+
+    def _load(self, path: Path) -> None:
+        saved = read_pickled_tensors(path)
+        try:
+            for name, part in self._parts().items():
+                part.load_state_dict(saved[name])
+            self.done, self.history, self.best = saved["step"], saved["history"], saved["best"]
+        except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{path} is the state of another run ({str(error).splitlines()[0]}). Delete it to start anew, or use "
+                "the settings it was made with."
+            ) from error
+
+    def _parts(self) -> dict[str, Any]:
+        parts: dict[str, Any] = {"model": self.model, "average": self.average}
+        for i, (optimizer, schedule) in enumerate(zip(self.optimizers, self.schedules, strict=True)):
+            parts |= {f"optimizer{i}": optimizer, f"schedule{i}": schedule}
+        if self.accelerator.scaler is not None:
+            parts["scaler"] = self.accelerator.scaler
+        return parts
+
+    @property
+    def averaged_model(self) -> Model:
+        result: Any = self.average.module
+        return result
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the score has not improved for `patience` reports."""
+        scores = [row["score"] for row in self.history if "score" in row]
+        patience = self.settings.patience
+        return bool(patience) and len(scores) > patience and min(scores[-patience:]) >= min(scores[:-patience])
+
+    def gradients(self, loss_at: LossAt) -> float:
+        """One step's loss, with its gradients in place; all processes and passes share the batch."""
+        passes = self.settings.accumulate
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        self.model.zero_grad()
+        total = torch.zeros((), device=self.accelerator.device)
+        for index in range(passes):
+            with self.accelerator.autocast():
+                loss = loss_at(self.done, Share(rank * passes + index, passes * processes)) / passes
+            self.accelerator.backward(loss)
+            total += loss.detach().float()
+        if processes > 1:
+            self._share_gradients()
+            total = self.accelerator.reduce(total, "mean")
+        return total.item()
+
+    def _share_gradients(self) -> None:
+        # In one message, by hand: a SideNet is small, and a loss may call it many times, which wrappers do not like.
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trained])
+        mean = self.accelerator.reduce(flat, "mean")
+        for p, gradient in zip(trained, mean.split([p.numel() for p in trained]), strict=True):
+            p.grad = gradient.view_as(p).clone()
+
+    def advance(self) -> None:
+        """One optimizer step; Ctrl-C waits for its end, so that what is saved is never half a step."""
+        self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
+        with interrupts_deferred():
+            for stepper, schedule in zip(self.steppers, self.schedules, strict=True):
+                stepper.step()
+                schedule.step()
+            self.average.update_parameters(self.model)
+            self.done += 1
+
+    def note(self, numbers: Numbers) -> None:
+        """Add a line to the history, and keep the averaged weights if their score is the best so far."""
+        if "score" in numbers:
+            # The same on every process, or one would stop and the others wait for it.
+            mine = torch.tensor(numbers["score"], device=self.accelerator.device)
+            numbers["score"] = float(self.accelerator.reduce(mine, "mean"))
+            known = [row["score"] for row in self.history if "score" in row]
+            if not known or numbers["score"] < min(known):
+                self.best = {name: value.clone() for name, value in self.averaged_model.state_dict().items()}
+        self.history.append(numbers)
+
+    def save(self) -> None:
+        """Write the run's state, atomically."""
+        if self.path is not None and self.accelerator.is_main_process:
+            state = {"step": self.done, "history": self.history, "best": self.best}
+            state |= {name: part.state_dict() for name, part in self._parts().items()}
+            write_atomically(self.path, lambda temporary: torch.save(state, temporary))
+
+    def result(self) -> Model:
+        """The averaged model, frozen: the best of those that were scored, or the last."""
+        if self.best is not None:
+            self.averaged_model.load_state_dict(self.best)
+        return self.averaged_model.eval().requires_grad_(False)
+
+
+Report = Callable[[Any, int], Numbers]
+
+
+def train(
+    model: Model,
+    loss_at: LossAt,
+    settings: LoopSettings,
+    what: str,
+    state_path: Path | None = None,
+    report: Report | None = None,
+    journal: Path | None = None,
+) -> Model:
+    """Train `model` in place and return its averaged twin, frozen.
+
+    Args:
+        model: on its device.
+        loss_at: the loss of a share of a step's batch; all its randomness comes from `settings.generator(step)`.
+        settings: see there.
+        what: the progress bar's name.
+        state_path: where to keep the unfinished run; the same call goes on from it. None = keep nothing.
+        report: called with the averaged model and the step before each save; its numbers join the progress bar. A
+            number called `score` (lower is better) decides which weights are kept, and early stopping.
+        journal: folder for TensorBoard's log and a plot of the loss; None = neither.
+
+    Raises:
+        FloatingPointError: the loss is not finite; the last save is kept.
+        KeyboardInterrupt: after saving.
+        CheckpointError: the state is of another run.
+    """
+    run = Run(model, settings, state_path)
+    if settings.compile:
+        model.compile()
+    recent: list[float] = []
+    try:
+        with progress(range(run.done, settings.steps), what, initial=run.done, total=settings.steps) as bar:
+            for step in bar:
+                if run.stopped:
+                    break
+                loss = run.gradients(loss_at)
+                if not math.isfinite(loss):
+                    raise FloatingPointError(
+                        f"The loss of {what} is not finite at step {step}; the last save is kept. Lower the learning "
+                        "rate, or train in fp32."
+                    )
+                run.advance()
+                recent.append(loss)
+                if run.done % settings.save_every == 0 or run.done == settings.steps:
+                    numbers = report(run.averaged_model, run.done) if report else {}
+                    run.note({"step": run.done, "loss": sum(recent) / len(recent), **numbers})
+                    recent.clear()
+                    bar.set_postfix({name: f"{value:.4g}" for name, value in run.history[-1].items() if name != "step"})
+                    run.save()
+                    if journal is not None and run.accelerator.is_main_process:
+                        write_journal(journal, what, run.history)
+    except KeyboardInterrupt:
+        run.save()
+        raise
+    return run.result()
+
+
+def write_journal(folder: Path, what: str, history: list[Numbers]) -> None:
+    """The latest line for TensorBoard, and all of them as a plot."""
+    from matplotlib.figure import Figure
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder / "tensorboard")) as writer:
+        for name, value in history[-1].items():
+            writer.add_scalar(f"{what}/{name}", value, int(history[-1]["step"]))
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    panel = figure.subplots()
+    for name in [name for name in history[-1] if name != "step"]:
+        known = [row for row in history if name in row]
+        panel.plot([row["step"] for row in known], [row[name] for row in known], label=name, marker=".")
+    panel.set(yscale="log", xlabel="step", title=what)
+    panel.grid(alpha=0.3, which="both")
+    panel.legend(fontsize=8)
+    write_atomically(folder / f"{what}_loss.png", lambda temporary: figure.savefig(temporary, format="png", dpi=110))

@@ -1,0 +1,148 @@
+"""How a SideNet is trained: the settings of `ba-solver train` and `make`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ...bas_core.quadrature import RULES
+from ..settings import UsageError, check_positive, parse_calls
+from .loop import LoopSettings
+
+OBJECTIVES = ("all_pairs", "published")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a SideNet is trained.
+
+    Attributes:
+        objective: all_pairs (from chains alone) or published (from data, with the backbone; for comparison).
+        latents: data for the published objective: a folder of images, or safetensors with `latents` and `labels`.
+        start_from: a SideNet to go on from instead of fresh weights.
+        steps: optimizer steps of the first stage.
+        batch: examples a step.
+        learning_rate: peak, after a linear warm-up, of a cosine down to 1 %; the later stages take a tenth of it.
+        warmup: steps.
+        weight_decay: of Muon and AdamW.
+        muon: orthogonalise the updates of the blocks' matrices (Muon; needs torch 2.9), which transformer blocks learn
+            faster with; the convolution body has none, and is trained by AdamW alone.
+        ema: decay of the averaged weights.
+        accumulate: backward passes a step, when memory is short.
+        precision: fp32, bf16 or fp16.
+        compile: use torch.compile.
+        patience: reports without a better held-out score after which to stop; 0 = never.
+        save_every: steps between reports and saves.
+        held_out: runs to validate on; 0 = an eighth, at most 64.
+        nfe_range: fewest and most backbone calls it will be used with.
+        rule: quadrature.
+        anchors: 2, or 1 (the paper).
+        body: of the SideNet: tokens (transformer blocks) or convolution (the paper).
+        mean_size: it keeps the mean of the model's data on a grid of this side, which saves each run's first backbone
+            call, if the chains show that the model says no more there; 0 = it does not.
+        base_channels: the SideNet's width.
+        embedding_dim: width of its time, step and class embeddings.
+        num_layers: its blocks.
+        num_heads: of its attention block.
+        patch_size: it works on a grid this much coarser.
+        kernel_size: of its first and last convolution.
+        grid_nfe: learn time grids for these numbers of calls, such as 5,7,10 (needs --backbone).
+        grid_runs: recorded runs that they are learned on; each number of calls takes 30 to 60 times so many samplings.
+            A few runs find the grid that suits those few.
+        tune: steps that tune each number of calls' times and weights by gradients through whole runs (needs --grid-nfe,
+            and the memory of --end-point); the grids are then searched in the family alone. A few hundred; where it
+            does not help runs that were held out, it is undone.
+        closed_loop: steps of the closed-loop stage (needs --backbone).
+        end_point: steps with gradients through the backbone (needs --backbone, and its memory).
+        loop_batch: runs a step in these two stages.
+        seed: of weights and batches.
+        resume: go on with an unfinished run.
+    """
+
+    objective: str = "all_pairs"
+    latents: Path | None = None
+    start_from: Path | None = None
+    steps: int = 2500
+    batch: int = 128
+    learning_rate: float = 3e-3
+    warmup: int = 100
+    weight_decay: float = 0.01
+    muon: bool = True
+    ema: float = 0.995
+    accumulate: int = 1
+    precision: str = "fp32"
+    compile: bool = False
+    patience: int = 0
+    save_every: int = 250
+    held_out: int = 0
+    nfe_range: tuple[int, int] = (4, 15)
+    rule: str = "lobatto4"
+    anchors: int = 2
+    body: str = "tokens"
+    mean_size: int = 32
+    base_channels: int = 96
+    embedding_dim: int = 64
+    num_layers: int = 4
+    num_heads: int = 4
+    patch_size: int = 2
+    kernel_size: int = 1
+    grid_nfe: str = ""
+    grid_runs: int = 24
+    tune: int = 0
+    closed_loop: int = 0
+    end_point: int = 0
+    loop_batch: int = 16
+    seed: int = 1
+    resume: bool = False
+
+    def loop(self, steps: int, batch: int, rate: float = 1.0) -> LoopSettings:
+        """The loop of one stage; `rate` multiplies the learning rate."""
+        return LoopSettings(
+            steps=steps,
+            batch=batch,
+            learning_rate=self.learning_rate * rate,
+            warmup=min(self.warmup, steps),
+            weight_decay=self.weight_decay,
+            muon=self.muon and hasattr(torch.optim, "Muon"),
+            ema=self.ema,
+            seed=self.seed,
+            save_every=self.save_every,
+            accumulate=self.accumulate,
+            precision=self.precision,
+            patience=self.patience,
+            compile=self.compile,
+        )
+
+    def check(self) -> None:
+        """Refuse what cannot be trained, before any work.
+
+        Raises:
+            UsageError: saying which setting and why.
+        """
+        check_positive(self, "batch", "save_every", "loop_batch", "grid_runs")
+        if self.objective not in OBJECTIVES:
+            raise UsageError(f"--objective must be one of {', '.join(OBJECTIVES)}; got {self.objective!r}.")
+        if (self.objective == "published") != (self.latents is not None):
+            raise UsageError(
+                "--latents and --objective published go together: it trains from data, all_pairs does not."
+            )
+        if self.rule not in RULES or not RULES[self.rule].has_both_ends:
+            valid = ", ".join(name for name, rule in RULES.items() if rule.has_both_ends)
+            raise UsageError(f"--rule must be one of {valid}; got {self.rule!r}.")
+        low, high = self.nfe_range
+        if not 2 <= low <= high <= 100:
+            raise UsageError(f"--nfe-range must be two numbers from 2 to 100, the lower first; got {self.nfe_range}.")
+        if self.tune and not self.grid_nfe:
+            raise UsageError("--tune tunes learned grids: give --grid-nfe too, such as --grid-nfe 5,7,10.")
+        for name in ("steps", "tune", "closed_loop", "end_point", "held_out", "patience"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"--{name.replace('_', '-')} must not be negative; got {getattr(self, name)}.")
+        if self.grid_nfe:
+            parse_calls(self.grid_nfe, "--grid-nfe")
+
+    @property
+    def needs_backbone(self) -> bool:
+        """Whether a stage calls the backbone."""
+        return bool(self.objective == "published" or self.grid_nfe or self.closed_loop or self.end_point)

@@ -1,0 +1,227 @@
+"""Training examples from chains: what the sampler will ask of the SideNet, with the recorded velocity as the answer.
+
+All ordered pairs (or triples, with a second anchor) of a chain's points are usable, in both directions. Those are
+drawn that the sampler asks for: a number of calls, a grid and an interval of it are drawn at random, and each of its
+queries (forward probe, backward refinement) is snapped to the nearest recorded points. Where the sampler would save
+the call at t = 1, the anchor there is what the SideNet is to begin with, instead of the recorded velocity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...bas_core.flow import per_sample
+from ...bas_core.grids import starts_short, time_grid
+from ...bas_core.quadrature import Rule
+from ..recording.chains import Chains, Points
+
+KINDS = ("between", "beyond", "first", "last")
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A batch of SideNet queries.
+
+    Attributes:
+        x, v: [B, C, *spatial] at the near anchor.
+        t: [B] its time.
+        h: [B] step to the target, positive toward the data.
+        slope: [B, C, *spatial] change of velocity per unit of h between the anchors; 0 without a second anchor.
+        span: [B] step to the second anchor; 0 without one.
+        target: [B, C, *spatial] recorded velocity at t - h.
+        labels: [B].
+        kinds: [B] indices into `KINDS`.
+        scales: [B] CFG scales; None = all alike.
+    """
+
+    x: Tensor
+    v: Tensor
+    t: Tensor
+    h: Tensor
+    slope: Tensor
+    span: Tensor
+    target: Tensor
+    labels: Tensor
+    kinds: Tensor
+    scales: Tensor | None = None
+
+    def share(self, of: Callable[[Tensor], Tensor]) -> Examples:
+        """Some of the examples, or the same elsewhere: `of` is applied to every column."""
+        columns: dict[str, Any] = {name: None if value is None else of(value) for name, value in vars(self).items()}
+        return Examples(**columns)
+
+    def straight_line(self) -> Tensor:
+        """What the multistep method predicts: the line through the anchors."""
+        return self.v + self.slope * per_sample(self.h, self.v)
+
+
+@dataclass(frozen=True)
+class QueryRange:
+    """Which queries to draw.
+
+    Attributes:
+        calls: fewest and most backbone calls.
+        shift: lowest and highest time shift of the grids (drawn log-uniformly).
+        cosine: lowest and highest cosine blend.
+        ascending: share of examples in the other direction (noise-ward), for inversion.
+        skip_first: share of the runs that save the call at t = 1, of those whose first interval is short enough.
+    """
+
+    calls: tuple[int, int] = (4, 12)
+    shift: tuple[float, float] = (0.8, 3.5)
+    cosine: tuple[float, float] = (-0.3, 0.6)
+    ascending: float = 0.1
+    skip_first: float = 0.0
+
+
+class Queries(NamedTuple):
+    """What to ask.
+
+    Attributes:
+        times: [B, 3] of (near anchor, second anchor, target); the second anchor's time is the first's where there is
+            none.
+        kinds: [B] indices into `KINDS`.
+        skipped: [B] whether the run saves the call at t = 1.
+    """
+
+    times: Tensor
+    kinds: Tensor
+    skipped: Tensor
+
+    def of(self, rows: Tensor) -> Queries:
+        """Some of them."""
+        return Queries(*(column[rows] for column in self))
+
+
+def draw_queries(rule: Rule, anchors: int, count: int, ranges: QueryRange, generator: torch.Generator) -> Queries:
+    """Draw queries: a run, and one of its questions."""
+    uniform = torch.rand(count, 6, generator=generator)
+    rows: list[tuple[float, float, float]] = []
+    kinds: list[int] = []
+    skipped: list[bool] = []
+    ahead = [c for c in rule.nodes if c > 0]
+    inner = [c for c in rule.nodes if 0 < c < 1]
+    for a, b, c, d, e, f in uniform.tolist():
+        low, high = ranges.calls
+        intervals = low + int(a * (high - low + 1 + bool(ranges.skip_first)))
+        shift = ranges.shift[0] * (ranges.shift[1] / ranges.shift[0]) ** b
+        grid = time_grid(intervals, shift, ranges.cosine[0] + c * (ranges.cosine[1] - ranges.cosine[0])).tolist()
+        last = intervals - 1
+        # Every query of the run is equally likely, but for those of the first interval, where one anchor must do:
+        # they come three times as often. One in `ascending` is read off the reversed run.
+        queries = [(i, node, True) for i in (0, 0, *range(intervals)) for node in ahead]
+        queries += [(i, node, False) for i in range(last) for node in inner if anchors == 2 or node > 0.5]
+        i, node, forward = queries[int(d * len(queries))]
+        if e < ranges.ascending:
+            grid = grid[::-1]
+        skipped.append(f < ranges.skip_first and starts_short(grid))
+        left, right = grid[i], grid[i + 1]
+        target = left + node * (right - left)
+        if forward:
+            near, far = left, (grid[i - 1] if i and anchors == 2 else left)
+            kind = "last" if i == last else "first" if i == 0 else "beyond"
+        else:
+            near, far = (left, right) if node <= 0.5 else (right, left)
+            far, kind = (far if anchors == 2 else near), "between"
+        rows.append((near, far, target))
+        kinds.append(KINDS.index(kind))
+    return Queries(torch.tensor(rows), torch.tensor(kinds), torch.tensor(skipped))
+
+
+def draw_examples(
+    chains: Chains,
+    rule: Rule,
+    anchors: int,
+    count: int,
+    ranges: QueryRange,
+    generator: torch.Generator,
+    starts: Chains | None = None,
+    mean: Tensor | None = None,
+) -> Examples:
+    """Draw a batch of training examples; see the module's docstring.
+
+    Args:
+        chains: whole runs.
+        rule, anchors: whose queries are drawn.
+        count: B.
+        ranges: see `QueryRange`.
+        generator: of the draws.
+        starts: runs that were recorded from noise for a stretch only; they answer the queries within it. At t = 1 the
+            velocity says next to nothing of the path, the SideNet must see it in the noise itself, and that takes
+            more different noises than anything else.
+        mean: of the data, [C, *spatial] or what broadcasts with it: where a run saves its first call, the velocity
+            at t = 1 is the noise minus this.
+    """
+    queries = draw_queries(rule, anchors, count, ranges, generator)
+    if starts is None:
+        return read_examples(chains, queries, generator, mean)
+    early = queries.times.amin(1) >= starts.times[:, -1].max()
+    parts = [
+        read_examples(source, queries.of(rows), generator, mean)
+        for source, rows in ((starts, early), (chains, ~early))
+        if rows.any()
+    ]
+    return joined(parts)
+
+
+def joined(parts: Sequence[Examples]) -> Examples:
+    """Several batches as one."""
+    columns: Any = zip(*(vars(part).values() for part in parts), strict=True)
+    together: list[Any] = [None if column[0] is None else torch.cat(column) for column in columns]
+    return Examples(*together)
+
+
+def read_examples(chains: Chains, queries: Queries, generator: torch.Generator, mean: Tensor | None = None) -> Examples:
+    """Answer queries from randomly drawn chains."""
+    wanted = queries.times
+    rows = torch.randint(len(chains), (len(wanted),), generator=generator)
+    times = chains.times[rows]
+    near, far, target = (nearest(times, wanted[:, i]) for i in range(3))
+    # Snapping must not let the target fall on an anchor, nor the second anchor on the first.
+    target = step_off(target, near, wanted[:, 2] < wanted[:, 0], times.shape[1])
+    alone = (wanted[:, 0] == wanted[:, 1]) | (near == far)
+
+    def at(values: Points, index: Tensor) -> Tensor:
+        return values[rows, index]
+
+    def anchor_velocities(index: Tensor) -> Tensor:
+        v = at(chains.velocities, index)
+        first = (queries.skipped & (index == 0)).nonzero()[:, 0]
+        if mean is not None and len(first):
+            v[first] = chains.states[rows[first], index[first]] - mean
+        return v
+
+    t = at(chains.times, near)
+    span = torch.where(alone, 0.0, t - at(chains.times, far))
+    v = anchor_velocities(near)
+    per_step = torch.where(alone, 0.0, 1 / torch.where(alone, 1.0, span))
+    slope = (anchor_velocities(far) - v) * per_sample(per_step, v)
+    return Examples(
+        x=at(chains.states, near),
+        v=v,
+        t=t,
+        h=t - at(chains.times, target),
+        slope=slope,
+        span=span,
+        target=at(chains.velocities, target),
+        labels=chains.labels[rows],
+        kinds=queries.kinds,
+        scales=None if chains.scales is None else chains.scales[rows],
+    )
+
+
+def nearest(times: Tensor, wanted: Tensor) -> Tensor:
+    """Index of the point of each chain nearest to the wanted time: [B, P], [B] -> [B]."""
+    return (times - wanted[:, None]).abs().argmin(dim=1)
+
+
+def step_off(index: Tensor, near: Tensor, toward_data: Tensor, points: int) -> Tensor:
+    """Move an index that equals the anchor's by one, in the direction that it should lie in, or back at an end."""
+    moved = torch.where(toward_data, near + 1, near - 1)
+    moved = torch.where(moved == points, near - 1, moved).abs()
+    return torch.where(index == near, moved, index)

@@ -1,0 +1,59 @@
+"""Recorded runs that are run again: their noises, their conditions, and where they should lead."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...bas_core.guidance import Field
+from ..backbones import Backbone
+from .chains import Chains
+
+# Held-out runs that the stages with the backbone in the loop are scored on.
+SCORED_RUNS = 16
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Recorded runs beside the model that they were recorded from.
+
+    Attributes:
+        backbone: the frozen model.
+        chains: recorded runs, for noises and truth.
+        about: what they say of themselves.
+        spent: backbone calls by stage, in calls a run times runs.
+    """
+
+    backbone: Backbone
+    chains: Chains
+    about: dict[str, Any]
+    spent: Counter[str] = field(default_factory=Counter)
+
+    def runs(self) -> tuple[Tensor, Tensor]:
+        """The rows of the chains that begin a run, and their CFG scales."""
+        rows = torch.arange(0, len(self.chains), self.chains.branches)
+        return rows, torch.zeros(len(rows)) if self.chains.scales is None else self.chains.scales[rows]
+
+    def alike(self, count: int) -> Tensor:
+        """The rows of so many runs of one CFG scale, the middle one, or of as many as there are."""
+        rows, scales = self.runs()
+        return rows[scales == scales.median()][:count]
+
+    def field_of(self, rows: Tensor) -> Field:
+        """The field that rows of chains were recorded from."""
+        scale = float(self.chains.scales[rows[0]]) if self.chains.scales is not None else self.about["guidance"][0]
+        interval = tuple(self.about["guidance_interval"])
+        return self.backbone.field(self.chains.labels[rows], scale, interval, self.about["velocity"])
+
+    def truth(self, rows: Tensor, t: Tensor) -> Tensor:
+        """Recorded states at time t, on the backbone's device."""
+        state = self.chains.ends(rows) if float(t) == 0 else self.chains.at(rows, t)
+        return state.to(self.backbone.device)
+
+    def noise(self, rows: Tensor) -> Tensor:
+        """Where the runs began."""
+        return self.chains.states[rows, torch.zeros_like(rows)].to(self.backbone.device)

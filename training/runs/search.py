@@ -1,0 +1,104 @@
+"""The times of a run: a search for the grid that ends nearest to the recorded ends."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ...bas_core.guidance import Field
+from ...bas_core.quadrature import Rule
+from ...bas_core.runs import run_over
+from ...bas_core.sidenet import SideNet
+from ...bas_core.steps import StraightLine
+from ..progress import progress
+from ..recording.replay import Replay
+from .fitting import Fitting, Runs, fit_run, on_runs
+from .samplers import GridShape, endpoint_errors, search_grid, sidenet_sampler
+
+ROUNDS = 2
+
+FIRST_MOVE = 0.25
+
+
+def moved(grid: Tensor, index: int, share: float) -> Tensor:
+    """The grid with one inner time moved toward its earlier (share > 0) or later neighbour, by a share of the gap."""
+    times = grid.tolist()
+    toward = times[index - 1] if share > 0 else times[index + 1]
+    times[index] += abs(share) * (toward - times[index])
+    return torch.tensor(times, dtype=grid.dtype)
+
+
+def coordinate_search(error: Callable[[Tensor], float], start: Tensor, rounds: int = ROUNDS) -> Tensor:
+    """Move one inner time after another, by less and less, as long as the error falls.
+
+    Args:
+        error: of a grid.
+        start: descending grid.
+        rounds: passes over the times; a pass that moves nothing halves the moves.
+
+    Returns:
+        A grid with an error no larger than the start's.
+    """
+    best, least, move = start, error(start), FIRST_MOVE
+    for _ in range(rounds):
+        before = least
+        for index in range(1, len(start) - 1):
+            for share in (move, -move):
+                candidate = moved(best, index, share)
+                found = error(candidate)
+                if found < least:
+                    best, least = candidate, found
+        if least == before:
+            move /= 2
+    return best
+
+
+def search_times(fitting: Fitting, calls: Sequence[int], rounds: int = ROUNDS) -> Runs:
+    """For each number of calls the best times found: first of the family (shift, cosine), then one by one, in rounds.
+
+    Every grid is tried with weights fitted on it, and the last, forward-only interval counts for what it is. Shapes of
+    neighbouring numbers are alike, so that each search begins where the one before ended.
+
+    Returns:
+        Runs from 1 to 0 without weights, by number of calls, half ones counted as half.
+    """
+    plain, ends = (
+        sidenet_sampler(fitting.sidenet or StraightLine(), start=fitting.start),
+        fitting.truth(torch.zeros(())),
+    )
+    found: Runs = {}
+    shape: GridShape | None = None
+    for n in progress(sorted(calls), "time grids"):
+        halved = fitting.halves(n)
+        made = n + halved
+
+        def run(field: Field, noise: Tensor, times: Tensor, halved: bool = halved) -> Tensor:
+            return fit_run(fitting, run_over(times, knows_mean=fitting.skips), halved)[0]
+
+        sampler = dataclasses.replace(plain, run=run)
+        shape = search_grid(sampler, fitting.field, fitting.noise, ends, made, shape)
+
+        def error(grid: Tensor, made: int = made, halved: bool = halved) -> float:
+            candidate = run_over(grid, knows_mean=fitting.skips)
+            if candidate.calls != made:
+                return math.inf  # a first time has moved to where its call is, or is no longer, to be made
+            return endpoint_errors(fit_run(fitting, candidate.scaled(fitting.start), halved)[0], ends).mean().item()
+
+        best = coordinate_search(error, sampler.times(made, shape), rounds)
+        found[n] = run_over(best.tolist(), knows_mean=fitting.skips)
+    return found
+
+
+def learn_times(
+    sidenet: SideNet, replay: Replay, rule: Rule, calls: Sequence[int], count: int, rounds: int = ROUNDS
+) -> Runs:
+    """The best times found for each number of calls on `count` recorded runs; the cost is added to `replay.spent`."""
+    fitting = on_runs(sidenet, replay, rule, count)
+    with torch.inference_mode():
+        found = search_times(fitting, calls, rounds)
+    replay.spent["time grids"] += fitting.field.calls * len(fitting.noise)
+    return found

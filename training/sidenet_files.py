@@ -1,0 +1,115 @@
+"""`ba-solver convert` and `ba-solver info`: SideNet files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from ..bas_core.checkpoint import SideNetCard, load_official_sidenet, load_sidenet, save_sidenet
+from ..bas_core.runs import describe_runs
+from ..bas_core.sidenet import SideNet
+from .settings import UsageError
+
+
+@dataclass(frozen=True)
+class ConvertSettings:
+    """Turn an official SideNet (.pt) into our format; nothing in the file is executed.
+
+    Attributes:
+        source: the official file.
+        target: the safetensors file to write.
+    """
+
+    source: Annotated[Path, tyro.conf.Positional]
+    target: Annotated[Path, tyro.conf.Positional]
+
+
+@dataclass(frozen=True)
+class InfoSettings:
+    """Say what a SideNet is for, how it was trained and how good it is.
+
+    Attributes:
+        file: the SideNet.
+    """
+
+    file: Annotated[Path, tyro.conf.Positional]
+
+
+def run_convert(settings: ConvertSettings) -> None:
+    """Do the work of `ba-solver convert`."""
+    if settings.target.suffix != ".safetensors":
+        raise UsageError(f"The target must end in .safetensors; got {settings.target}.")
+    if settings.target.exists():
+        raise UsageError(f"{settings.target} exists already; nothing is overwritten.")
+    sidenet = load_official_sidenet(settings.source)
+    card = SideNetCard(velocity="branch", backbone={"name": "SiT-XL/2 + REPA", "kind": "sit"},
+                       training={"objective": "published", "converted_from": settings.source.name})  # fmt: skip
+    save_sidenet(settings.target, sidenet, card)
+    print(f"Written: {settings.target}")
+
+
+def run_info(settings: InfoSettings) -> None:
+    """Do the work of `ba-solver info`."""
+    print(describe_sidenet(*load_sidenet(settings.file)))
+
+
+def describe_sidenet(sidenet: SideNet, card: SideNetCard) -> str:
+    """A SideNet's card in words."""
+    config, training, recorded = sidenet.config, card.training, card.training.get("recorded", {})
+    earlier = training.get("started_from", {})
+    low, high = card.guidance_range
+    parameters = sum(p.numel() for p in sidenet.parameters())
+    facts = {
+        "for": f"{card.backbone.get('name', 'a model it does not name')} ({card.backbone.get('kind', '?')}, "
+        f"fingerprint {card.backbone.get('fingerprint', 'unknown')})",
+        "network": f"{config.anchors} anchor(s), {parameters:,} parameters, {config.in_channels} latent channels"
+        + (f", {config.num_classes} classes" if config.num_classes else ""),
+        "velocity": f"{card.velocity}, guidance {low:g}" + (f" to {high:g}" if high != low else ""),
+        "runs": describe_runs(card.runs),
+        "trained": str(training.get("objective", "not said")),
+        "recorded": _told(
+            "{runs} runs of {points} points of ({shape}); the teacher's error {teacher_error:.2g}",
+            {
+                "teacher_error": float("nan"),
+                **recorded,
+                "shape": str(recorded.get("shape")).strip("[]"),
+                "runs": training["recorded_runs"],
+            },
+        )
+        if "recorded_runs" in training
+        else "",
+        "cost": f"backbone calls {training.get('backbone_calls', 'not said')}, "
+        f"{training.get('seconds', '?')} s of training",
+        "began as": f"one trained: {earlier.get('objective', 'not said')}; backbone calls "
+        f"{earlier.get('backbone_calls', 'not said')}"
+        if earlier
+        else "",
+        "licence": card.licence,
+    }
+    lines = [f"{name + ':':<12}{value}" for name, value in facts.items() if value]
+    return "\n".join([*lines, *_how_good(card.evaluation)])
+
+
+def _told(words: str, values: Any) -> str:
+    """Words with values put in; in files of other makers these may be anything."""
+    try:
+        return words.format(**values)
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError):
+        return "not in a form that is known"
+
+
+def _how_good(evaluation: dict[str, Any]) -> list[str]:
+    lines = []
+    left = evaluation.get("residual_variance")
+    for by, values in left.items() if isinstance(left, dict) else ():
+        if isinstance(values, dict):
+            numbers = (_told("{kind} {left:.2f}", {"kind": kind, "left": value}) for kind, value in values.items())
+            lines.append(f"residual variance left by {by}: {', '.join(numbers)}")
+    rows = evaluation.get("endpoint_error")
+    if isinstance(rows, list) and rows:
+        lines.append("endpoint error at guidance " + _told("{guidance:g}, {noises} noises:", evaluation))
+        lines += ["  " + _told("{calls:>3} calls  {label:<18} {grid:<8} {error:.4f}", row) for row in rows]
+    return lines or ["not evaluated yet: ba-solver evaluate"]
