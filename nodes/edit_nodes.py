@@ -8,63 +8,14 @@ import torch
 from comfy_api.v0_0_2 import io
 
 from ..bas_core.editing import FADE, Control
-from .edit_inputs import as_many_images_as_prompts, image_of, mask_of
-from .edit_sampling import (
-    METHODS,
-    HeldPath,
-    InvertedNoise,
-    Way,
-    check_path,
-    edited,
-    editing_schedule,
-    make_path,
-    reconstructed,
-)
+from . import inputs
+from .editing.given import as_many_images_as_prompts, image_of, mask_of
+from .editing.held import HeldPath, InvertedNoise, check_path
+from .editing.schedule import editing_schedule
+from .editing.way import Way
+from .editing.work import METHODS, edited, make_path, reconstructed
 
 SourcePathLink = io.Custom("BA_SOURCE_PATH")
-
-
-def _calls(what: str) -> Any:
-    return io.Int.Input("calls", default=10, min=2, max=1000, tooltip=what)
-
-
-def _strength() -> Any:
-    return io.Float.Input(
-        "strength",
-        default=0.8,
-        min=0.01,
-        max=1.0,
-        step=0.01,
-        tooltip="How far toward noise the image is taken, and so how much of it may change. 1 = to pure noise; less "
-        "keeps the layout more.",
-    )
-
-
-def _source_guidance() -> Any:
-    return io.Float.Input(
-        "source_guidance",
-        default=1.0,
-        min=0.0,
-        max=30.0,
-        step=0.1,
-        optional=True,
-        advanced=True,
-        tooltip="CFG on the way to noise. 1 is the safest: at more the inversion is less accurate, and at much more it "
-        "diverges.",
-    )
-
-
-def _seed() -> Any:
-    return io.Int.Input(
-        "seed",
-        default=0,
-        min=0,
-        max=0xFFFFFFFFFFFFFFFF,
-        optional=True,
-        advanced=True,
-        tooltip="Of the noise that the image is mixed with: very little of it where an inversion starts, all of it "
-        "with the method inversion-free.",
-    )
 
 
 class BAInvert(io.ComfyNode):
@@ -81,18 +32,18 @@ class BAInvert(io.ComfyNode):
             "SideNet on the MODEL.",
             search_aliases=["inversion", "unsample", "unsampler", "RF inversion", "reverse sampling", "image to noise"],
             inputs=[
-                io.Model.Input("model", tooltip="The model, with its SideNet if it has one (Apply SideNet)."),
+                inputs.model_to_edit(),
                 io.Conditioning.Input("source", tooltip="What the image shows."),
-                io.Latent.Input("latent", tooltip="The image, from VAE Encode. A batch, or a video, works too."),
-                _calls("How often the model is called. 5 to 10 is what BA-solver is for."),
-                _strength(),
-                _source_guidance(),
+                inputs.image_latent(),
+                inputs.calls(10, "How often the model is called. 5 to 10 is what BA-solver is for.", least=2),
+                inputs.strength(),
+                inputs.source_guidance(),
                 io.Conditioning.Input(
                     "negative",
                     optional=True,
                     tooltip="Only for a source_guidance other than 1.",
                 ),
-                _seed(),
+                inputs.seed(),
             ],
             outputs=[
                 io.Latent.Output("inverted", tooltip="The noisy end of the path, to look at or to work with."),
@@ -123,6 +74,28 @@ class BAInvert(io.ComfyNode):
         return io.NodeOutput({**latent, "samples": noisy}, InvertedNoise(model, held), held)
 
 
+def _pull_back() -> list[Any]:
+    """How strongly, and when, an edit is held to the source image's path."""
+    return [
+        inputs.fraction(
+            "eta",
+            0.0,
+            "How strongly each step is pulled back to the source image's path: 0 = not at all, 1 = the "
+            "image does not change. For more of the source than strength alone keeps.",
+        ),
+        inputs.fraction(
+            "eta_from",
+            0.0,
+            "eta acts where the flow time t is at least this. t = 1 is noise (layout), t = 0 the image (detail).",
+        ),
+        inputs.fraction(
+            "eta_until",
+            1.0,
+            "eta acts where the flow time t is at most this.",
+        ),
+    ]
+
+
 class BAEdit(io.ComfyNode):
     """An image regenerated as something else."""
 
@@ -136,16 +109,18 @@ class BAEdit(io.ComfyNode):
             "output shows what the inversion alone would have lost. Works with or without a SideNet on the MODEL.",
             search_aliases=["edit image", "inversion", "FlowEdit", "RF edit", "prompt to prompt", "change object"],
             inputs=[
-                io.Model.Input("model", tooltip="The model, with its SideNet if it has one (Apply SideNet)."),
-                io.Latent.Input("latent", tooltip="The image, from VAE Encode. A batch, or a video, works too."),
+                inputs.model_to_edit(),
+                inputs.image_latent(),
                 io.Conditioning.Input("source", tooltip="What the image shows now."),
                 io.Conditioning.Input("positive", tooltip="What it is to show."),
                 io.Conditioning.Input("negative", tooltip="What it is not to show. Not used where guidance is 1."),
-                _calls(
+                inputs.calls(
+                    10,
                     "Model calls on the way to the source path, and again on the way to the edited image (and once "
-                    "more for the reconstruction). 5 to 10 is what BA-solver is for."
+                    "more for the reconstruction). 5 to 10 is what BA-solver is for.",
+                    least=2,
                 ),
-                _strength(),
+                inputs.strength(),
                 io.Float.Input(
                     "guidance",
                     default=2.0,
@@ -171,40 +146,9 @@ class BAEdit(io.ComfyNode):
                     tooltip="From BA Invert, for the same MODEL and latent. Then calls, strength, source, "
                     "source_guidance, method and seed are those of the path.",
                 ),
-                _source_guidance(),
-                io.Float.Input(
-                    "eta",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    optional=True,
-                    advanced=True,
-                    tooltip="How strongly each step is pulled back to the source image's path: 0 = not at all, 1 = the "
-                    "image does not change. For more of the source than strength alone keeps.",
-                ),
-                io.Float.Input(
-                    "eta_from",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    optional=True,
-                    advanced=True,
-                    tooltip="eta acts where the flow time t is at least this. t = 1 is noise (layout), t = 0 the image "
-                    "(detail).",
-                ),
-                io.Float.Input(
-                    "eta_until",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    optional=True,
-                    advanced=True,
-                    tooltip="eta acts where the flow time t is at most this.",
-                ),
-                _seed(),
+                inputs.source_guidance(),
+                *_pull_back(),
+                inputs.seed(),
             ],
             outputs=[
                 io.Latent.Output("edited", tooltip="The image as the positive says."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from contextlib import suppress
 from dataclasses import dataclass
@@ -45,7 +46,11 @@ class ModelFolder:
 
     def names(self) -> list[str]:
         """What the drop-down list shows; the demo first."""
-        return [DEMO, *folder_paths.get_filename_list(self.key)]
+        try:
+            return [DEMO, *folder_paths.get_filename_list(self.key)]
+        except OSError as error:  # a folder that may not be read, which must not take the nodes away
+            logging.warning(f"BA-solver: the {self.what} files cannot be listed: {error}")
+            return [DEMO]
 
     def path(self, name: str) -> Path:
         """The file of a listed name.

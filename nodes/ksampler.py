@@ -9,7 +9,7 @@ from __future__ import annotations
 import comfy.k_diffusion.sampling
 import comfy.samplers
 
-from .adapter import sample_ba_solver
+from .sampling.sampler import sample_ba_solver
 
 NAME = "ba_solver"
 

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..bas_core.checkpoint import SideNetCard
+from ..bas_core.runs import describe_runs
 from ..bas_core.sidenet import SideNetConfig
 
 Curves = dict[str, dict[int, float]]
@@ -31,9 +32,7 @@ def report(name: str, config: SideNetConfig, card: SideNetCard) -> str:
         f"Latents: {config.in_channels} channels; classes: {config.num_classes or 'none'}",
         f"Predicts: {'each branch of CFG' if card.velocity == 'branch' else 'the guided velocity'}, "
         f"CFG {low:g}{'' if low == high else f' to {high:g}'}; anchors: {config.anchors}",
-        f"Learned time grids for: {', '.join(map(str, sorted(card.time_grids))) or 'none'} calls",
-        f"Step weights for: {', '.join(map(str, sorted(card.step_weights))) or 'none'} calls",
-        f"Half calls for: {', '.join(map(str, sorted(card.half_calls))) or 'none'} calls",
+        f"Fitted runs: {describe_runs(card.runs)}",
         *(f"Training {key.replace('_', ' ')}: {_short(trained[key])}" for key in trained if key != "settings"),
         *(f"{series} error: {_row(errors)}" for series, errors in error_curves(card.evaluation).items()),
         f"Licence: {card.licence or 'not stated'}",
@@ -59,7 +58,7 @@ def error_curves(evaluation: dict[str, Any]) -> Curves:
     for row in rows if isinstance(rows, list) else []:
         match row:
             case {"label": str(label), "grid": str(grid), "calls": int(calls), "error": float(error)}:
-                if math.isfinite(error) and error > 0:
+                if 1e-30 < error < 1e30 and 0 < calls < 1e6:  # what the plot can show
                     tables.setdefault((label, grid), {})[calls] = error
     curves: Curves = {}
     # The grid with the most numbers of calls, and of those the one with the least error on average.

@@ -9,9 +9,10 @@ import torch
 from comfy_api.v0_0_2 import io
 
 from ..bas_core.quadrature import RULES
-from .adapter import METHODS, Options, sample_ba_solver
-from .attach import applied_sidenet
-from .schedule import GRIDS, sigmas_for
+from . import inputs
+from .models.attach import applied_sidenet
+from .sampling.sampler import METHODS, Options, sample_ba_solver
+from .sampling.schedule import GRIDS, sigmas_for
 
 AUTO = "auto"
 
@@ -38,36 +39,24 @@ class BASampler(io.ComfyNode):
                     "two calls on a straight line give. Each costs one backbone call a step, or one fewer in all "
                     "(skip_first_call).",
                 ),
-                io.Combo.Input(
+                inputs.choice(
                     "quadrature",
-                    options=[AUTO, *RULES],
-                    default=AUTO,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Where in each step velocities are predicted, and how they are added up. auto = "
+                    [AUTO, *RULES],
+                    AUTO,
+                    "Where in each step velocities are predicted, and how they are added up. auto = "
                     "lobatto4 for bi_anchor and multistep, legendre3 for single_anchor. The legendre rules do not "
                     "hold both ends and go with single_anchor only.",
                 ),
-                io.Float.Input(
+                inputs.fraction(
                     "cfg_from",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    optional=True,
-                    advanced=True,
-                    tooltip="CFG applies where the flow time t is above this. t = 1 is noise, t = 0 the image; for "
+                    0.0,
+                    "CFG applies where the flow time t is above this. t = 1 is noise, t = 0 the image; for "
                     "diffusion models t = sigma / (1 + sigma).",
                 ),
-                io.Float.Input(
+                inputs.fraction(
                     "cfg_until",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    optional=True,
-                    advanced=True,
-                    tooltip="CFG applies where the flow time t is at most this; above, the positive alone is "
+                    1.0,
+                    "CFG applies where the flow time t is at most this; above, the positive alone is "
                     "evaluated. The paper samples SiT-XL/2 with CFG 1.5 until 0.7.",
                 ),
                 io.Boolean.Input(
@@ -111,31 +100,24 @@ class BAScheduler(io.ComfyNode):
             search_aliases=["sigmas", "time grid", "NFE", "few steps", "steps"],
             inputs=[
                 io.Model.Input("model", tooltip="With its SideNet, whose grid is used: connect Apply SideNet."),
-                io.Int.Input(
-                    "calls",
-                    default=7,
-                    min=1,
-                    max=1000,
-                    tooltip="How much the model works: a call evaluates the positive and, with CFG, the negative; 5 "
+                inputs.calls(
+                    7,
+                    "How much the model works: a call evaluates the positive and, with CFG, the negative; 5 "
                     "to 10 is what BA-solver is for. There are as many steps, one more where the SideNet saves the "
                     "first call, and with CFG another, for two calls leave the negative out.",
                 ),
-                io.Float.Input(
+                inputs.fraction(
                     "denoise",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="1 = from pure noise. Less starts from a partly noised latent (image to image) and "
+                    1.0,
+                    "1 = from pure noise. Less starts from a partly noised latent (image to image) and "
                     "spends all calls on the part that is left.",
+                    advanced=False,
                 ),
-                io.Combo.Input(
+                inputs.choice(
                     "grid",
-                    options=list(GRIDS),
-                    default=GRIDS[0],
-                    optional=True,
-                    advanced=True,
-                    tooltip="auto: the SideNet's learned grid, stretched to this number of calls where it holds "
+                    GRIDS,
+                    GRIDS[0],
+                    "auto: the SideNet's learned grid, stretched to this number of calls where it holds "
                     "other numbers only. model: the model's own shift, as the scheduler 'simple' makes it.",
                 ),
             ],
@@ -150,4 +132,4 @@ class BAScheduler(io.ComfyNode):
         sampling = model.get_model_object("model_sampling")
         if sidenet is None or sidenet.strength == 0 or grid != GRIDS[0]:
             return io.NodeOutput(sigmas_for(sampling, calls, denoise, {}))
-        return io.NodeOutput(sigmas_for(sampling, calls, denoise, sidenet.card.time_grids, sidenet.knows_mean))
+        return io.NodeOutput(sigmas_for(sampling, calls, denoise, sidenet.card.runs, sidenet.knows_mean))

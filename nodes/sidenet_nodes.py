@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from comfy_api.v0_0_2 import io, ui
 
-from .attach import LoadedSideNet, apply_sidenet, read_sidenet
-from .fit import doubts, facts_of, misfits
+from . import inputs
 from .folders import DEMO, SIDENETS
+from .models.attach import LoadedSideNet, apply_sidenet, read_sidenet
+from .models.fit import doubts, facts_of, misfits
 from .report import error_curves, error_plot, report
 from .say import warn
 
@@ -37,13 +38,11 @@ class LoadSideNet(io.ComfyNode):
                     tooltip="A .safetensors file in models/sidenets (or output/sidenets, where the trainer writes), "
                     "or the demo's, which comes with this pack.",
                 ),
-                io.Combo.Input(
+                inputs.choice(
                     "weight_dtype",
-                    options=list(DTYPES),
-                    default="as stored",
-                    optional=True,
-                    advanced=True,
-                    tooltip="Precision of the SideNet's weights and of its computation.",
+                    DTYPES,
+                    "as stored",
+                    "Precision of the SideNet's weights and of its computation.",
                 ),
             ],
             outputs=[SideNetLink.Output("sidenet", display_name="SIDENET", tooltip="For Apply SideNet.")],

@@ -8,10 +8,11 @@ import torch
 from comfy_api.v0_0_2 import io
 
 from ..bas_core.sit import CONVENTIONS
-from .classes import CLASSES, class_index
+from . import inputs
 from .folders import DEMO, SITS
-from .labels import conditioning_of
-from .sit_model import read_sit, sit_config
+from .models.classes import CLASSES, class_index
+from .models.labels import conditioning_of
+from .models.sit_model import read_sit, sit_config
 
 AUTO = "auto"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -37,23 +38,19 @@ class LoadSiT(io.ComfyNode):
                     tooltip="A file in models/sit (.safetensors, or .pt, which is read without running anything in "
                     "it), or the demo that comes with this pack.",
                 ),
-                io.Combo.Input(
+                inputs.choice(
                     "convention",
-                    options=[AUTO, *CONVENTIONS],
-                    default=AUTO,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Which end of time is noise in a public file. Auto takes the original SiT's way "
+                    [AUTO, *CONVENTIONS],
+                    AUTO,
+                    "Which end of time is noise in a public file. Auto takes the original SiT's way "
                     "(data at one) where the file predicts sigma too, else REPA's (noise at one). Change it if "
                     "images are pure noise.",
                 ),
-                io.Combo.Input(
+                inputs.choice(
                     "weight_dtype",
-                    options=list(DTYPES),
-                    default="float32",
-                    optional=True,
-                    advanced=True,
-                    tooltip="Precision of the weights and of the computation. bfloat16 needs half the memory.",
+                    DTYPES,
+                    "float32",
+                    "Precision of the weights and of the computation. bfloat16 needs half the memory.",
                 ),
             ],
             outputs=[

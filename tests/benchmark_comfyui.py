@@ -21,10 +21,10 @@ import comfy.samplers
 import torch
 from ba_solver.bas_core import Field, SideNet, SideNetCard, SideNetConfig, SiT, SiTConfig, save_sidenet, save_sit, solve
 from ba_solver.bas_core.flow import x0_to_velocity
-from ba_solver.nodes.attach import apply_sidenet, read_sidenet
-from ba_solver.nodes.labels import conditioning_of
+from ba_solver.nodes.models.attach import apply_sidenet, read_sidenet
+from ba_solver.nodes.models.labels import conditioning_of
+from ba_solver.nodes.models.sit_model import read_sit
 from ba_solver.nodes.sampling_nodes import BASampler
-from ba_solver.nodes.sit_model import read_sit
 
 
 def build(arguments, folder):

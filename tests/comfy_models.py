@@ -16,7 +16,7 @@ import comfy.model_patcher
 import comfy.supported_models
 import torch
 from ba_solver.bas_core import SideNet, SideNetCard, SideNetConfig, save_sidenet
-from ba_solver.nodes.attach import LoadedSideNet, apply_sidenet, read_sidenet
+from ba_solver.nodes.models.attach import LoadedSideNet, apply_sidenet, read_sidenet
 from torch import Tensor
 
 

@@ -32,15 +32,15 @@ from ba_solver.bas_core import (
     save_sit,
     solve,
 )
-from ba_solver.nodes.classes import CLASSES, DEMO_CLASSES
-from ba_solver.nodes.fit import doubts, facts_of
+from ba_solver.lab.classifier import load_classifier
+from ba_solver.lab.shapes import CLASS_NAMES
 from ba_solver.nodes.folders import DEMO, SIDENETS, SITS, WEIGHTS
-from ba_solver.nodes.labels import labels_of
+from ba_solver.nodes.models.classes import CLASSES, DEMO_CLASSES
+from ba_solver.nodes.models.fit import doubts, facts_of
+from ba_solver.nodes.models.labels import labels_of
 from ba_solver.nodes.sampling_nodes import BASampler, BAScheduler
 from ba_solver.nodes.sidenet_nodes import ApplySideNet, LoadSideNet, SideNetInfo
 from ba_solver.nodes.sit_nodes import ClassLabel, LoadSiT
-from ba_solver.training.demo.classifier import load_classifier
-from ba_solver.training.demo.shapes import CLASS_NAMES
 
 import nodes
 
@@ -86,9 +86,7 @@ def test_demo_equals_the_core_on_plain_torch(demo):
     ours = sample(model, label(model, "demo 4: star"), z)
     sit, (net, card) = load_sit(SITS.demo), load_sidenet(SIDENETS.demo)
     field = model_field(sit, labels, torch.full_like(labels, sit.null_class), Guidance(2.0), mode=card.velocity)
-    times = torch.tensor(card.time_grids[5])
-    fitted = {"correct": card.weights_for(times), "half_calls": card.half_calls_for(times)}
-    theirs = solve(field, net, z, times, skip_first=True, **fitted)
+    theirs = solve(field, net, z, card.runs[5])
     torch.testing.assert_close(ours, theirs, **CLOSE)
     assert field.cost == 5 and field.calls == 6
 
@@ -189,7 +187,7 @@ def test_lora_on_the_sit(demo):
 
 def test_public_sit_checkpoints(tmp_path):
     """A REPA-like file (`ema`, projectors, 1000 classes, VAE latents), read as a MODEL and sampled as the core does."""
-    from ba_solver.nodes.sit_model import read_sit
+    from ba_solver.nodes.models.sit_model import read_sit
 
     with torch.inference_mode(False):
         plain = SiT(SiTConfig(input_size=8, hidden_size=384, num_heads=6, depth=2))
@@ -210,7 +208,7 @@ def test_public_sit_checkpoints(tmp_path):
 
 
 def test_other_weights_of_the_same_kind_are_pointed_out(demo, tmp_path, caplog):
-    from ba_solver.nodes.sit_model import read_sit
+    from ba_solver.nodes.models.sit_model import read_sit
 
     model, sidenet, _ = demo
     assert doubts(sidenet, facts_of(model)) == []
@@ -344,7 +342,8 @@ def test_removed_and_replaced_files(sidenet_folder):
 def test_info_says_what_the_file_says(demo, tmp_path):
     _, sidenet, _ = demo
     text, plot = SideNetInfo.execute(sidenet).result
-    for part in ("demo SiT", "3 channels", "the guided velocity, CFG 2", "anchors: 2", "4, 5, 7, 10 calls", "MIT"):
+    run = "5 calls (7 steps, the first call saved, 2 half calls, step weights)"
+    for part in ("demo SiT", "3 channels", "the guided velocity, CFG 2", "anchors: 2", run, "MIT"):
         assert part in text
     assert plot.shape[0] == 1 and plot.shape[3] == 3
     rows = [{"label": "BA-solver", "grid": "best", "calls": n, "error": e} for n, e in ((5, 0.08), (7, 0.04))]

@@ -24,12 +24,12 @@ from ba_solver.bas_core import (
     straight_path,
 )
 from ba_solver.bas_core.editing import FADE
+from ba_solver.lab.shapes import draw_shapes
 from ba_solver.nodes.edit_nodes import BAEdit, BAInvert
-from ba_solver.nodes.edit_sampling import editing_schedule
+from ba_solver.nodes.editing.schedule import editing_schedule
 from ba_solver.nodes.folders import DEMO, SIDENETS, SITS
 from ba_solver.nodes.sidenet_nodes import ApplySideNet, LoadSideNet
 from ba_solver.nodes.sit_nodes import ClassLabel, LoadSiT
-from ba_solver.training.demo.shapes import draw_shapes
 from comfy_extras.nodes_custom_sampler import Guider_Basic, SamplerCustomAdvanced
 
 pytestmark = pytest.mark.comfyui
@@ -342,3 +342,14 @@ def test_guidance_that_makes_the_inversion_diverge_is_said(demo):
     positive, negative = label(demo, 3)
     with pytest.raises(DivergedError, match="Lower the source guidance, which is 30"):
         edited(demo, batch.images, positive, positive, negative, source_guidance=30.0)
+
+
+def test_guidance_is_doubted_where_it_matters(demo, caplog):
+    """The demo's SideNet was made for CFG 2; a way to noise at CFG 1, which every edit takes, is no doubt."""
+    image, source, target = shapes(1).images, label(demo, 0), label(demo, 4)
+    cases = (({}, []), ({"guidance": 5.0}, ["at 5"]), ({"source_guidance": 1.5}, ["at 1.5"] * 2))
+    for given, said in cases:
+        caplog.clear()
+        edited(demo, image, source[0], target[0], target[1], **given)
+        warned = [record.getMessage() for record in caplog.records if "less accurate" in record.getMessage()]
+        assert len(warned) == len(said) and all(part in text for part, text in zip(said, warned, strict=True)), warned

@@ -1,6 +1,7 @@
 """The sampler in ComfyUI, on its own model classes: it computes what the core computes on the same velocities."""
 
 import logging
+from functools import partial
 
 import comfyui
 import pytest
@@ -24,12 +25,15 @@ from ba_solver.bas_core import (
     with_strength,
 )
 from ba_solver.bas_core.flow import exploding_to_flow, sigma_to_time, x0_to_velocity
+from ba_solver.bas_core.runs import FittedRun, run_over
 from ba_solver.bas_core.step_weights import row_length
-from ba_solver.nodes.adapter import METHODS, Options, sample_ba_solver
-from ba_solver.nodes.attach import applied_sidenet
-from ba_solver.nodes.fit import doubts, facts_of, misfits
+from ba_solver.nodes.models.attach import applied_sidenet
+from ba_solver.nodes.models.fit import doubts, facts_of, misfits
+from ba_solver.nodes.sampling.sampler import METHODS, Options, sample_ba_solver
 from ba_solver.nodes.sampling_nodes import BASampler, BAScheduler
 from ba_solver.nodes.sidenet_nodes import ApplySideNet, LoadSideNet
+from comfy.patcher_extension import WrappersMP
+from comfy_extras.nodes_apg import APG
 from comfy_extras.nodes_custom_sampler import Guider_Basic, Guider_DualCFG
 
 pytestmark = pytest.mark.comfyui
@@ -91,8 +95,9 @@ def run(model, name, sampler, sigmas, cfg=3.0, batch=1, guider=None, **more):
     return comfy.sample.sample_custom(*arguments, **more)
 
 
-def reference(path, strength=1.0, branches=False, guidance=None, method="bi_anchor", calls=None, scale=1.0, **more):
-    """A sampler that calls `bas_core.solve` by itself on what ComfyUI's model function returns."""
+def reference(path, strength=1.0, branches=False, guidance=None, calls=None, scale=1.0, over=FittedRun, **more):
+    """A sampler that calls `bas_core.solve` by itself on what ComfyUI's model function returns; `over` makes the run
+    of its times."""
     network = None if path is None else load_sidenet(path)[0]
 
     def sample(model, x, sigmas, extra_args=None, callback=None, disable=None):
@@ -120,7 +125,7 @@ def reference(path, strength=1.0, branches=False, guidance=None, method="bi_anch
             pair = field
             field = Field(lambda y, t, count: guidance.combine(pair.evaluate(y, t, 2), t[0])[None], branches=pair)
         start = x if flow else exploding_to_flow(x, sigmas[0])
-        end = solve(field, with_strength(network, strength), start, times, method=method, **more)
+        end = solve(field, with_strength(network, strength), start, over(times), **more)
         return end if flow else end * (1 + sigmas[-1])
 
     return comfy.samplers.KSAMPLER(sample)
@@ -153,7 +158,8 @@ def test_a_sidenet_that_knows_the_mean_saves_the_first_call(name, velocity, mode
     for first, skip_first, expected in ((0.9, True, 3), (0.9, False, 4), (0.85, True, 4)):
         sigmas, calls = torch.tensor([1.0, first, 0.6, 0.3, 0.0]), []
         ours = run(applied, name, sampler(skip_first=skip_first), sigmas)
-        solver = reference(sidenet.path, 1.0, branches, guidance, calls=calls, skip_first=skip_first)
+        over = partial(run_over, knows_mean=skip_first)
+        solver = reference(sidenet.path, 1.0, branches, guidance, calls=calls, over=over)
         torch.testing.assert_close(ours, run(model(name), name, solver, sigmas), **CLOSE)
         assert len(calls) == expected
 
@@ -164,7 +170,8 @@ def test_half_calls_leave_the_negative_out(name, velocity, model, tmp_path, capl
     """As in the core; with CFG changed by another node both branches are evaluated, and the user is told."""
     grid, path = [1.0, 0.8, 0.5, 0.25, 0.0], tmp_path / "halves.safetensors"
     rows = [[], [0.7, -0.2], [], [0.4, 0.3, 0.1, -0.2, 0.2]]
-    card = SideNetCard(velocity, (1.0, 10.0), time_grids={3: grid}, half_calls={3: rows})
+    fitted = FittedRun(grid, half_calls=rows)
+    card = SideNetCard(velocity, (1.0, 10.0), runs={3: fitted})
     applied = models.with_sidenet(model(name), models.make_sidenet(path, CHANNELS[name], card, anchors=2))
     sigmas, evaluated = BAScheduler.execute(applied, 3).result[0], []
     network = model(name).model.diffusion_model
@@ -173,7 +180,7 @@ def test_half_calls_leave_the_negative_out(name, velocity, model, tmp_path, capl
         ours = run(applied, name, sampler(), sigmas)
         assert sum(evaluated) == 2 + 1 + 2 + 1
         options, branches = {"guidance": Guidance(3.0)}, velocity == "branch"
-        theirs = reference(path, branches=branches, half_calls=card.half_calls_for(grid), **options)
+        theirs = reference(path, branches=branches, over=fitted.over, **options)
         torch.testing.assert_close(ours, run(model(name), name, theirs, sigmas), **CLOSE)
         whole = run(model(name), name, reference(path, branches=branches, **options), sigmas)
         assert (ours - whole).abs().max() > 100 * CLOSE["atol"]
@@ -189,6 +196,106 @@ def test_half_calls_leave_the_negative_out(name, velocity, model, tmp_path, capl
         hook.remove()
 
 
+def with_apg(model):
+    return APG.execute(model, 0.0, 2.0, 0.5).result[0]  # with momentum: it remembers the last call
+
+
+def with_own_evaluation(model):
+    changed = model.clone()
+    changed.set_model_sampler_calc_cond_batch_function(
+        lambda arguments: comfy.samplers.calc_cond_batch(
+            arguments["model"], arguments["conds"], arguments["input"], arguments["sigma"], arguments["model_options"]
+        )
+    )
+    return changed
+
+
+def with_wrapper(kind):
+    def change(model):
+        changed = model.clone()
+        changed.add_wrapper(kind, lambda executor, *arguments, **named: executor(*arguments, **named))
+        return changed
+
+    return change
+
+
+def with_patch_that_asks(model):
+    """Adds half of the difference to the positive where it finds both branches in a batch."""
+    changed = model.clone()
+
+    def patch(apply, arguments):
+        out = apply(arguments["input"], arguments["timestep"], **arguments["c"])
+        if sorted(arguments["cond_or_uncond"]) == [0, 1]:
+            positive, negative = (arguments["cond_or_uncond"].index(side) for side in (0, 1))
+            out[positive] += 0.5 * (out[positive] - out[negative])
+        return out
+
+    changed.set_model_unet_function_wrapper(patch)
+    return changed
+
+
+def between_hooks(path, velocity, guidance):
+    """A sampler of the core's on branches that ComfyUI evaluates, always both, and that pre-CFG hooks act on, always;
+    outside the guidance's interval they do it in vain."""
+
+    def sample(model, x, sigmas, extra_args=None, **_):
+        guider, options = model.inner_model, extra_args["model_options"]
+        conds = [guider.conds["positive"], guider.conds["negative"]]
+
+        def branches(y, t, count):
+            sigma = t[0].expand(len(y))
+            found = comfy.samplers.calc_cond_batch(guider.inner_model, conds, y, sigma, options)
+            acted = found
+            for hook in options.get("sampler_pre_cfg_function", []):
+                acted = hook({"conds_out": acted, "conds": conds, "cond_scale": 3.0, "sigma": sigma, "input": y})
+            chosen = acted if guidance.active(t[0]) else found
+            return torch.stack([x0_to_velocity(y, denoised, t) for denoised in chosen])[:count]
+
+        whole = Field(branches, (None, None), guidance)
+        guided = Field(lambda y, t, count: guidance.combine(branches(y, t, 2), t[0])[None])
+        return solve(whole if velocity == "branch" else guided, load_sidenet(path)[0], x, sigmas)
+
+    return comfy.samplers.KSAMPLER(sample)
+
+
+SEE_BOTH = {
+    "APG": with_apg,
+    "own evaluation": with_own_evaluation,
+    "PREDICT_NOISE wrapper": with_wrapper(WrappersMP.PREDICT_NOISE),
+    "CALC_COND_BATCH wrapper": with_wrapper(WrappersMP.CALC_COND_BATCH),
+    "patch": with_patch_that_asks,
+}
+
+
+@pytest.mark.parametrize("velocity", ["guided", "branch"])
+@pytest.mark.parametrize("change", SEE_BOTH.values(), ids=SEE_BOTH)
+def test_what_sees_both_branches_has_them_at_every_call(change, velocity, model, tmp_path, caplog):
+    """The run's half calls become whole ones, and the user is told."""
+    grid, path = [1.0, 0.8, 0.5, 0.25, 0.0], tmp_path / "halves.safetensors"
+    fitted = FittedRun(grid, half_calls=[[], [0.7, -0.2], [], [0.4, 0.3, 0.1, -0.2, 0.2]])
+    card = SideNetCard(velocity, (1.0, 10.0), runs={3: fitted})
+    net = models.make_sidenet(path, 16, card, anchors=2)
+    sigmas = BAScheduler.execute(models.with_sidenet(model("sd3"), net), 3).result[0]
+    ours = run(models.with_sidenet(change(model("sd3")), net), "sd3", sampler(), sigmas)
+    assert "2 of the 4 calls could leave the negative out" in caplog.text
+    solver = between_hooks(path, velocity, Guidance(3.0))
+    theirs = run(change(model("sd3")), "sd3", solver, sigmas)
+    torch.testing.assert_close(ours, theirs, **CLOSE)
+    if change in (with_apg, with_patch_that_asks):  # the power of this test: they do act
+        assert (theirs - run(model("sd3"), "sd3", solver, sigmas)).abs().max() > 100 * CLOSE["atol"]
+
+
+@pytest.mark.parametrize("velocity", ["guided", "branch"])
+@pytest.mark.parametrize("change", [with_apg, with_patch_that_asks])
+def test_cfg_interval_leaves_what_acts_before_cfg_no_zeros(change, velocity, model, sidenet):
+    """Outside the interval the positive is taken as it was before such a node acted."""
+    applied = models.with_sidenet(change(model("sd3")), sidenet(16, velocity))
+    sigmas, interval = sigmas_of(applied), (0.0, 0.8)
+    ours = run(applied, "sd3", sampler(interval=interval), sigmas)
+    solver = between_hooks(sidenet.path, velocity, Guidance(3.0, interval))
+    torch.testing.assert_close(ours, run(change(model("sd3")), "sd3", solver, sigmas), **CLOSE)
+
+
 @pytest.mark.parametrize("velocity", ["guided", "branch"])
 @pytest.mark.parametrize("name", ["flux", "wan", "sdxl"])
 def test_step_weights_act_on_the_grid_that_they_were_fitted_on(name, velocity, model, tmp_path):
@@ -196,13 +303,14 @@ def test_step_weights_act_on_the_grid_that_they_were_fitted_on(name, velocity, m
     grid, path = [1.0, 0.8, 0.5, 0.25, 0.0], tmp_path / "weighted.safetensors"
     generator = torch.Generator().manual_seed(3)
     rows = [(0.2 * torch.randn(row_length(row), generator=generator)).tolist() for row in range(7)]
-    card = SideNetCard(velocity, (1.0, 10.0), time_grids={4: grid}, step_weights={4: rows})
+    fitted = FittedRun(grid, rows)
+    card = SideNetCard(velocity, (1.0, 10.0), runs={4: fitted})
     net = models.make_sidenet(path, CHANNELS[name], card, anchors=2)
     applied, branches = models.with_sidenet(model(name), net), velocity == "branch"
     guidance = Guidance(3.0) if branches else None
     sigmas = BAScheduler.execute(applied, 4).result[0]
     ours = run(applied, name, sampler(), sigmas)
-    solver = reference(path, 1.0, branches, guidance, correct=card.weights_for(grid))
+    solver = reference(path, 1.0, branches, guidance, over=fitted.over)
     torch.testing.assert_close(ours, run(model(name), name, solver, sigmas), **CLOSE)
     plain = reference(path, 1.0, branches, guidance)
     assert (ours - run(model(name), name, plain, sigmas)).abs().max() > 100 * CLOSE["atol"]
@@ -312,16 +420,14 @@ def test_sidenets_that_take_the_guidance_are_told_it(name, given, told, model, s
 
 def test_cfg_interval_leaves_the_negative_out_outside_it(model, sidenet):
     applied = models.with_sidenet(model("sd3"), sidenet(16))
-    sigmas, seen = sigmas_of(applied), []
-
-    def note(arguments):
-        seen.append((float(arguments["sigma"][0]), arguments["conds"][1] is not None))
-        return arguments["conds_out"]
-
-    watched = applied.clone()
-    watched.set_model_sampler_pre_cfg_function(note)
-    run(watched, "sd3", sampler(interval=(0.0, 0.8)), sigmas)
-    assert seen == [(pytest.approx(float(s)), bool(s <= 0.8)) for s in sigmas[:-1]]
+    sigmas, evaluated = sigmas_of(applied), []
+    network = applied.model.diffusion_model
+    hook = network.register_forward_hook(lambda module, inputs, output: evaluated.append(len(inputs[0])))
+    try:
+        run(applied, "sd3", sampler(interval=(0.0, 0.8)), sigmas)
+    finally:
+        hook.remove()
+    assert evaluated == [2 if sigma <= 0.8 else 1 for sigma in sigmas[:-1]]
 
 
 def test_rescaling_nodes_are_kept(model, sidenet, caplog):
@@ -371,7 +477,7 @@ def test_mask_keeps_the_rest_of_the_image(name, velocity, soft, model, sidenet):
 def test_unblended_sidenet_predictions_would_spoil_the_kept_part(model, sidenet, monkeypatch):
     """The power of the test above: without blending, the kept part changes."""
     applied = models.with_sidenet(model("flux"), sidenet(16))
-    monkeypatch.setattr("ba_solver.nodes.adapter._predictor", lambda backbone, sidenet: sidenet.network)
+    monkeypatch.setattr("ba_solver.nodes.sampling.sampler.predictor_of", lambda backbone, sidenet: sidenet.network)
     z, latent = models.noise("flux"), models.noise("flux", seed=9)
     mask = torch.zeros(1, 1, 8, 8)
     ours = run(applied, "flux", sampler(), sigmas_of(applied), z=z, latent=latent, noise_mask=mask)
@@ -646,7 +752,7 @@ def test_sidenet_memory_is_bounded_without_changing_the_result(model, sidenet, m
     applied = models.with_sidenet(model("sd3"), sidenet(16))
     z, sigmas = models.noise("sd3", 2), sigmas_of(applied)
     whole = run(applied, "sd3", sampler(), sigmas, z=z)
-    monkeypatch.setattr("ba_solver.nodes.adapter.sidenet_chunk", lambda sidenet, x: 2)
+    monkeypatch.setattr("ba_solver.nodes.sampling.sampler.sidenet_chunk", lambda sidenet, x: 2)
     torch.testing.assert_close(run(applied, "sd3", sampler(), sigmas, z=z), whole, **CLOSE)
 
 
@@ -655,7 +761,7 @@ def test_sidenet_memory_is_bounded_without_changing_the_result(model, sidenet, m
 
 def test_scheduler_counts_calls_and_uses_the_learned_grid(model, tmp_path):
     grid = [1.0, 0.9, 0.7, 0.4, 0.0]
-    card = SideNetCard(time_grids={4: grid})
+    card = SideNetCard(runs={4: FittedRun(grid)})
     for name in ("sd3", "sdxl"):
         net = models.make_sidenet(tmp_path / "grid.safetensors", CHANNELS[name], card)
         applied = models.with_sidenet(model(name), net)
@@ -677,10 +783,10 @@ def test_scheduler_counts_calls_and_uses_the_learned_grid(model, tmp_path):
 
 
 def test_scheduler_gives_the_call_that_is_saved_to_another_step(model, tmp_path):
-    card = SideNetCard(time_grids={4: [1.0, 0.94, 0.8, 0.6, 0.3, 0.0]})
+    card = SideNetCard(runs={4: FittedRun([1.0, 0.94, 0.8, 0.6, 0.3, 0.0], skip_first=True)})
     net = models.make_sidenet(tmp_path / "mean.safetensors", CHANNELS["sd3"], card, mean_size=4)
     applied = models.with_sidenet(model("sd3"), net)
-    assert BAScheduler.execute(applied, 4).result[0].tolist() == pytest.approx(card.time_grids[4])
+    assert BAScheduler.execute(applied, 4).result[0].tolist() == pytest.approx(card.runs[4].times)
     steps = {calls: len(BAScheduler.execute(applied, calls).result[0]) - 1 for calls in (1, 2, 4, 8)}
     assert steps == {1: 1, 2: 2, 4: 5, 8: 9}  # stretched to few, the grid does not start short
     assert len(BAScheduler.execute(applied, 4, 0.5).result[0]) == 5  # not from pure noise

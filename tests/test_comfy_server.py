@@ -1,23 +1,18 @@
 """The pack as users get it: the zip, unpacked into a ComfyUI that runs as a server, and asked over HTTP."""
 
 import asyncio
-import io
 import json
 import re
 import shutil
-import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 import zipfile
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import comfyui
-import numpy as np
 import pytest
 import torch
 
@@ -26,8 +21,8 @@ COMFYUI = comfyui.require()
 import aiohttp
 from ba_solver.bas_core import Guidance, load_sidenet, load_sit, model_field, save_sidenet, solve
 from ba_solver.nodes.folders import SIDENETS, SITS
+from comfy_server import install, serve
 from graphs import as_prompt, subgraph_prompt
-from PIL import Image
 
 pytestmark = pytest.mark.comfyui
 
@@ -48,88 +43,11 @@ EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
 TEXT_EVENT = 3  # ComfyUI's number for text that belongs on a node
 
 
-def make_zip(path):
-    """`comfy node pack` where comfy-cli is there, else the same: tracked files without those of .comfyignore."""
-    if shutil.which("comfy"):
-        subprocess.run(["comfy", "--skip-prompt", "node", "pack"], cwd=ROOT, capture_output=True, check=True)
-        shutil.move(ROOT / "node.zip", path)
-        return
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name in sorted(comfyui.packed_files(ROOT)):
-            archive.write(ROOT / name, name)
-
-
-class Server:
-    """A running ComfyUI and its log."""
-
-    def __init__(self, base, port, log):
-        self.base, self.url, self.log = base, f"http://127.0.0.1:{port}", log
-
-    def get(self, path):
-        with urllib.request.urlopen(self.url + path, timeout=120) as answer:
-            return answer.read()
-
-    def json(self, path):
-        return json.loads(self.get(path))
-
-    def queue(self, graph, limit=600):
-        """Run an API workflow; returns its history entry."""
-        body = json.dumps({"prompt": graph}).encode()
-        request = urllib.request.Request(self.url + "/prompt", body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=120) as answer:
-            told = json.load(answer)
-        assert not told["node_errors"], told["node_errors"]  # ComfyUI runs the outputs that it finds valid
-        prompt = told["prompt_id"]
-        for _ in range(limit * 5):
-            history = self.json(f"/history/{prompt}")
-            if prompt in history:
-                return history[prompt]
-            time.sleep(0.2)
-        raise AssertionError(f"The workflow did not end within {limit} s.")
-
-    def images(self, entry, node):
-        """The images that a node showed: [B, H, W, 3] in 0..1."""
-        found = []
-        for image in entry["outputs"][node]["images"]:
-            query = f"filename={image['filename']}&subfolder={image['subfolder']}&type={image['type']}"
-            found.append(np.asarray(Image.open(io.BytesIO(self.get(f"/view?{query}"))).convert("RGB")))
-        return torch.from_numpy(np.stack(found)).float() / 255
-
-
-@contextmanager
-def serve(base):
-    """A ComfyUI on a free port, with its own folders."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = base / "server.log"
-    with log.open("w") as out:
-        command = [sys.executable, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(port)]
-        command += ["--base-directory", str(base), "--database-url", "sqlite:///:memory:"]
-        process = subprocess.Popen(command, cwd=COMFYUI, stdout=out, stderr=subprocess.STDOUT)
-        try:
-            server = Server(base, port, log)
-            for _ in range(600):
-                if process.poll() is not None:
-                    raise AssertionError(f"ComfyUI ended while starting:\n{log.read_text()[-3000:]}")
-                try:
-                    server.json("/system_stats")
-                    break
-                except (urllib.error.URLError, ConnectionError):
-                    time.sleep(0.5)
-            yield server
-        finally:
-            process.terminate()
-            process.wait(120)
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """ComfyUI's folders, with the pack from its zip and a SideNet of the user's."""
     base = tmp_path_factory.mktemp("comfyui")
-    make_zip(base / "pack.zip")
-    with zipfile.ZipFile(base / "pack.zip") as archive:
-        archive.extractall(base / "custom_nodes" / "ba-solver")
+    install(base)
     (base / "models" / "sidenets").mkdir(parents=True)
     shutil.copy(SIDENETS.demo, base / "models" / "sidenets" / "mine.safetensors")
     net, card = load_sidenet(SIDENETS.demo)
@@ -234,9 +152,7 @@ def test_demo_workflow_draws_what_the_core_draws(server):
     labels = torch.full((4,), 4)
     field = model_field(sit, labels, torch.full_like(labels, sit.null_class), Guidance(2.0), mode=card.velocity)
     with torch.inference_mode():
-        grid = torch.tensor(card.time_grids[5])
-        fitted = {"correct": card.weights_for(grid), "half_calls": card.half_calls_for(grid)}
-        drawn = solve(field, net, noise, grid, skip_first=True, **fitted)
+        drawn = solve(field, net, noise, card.runs[5])
     expected = (drawn.clamp(-1, 1) + 1) / 2
     assert (shown - expected).abs().max() < 2 / 255
     other = next(n for n, p in parts.items() if p.get("_meta", {}).get("title") == "Euler, 50 calls")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from ba_solver.nodes.classes import CLASSES, DEMO_CLASSES, class_index
+from ba_solver.lab.shapes import CLASS_NAMES
+from ba_solver.nodes.models.classes import CLASSES, DEMO_CLASSES, class_index
 from ba_solver.nodes.report import error_curves, error_plot
-from ba_solver.training.demo.shapes import CLASS_NAMES
 from comfyui import packed_files
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,7 +41,7 @@ def test_zip_holds_the_pack_and_its_help_and_not_the_trainer():
     assert {name.split("/")[0] for name in files if "/" in name} == {
         "bas_core", "example_workflows", "locales", "nodes", "subgraphs", "web", "weights",
     }  # fmt: skip
-    for name in ("web/docs/BASolverSampler.md", "weights/demo_sit.safetensors", "nodes/imagenet_classes.txt"):
+    for name in ("web/docs/BASolverSampler.md", "weights/demo_sit.safetensors", "nodes/models/imagenet_classes.txt"):
         assert name in files
     assert sum((ROOT / name).stat().st_size for name in files) < 12e6
 
@@ -156,3 +156,13 @@ def test_plots_show_their_curves():
     two = error_plot({"SideNet": {5: 0.08, 7: 0.04}, "Euler": {5: 0.2, 7: 0.1}})
     assert empty.shape == one.shape == two.shape and empty.dtype == torch.float32
     assert min((a - b).abs().max() for a, b in ((empty, one), (one, two))) > 0.5
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "example_workflows").glob("*.json")), ids=lambda path: path.stem)
+def test_model_files_of_templates_can_be_downloaded(path):
+    """ComfyUI offers what a loader's properties name; the demo's files come with the pack."""
+    for node in json.loads(path.read_text())["nodes"]:
+        files = [value for value in node.get("widgets_values") or [] if str(value).endswith(".safetensors")]
+        offered = node["properties"].get("models", [])
+        assert sorted(files) == sorted(model["name"] for model in offered), f"{path.stem}: {node['type']}"
+        assert all(model["url"].startswith("https://") and model["directory"] for model in offered)

@@ -11,8 +11,8 @@ import comfy.model_patcher
 import comfy.ops
 import torch
 
-from ..bas_core.checkpoint import SideNetCard, load_sidenet
-from ..bas_core.sidenet import SideNet
+from ...bas_core.checkpoint import SideNetCard, load_sidenet
+from ...bas_core.sidenet import SideNet
 
 KEY = "sidenet"
 RECORD = "ba_solver_sidenet"

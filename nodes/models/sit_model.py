@@ -14,9 +14,10 @@ import comfy.supported_models_base
 import torch
 from torch import Tensor
 
-from ..bas_core.checkpoint import fingerprint, load_sit
-from ..bas_core.sit import SiT as SiTNetwork
-from ..bas_core.sit import SiTConfig
+from ...bas_core.checkpoint import load_sit
+from ...bas_core.files import fingerprint
+from ...bas_core.sit import SiT as SiTNetwork
+from ...bas_core.sit import SiTConfig
 from .fit import SIT_RECORD
 from .labels import KEY
 

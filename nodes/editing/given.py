@@ -9,8 +9,8 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ..bas_core.sit import SiT
-from .labels import KEY
+from ...bas_core.sit import SiT
+from ..models.labels import KEY
 
 
 def image_of(model: Any, latent: dict[str, Any]) -> Tensor:

@@ -9,7 +9,7 @@ import comfy.model_sampling
 import torch
 from torch import Tensor
 
-from ..bas_core.flow import exploding_to_flow, per_sample, sigma_to_time, time_to_sigma
+from ...bas_core.flow import exploding_to_flow, per_sample, sigma_to_time, time_to_sigma
 
 
 @dataclass(frozen=True)
