@@ -1,0 +1,70 @@
+"""By which solver images are drawn: its name, and the paper's own settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from ...bas_core.baselines import BASELINES
+from ...bas_core.runs import FittedRun
+from ...bas_core.solver import METHODS, solve
+from ...bas_core.steps import Predictor
+from ..runs.samplers import Sampler, baseline_sampler, sidenet_sampler
+from ..settings import UsageError, parse_calls
+
+MULTISTEP = "multistep"
+NAMES = (*METHODS, MULTISTEP, *BASELINES)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Settings of the paper's tables (arXiv 2601.21542, section 4): class-conditional ImageNet, SiT-XL/2 + REPA.
+
+    Attributes:
+        calls: backbone calls, on the uniform grid.
+        guidance: CFG scale.
+        interval: guidance applies where lo < t <= hi.
+    """
+
+    calls: int
+    guidance: float = 1.5
+    interval: tuple[float, float] = (0.0, 0.7)
+
+
+PRESETS = {f"paper-{calls}": Preset(calls) for calls in (5, 7, 8, 10, 15)}
+
+
+def solver_named(name: str, sidenet: Predictor | None, runs: Mapping[int, FittedRun], start: float) -> Sampler:
+    """A solver by name.
+
+    Args:
+        name: one of NAMES.
+        sidenet: for those that need one.
+        runs: fitted ones of the SideNet, which bi_anchor takes; may be empty.
+        start: time of the model's noise.
+
+    Raises:
+        UsageError: an unknown name, or a solver that needs a SideNet without one.
+    """
+    if name not in NAMES:
+        raise UsageError(f"There is no solver {name!r}. Valid ones: {', '.join(NAMES)}.")
+    if name in BASELINES:
+        return baseline_sampler(name, start)
+    if name == MULTISTEP:
+        return Sampler(name, name, lambda field, x, times: solve(field, None, x, times), start=start)
+    if sidenet is None:
+        raise UsageError(f"The solver {name} needs a SideNet. Give --sidenet FILE, or --method {MULTISTEP}.")
+    sampler = sidenet_sampler(sidenet, name, name, start, method=name)
+    return replace(sampler, given=runs) if runs and name == METHODS[0] else sampler
+
+
+def parse_rival(text: str) -> tuple[str, int]:
+    """'euler:50' to a solver's name and its calls.
+
+    Raises:
+        UsageError: it is not of that form.
+    """
+    name, colon, calls = text.partition(":")
+    if not colon:
+        raise UsageError(f"--compare must be a solver, a colon and its calls, such as euler:50; got {text!r}.")
+    return name, parse_calls(calls, "--compare")[0]

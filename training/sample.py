@@ -1,0 +1,385 @@
+"""`ba-solver sample`: images of a model, drawn with a SideNet or with any other solver.
+
+Every image has a noise of its own, by its number: what is drawn does not depend on the batch, on the number of
+processes, or on interruptions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..bas_core.checkpoint import SideNetCard, load_official_sidenet, load_sidenet
+from ..bas_core.files import CheckpointError, fingerprint, write_text
+from ..bas_core.sidenet import SideNet
+from .backbones import Backbone, BackboneChoice, open_backbone
+from .drawing.folder import Folder, write_npz
+from .drawing.scores import MISSING, scores, weights_file
+from .drawing.solvers import PRESETS, parse_rival, solver_named
+from .progress import MAIN_PROCESS, progress, say
+from .runs.samplers import Sampler
+from .settings import UsageError, check_positive, plain
+
+REPORT = "report.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSettings(BackboneChoice):
+    """Draw images of a model, with a SideNet or without; the same command goes on where it was interrupted.
+
+    Attributes:
+        backbone: the model as kind:where, such as diffusers:FOLDER or python:MODULE:FUNCTION; or give --sit.
+        sit: a SiT or REPA file; the same as --backbone sit:FILE.
+        sidenet: its file, or the authors' .pt.
+        preset: the paper's settings for so many calls: paper-5, paper-7, paper-8, paper-10, paper-15.
+        nfe: backbone calls an image.
+        method: bi_anchor, single_anchor, multistep (no SideNet), euler, heun, …
+        guidance: CFG scale; left out, what the SideNet was made for.
+        count: how many images.
+        classes: which classes, or prompts by number, separated by commas, in turn; left out, all of them.
+        seed: of the noises.
+        batch: images drawn together.
+        vae: folder of a diffusers AutoencoderKL, for SiTs that draw latents.
+        latents: keep the latents as safetensors instead of images.
+        compare: another solver and its calls, such as euler:50, drawn from the same noises; writes pairs too.
+        npz: write the array file that ImageNet's usual evaluator reads, too.
+        fid: an evaluator's reference file: compute FID, IS, precision and recall against it.
+        out: folder for the images.
+    """
+
+    backbone: str = ""
+    sit: Path | None = None
+    sidenet: Path | None = None
+    preset: str = ""
+    nfe: int = 7
+    method: str = "bi_anchor"
+    guidance: tuple[float, ...] = ()
+    count: int = 16
+    classes: str = ""
+    seed: int = 0
+    batch: int = 16
+    vae: Path | None = None
+    latents: bool = False
+    compare: str = ""
+    npz: bool = False
+    fid: Path | None = None
+    out: Path = Path("ba_solver_images")
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """All that is needed to draw an image by its number.
+
+    Attributes:
+        backbone: the model.
+        sampler, calls: what draws.
+        rival: another solver and its calls, or None.
+        scale, interval, mode: of guidance.
+        classes: conditions, in turn.
+        seed: of the noises.
+        decode: states to images [B, 3, H, W] in [0, 1]; None keeps states.
+        published: on the uniform grid, whatever the model's shift and the SideNet's runs.
+    """
+
+    backbone: Backbone
+    sampler: Sampler
+    calls: int
+    rival: tuple[Sampler, int] | None
+    scale: float
+    interval: tuple[float, float]
+    mode: Any
+    classes: tuple[int, ...]
+    seed: int
+    decode: Callable[[Tensor], Tensor] | None
+    published: bool
+
+    def noise(self, index: int) -> Tensor:
+        """[C, *spatial] of an image's own, the same on every machine."""
+        generator = np.random.Generator(np.random.Philox(key=[self.seed, index]))
+        return torch.from_numpy(generator.standard_normal(self.backbone.shape, dtype=np.float32))
+
+    def draw(self, indices: list[int], sampler: Sampler, calls: int) -> tuple[Tensor, float]:
+        """The end states [B, C, *spatial] of some images, and what each of them cost in calls.
+
+        On a CPU one by one: there a batch saves little, and changes the last digits of what is computed.
+        """
+        if self.backbone.device.type == "cpu" and len(indices) > 1:
+            drawn = [self.draw([index], sampler, calls) for index in indices]
+            return torch.cat([states for states, _ in drawn]), drawn[0][1]
+        noise = self.backbone.noise(torch.stack([self.noise(index) for index in indices])).to(self.backbone.device)
+        labels = torch.tensor([self.classes[index % len(self.classes)] for index in indices])
+        field = self.backbone.field(labels, self.scale, self.interval, self.mode)
+        shape = (1.0 if self.published else self.backbone.shift, 0.0)
+        return sampler.sample(field, noise, calls, shape), field.cost
+
+    def images(self, states: Tensor) -> Tensor:
+        """States to images, or states as they are."""
+        return states.cpu() if self.decode is None else self.decode(states).float().cpu()
+
+
+def run_sample(settings: SampleSettings) -> dict[str, Any]:
+    """Do the work of `ba-solver sample`; returns the report.
+
+    Raises:
+        UsageError: a setting cannot be used.
+        CheckpointError: a file is damaged, or belongs to another model.
+        NonFiniteError: the model returned NaN or infinity.
+    """
+    settings = with_preset(settings)
+    check_positive(settings, "count", "batch", "nfe")
+    weights = weights_file() if settings.fid else None
+    backbone = open_backbone(settings)
+    sidenet, card, mark = open_sidenet(settings, backbone)
+    drawing = prepare(settings, backbone, sidenet, card)
+    folder = Folder(settings.out, settings.latents)
+    folder.open(what_decides(settings, backbone, drawing, mark))
+    report = draw_missing(drawing, folder, settings)
+    images = [folder.path(index) for index in range(settings.count)]
+    if settings.npz and MAIN_PROCESS:
+        write_npz(settings.out / "images.npz", images)
+        say(f"Written: {settings.out / 'images.npz'}")
+    if settings.fid and weights and MAIN_PROCESS:
+        report["scores"] = scores(images, settings.fid, backbone.device, weights)
+        say(", ".join(f"{name} {value:.4g}" for name, value in report["scores"].items()))
+        say(MISSING)
+    if MAIN_PROCESS:
+        write_text(settings.out / REPORT, json.dumps({"settings": plain(settings), **report}, indent=1))
+        say(f"{settings.count} images are in {settings.out}.")
+    return report
+
+
+# --- what is asked for ----------------------------------------------------------------------------------------------
+
+
+def with_preset(settings: SampleSettings) -> SampleSettings:
+    """Settings with those of the preset filled in, and --sit as a backbone.
+
+    Raises:
+        UsageError: they contradict each other.
+    """
+    if bool(settings.sit) == bool(settings.backbone):
+        raise UsageError("Give the model, once: --sit FILE, or --backbone KIND:WHERE.")
+    if settings.sit:
+        settings = dataclasses.replace(settings, backbone=f"sit:{settings.sit}")
+    if settings.latents and (settings.npz or settings.fid or settings.compare or settings.vae):
+        raise UsageError("--latents keeps no images; leave out --vae, --npz, --fid and --compare.")
+    if not settings.preset:
+        return settings
+    if settings.preset not in PRESETS:
+        raise UsageError(f"There is no preset {settings.preset!r}. Valid ones: {', '.join(PRESETS)}.")
+    preset = PRESETS[settings.preset]
+    return dataclasses.replace(
+        settings, nfe=preset.calls, guidance=(preset.guidance,), guidance_interval=preset.interval
+    )
+
+
+def open_sidenet(settings: SampleSettings, backbone: Backbone) -> tuple[SideNet | None, SideNetCard, str]:
+    """The SideNet, its card, and what tells it from others.
+
+    Raises:
+        CheckpointError: the file is damaged, or the SideNet belongs to another model.
+    """
+    if settings.sidenet is None:
+        return None, SideNetCard(), ""
+    if settings.sidenet.suffix in (".pt", ".pth"):
+        network, card = load_official_sidenet(settings.sidenet).to(backbone.device), SideNetCard(velocity="branch")
+    else:
+        network, card = load_sidenet(settings.sidenet, backbone.device, torch.float32)
+    if card.backbone.get("fingerprint") not in (None, "", backbone.fingerprint):
+        raise CheckpointError(
+            f"{settings.sidenet} belongs to {card.backbone.get('name')!r}, and {backbone.name!r} is to draw. Give the "
+            "model's own SideNet."
+        )
+    if network.config.in_channels != backbone.shape[0] or network.config.num_classes not in (0, backbone.num_classes):
+        raise CheckpointError(
+            f"{settings.sidenet} is for {network.config.in_channels} channels and {network.config.num_classes} "
+            f"classes; {backbone.name!r} has {backbone.shape[0]} and {backbone.num_classes}. Give the model's own "
+            "SideNet."
+        )
+    return network.eval(), card, fingerprint(network.state_dict())
+
+
+def prepare(settings: SampleSettings, backbone: Backbone, sidenet: SideNet | None, card: SideNetCard) -> Drawing:
+    """Everything that draws.
+
+    Raises:
+        UsageError: a setting cannot be used.
+    """
+    low, high = card.guidance_range
+    scale = settings.guidance[0] if settings.guidance else (low + high) / 2
+    asked = dataclasses.replace(settings, guidance=(scale,))
+    asked.check_guidance(backbone)
+    if len(settings.guidance) > 1:
+        raise UsageError(f"--guidance takes one scale here; got {settings.guidance}.")
+    if sidenet is not None and not low <= scale <= high and not settings.preset:
+        say(f"Note: the SideNet was made for guidance {low:g} to {high:g}; at {scale:g} it is less accurate.")
+    published = bool(settings.preset)
+    runs = {} if published or settings.nfe not in card.runs else card.runs
+    rival = None
+    if settings.compare:
+        name, calls = parse_rival(settings.compare)
+        rival = solver_named(name, sidenet, {}, backbone.start), calls
+    return Drawing(
+        backbone,
+        solver_named(settings.method, sidenet, runs, backbone.start),
+        settings.nfe,
+        rival,
+        scale,
+        settings.guidance_interval,
+        card.velocity if settings.sidenet else "guided",
+        classes_of(settings.classes, backbone),
+        settings.seed,
+        None if settings.latents else decoder(settings, backbone),
+        published,
+    )
+
+
+def classes_of(text: str, backbone: Backbone) -> tuple[int, ...]:
+    """Which conditions to draw.
+
+    Raises:
+        UsageError: not whole numbers, or one that the model does not have.
+    """
+    if not text:
+        return tuple(range(backbone.conditions))
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and int(part) < backbone.conditions for part in parts):
+        raise UsageError(
+            f"--classes must be numbers from 0 to {backbone.conditions - 1}, separated by commas; got {text!r}."
+        )
+    return tuple(map(int, parts))
+
+
+def decoder(settings: SampleSettings, backbone: Backbone) -> Callable[[Tensor], Tensor]:
+    """From states to images.
+
+    Raises:
+        UsageError: the model draws latents, and there is nothing to decode them with.
+    """
+    if settings.vae is None:
+        if backbone.decode is None:
+            raise UsageError(
+                f"{backbone.name} draws latents. Give the folder of its autoencoder with --vae (for SiT: "
+                "sd-vae-ft-ema), or keep them with --latents."
+            )
+        return backbone.decode
+    from diffusers import AutoencoderKL
+
+    from .backbones.autoencoder import autoencoder
+
+    if not settings.vae.is_dir():
+        raise UsageError(f"--vae {settings.vae} is no folder. Give that of a diffusers AutoencoderKL.")
+    vae = AutoencoderKL.from_pretrained(settings.vae, local_files_only=True).to(backbone.device).eval()
+    decode = autoencoder(SimpleNamespace(vae=vae), len(backbone.shape) + 1)[0]
+    if decode is None or vae.config.latent_channels != backbone.shape[0]:
+        raise UsageError(
+            f"--vae {settings.vae} decodes {vae.config.latent_channels} channels, or does not say its scaling factor; "
+            f"{backbone.name} draws {backbone.shape[0]}."
+        )
+    return decode
+
+
+def what_decides(settings: SampleSettings, backbone: Backbone, drawing: Drawing, sidenet: str) -> dict[str, Any]:
+    """All that an image depends on, beside its number: what the folder of a half-done drawing is known again by."""
+    vae = None if settings.vae is None else settings.vae.name
+    return {
+        "backbone": backbone.identity,
+        "sidenet": sidenet,
+        "method": settings.method,
+        "nfe": settings.nfe,
+        "preset": settings.preset,
+        "guidance": drawing.scale,
+        "guidance_interval": list(drawing.interval),
+        "classes": list(drawing.classes),
+        "seed": settings.seed,
+        "dtype": settings.dtype,
+        "vae": vae,
+        "latents": settings.latents,
+        "compare": settings.compare,
+        "shape": list(backbone.shape),
+    }
+
+
+# --- the work -------------------------------------------------------------------------------------------------------
+
+
+def my_batches(folder: Folder, settings: SampleSettings, device: torch.device) -> tuple[list[list[int]], Any]:
+    """The batches of which an image is missing, this process's share; and the processes, to wait for.
+
+    Batches are cut alike whatever is there already, so that an image is drawn among the same others.
+    """
+    from accelerate import PartialState
+
+    processes = PartialState(cpu=device.type == "cpu")
+    missing = folder.missing(settings.count)
+    if 0 < len(missing) < settings.count:
+        say(f"{settings.count - len(missing)} of {settings.count} images are there already; going on.")
+    starts = sorted({index // settings.batch * settings.batch for index in missing})
+    mine = starts[processes.process_index :: processes.num_processes]
+    return [list(range(start, min(start + settings.batch, settings.count))) for start in mine], processes
+
+
+def drawn_batches(
+    drawing: Drawing, batches: list[list[int]]
+) -> Iterator[tuple[list[int], Tensor, Tensor | None, float]]:
+    """Numbers, images, the rival's images and the calls, batch by batch."""
+    for indices in progress(batches, "batches"):
+        states, cost = drawing.draw(indices, drawing.sampler, drawing.calls)
+        beside = None
+        if drawing.rival is not None:
+            beside = drawing.images(drawing.draw(indices, *drawing.rival)[0])
+        yield indices, drawing.images(states), beside, cost
+
+
+def draw_missing(drawing: Drawing, folder: Folder, settings: SampleSettings) -> dict[str, Any]:
+    """Draw what is missing and write it; returns what it cost."""
+    device = drawing.backbone.device
+    batches, processes = my_batches(folder, settings, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    began, drawn, calls = time.perf_counter(), 0, 0.0
+    with torch.inference_mode():
+        for indices, images, beside, cost in drawn_batches(drawing, batches):
+            for row, index in enumerate(indices):
+                folder.write(index, images[row], None if beside is None else beside[row])
+            drawn, calls = drawn + len(indices), calls + cost * len(indices)
+    seconds = time.perf_counter() - began
+    processes.wait_for_everyone()
+    if not drawn:
+        return {"drawn": 0}
+    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
+    found = {
+        "drawn": drawn,
+        "calls_per_image": calls / drawn,
+        "calls": calls,
+        "calls_per_second": calls / seconds,
+        "seconds_per_image": seconds / drawn,
+        "peak_memory_bytes": memory,
+    }
+    say(
+        f"{drawn} images, {calls / drawn:g} calls each: {calls / seconds:.3g} calls/s, {seconds / drawn:.3g} s an "
+        f"image, {memory / 2**30:.2f} GiB at the peak."
+    )
+    return found
+
+
+def peak_memory() -> int:
+    """The most main memory that this process has had, in bytes; 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    import sys
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
