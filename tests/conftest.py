@@ -1,10 +1,17 @@
-"""Which test files need more than ComfyUI brings along."""
+"""How the tests share a machine, and which of them need more than ComfyUI brings along."""
 
+import os
 from importlib.util import find_spec
+
+# Workers side by side: each takes its share of the processors, here and in the processes that it starts. Set before
+# anything imports torch.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
 
 NEEDS_EXTRAS = ("accelerate", "diffusers", "torchdiffeq", "tyro")
 TRAINER_TESTS = [
-    f"test_{name}.py" for name in ("backbones_diffusers", "demo", "demo_editing", "fit", "record", "score", "training")
+    f"test_{name}.py"
+    for name in ("backbones_diffusers", "demo", "demo_editing", "fit", "power", "record", "sample", "score", "training")
 ]
 
 missing = [name for name in NEEDS_EXTRAS if find_spec(name) is None]

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [
     ROOT / "__init__.py",
-    *(p for room in ("bas_core", "nodes", "training") for p in (ROOT / room).rglob("*.py")),
+    *(p for room in ("bas_core", "nodes", "training", "lab") for p in (ROOT / room).rglob("*.py")),
 ]
 CORE_MAY_IMPORT = {"torch", "safetensors", "numpy", "einops"}
 
@@ -35,9 +35,14 @@ def room_reached(path, level, name):
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_arrows_between_rooms_run_one_way(path):
-    """nodes -> training -> bas_core; the core imports only what ComfyUI users have; comfy is for nodes alone."""
+    """nodes and lab -> training -> bas_core; the core imports what ComfyUI users have; comfy is for nodes alone."""
     room = path.relative_to(ROOT).parts[0]
-    forbidden = {"bas_core": {"training", "nodes"}, "training": {"nodes"}}.get(room, set())
+    forbidden = {
+        "bas_core": {"training", "nodes", "lab"},
+        "training": {"nodes", "lab"},
+        "nodes": {"lab"},
+        "lab": {"nodes"},
+    }.get(room, set())
     for level, name in imports(path):
         top = name.split(".")[0]
         if level:
@@ -49,6 +54,57 @@ def test_arrows_between_rooms_run_one_way(path):
         if room == "bas_core":
             assert top in CORE_MAY_IMPORT or top in sys.stdlib_module_names, f"{path} imports {name}"
             assert top not in ("argparse", "tkinter"), path
+
+
+# What passes through each house, in order; a room knows those before it alone. CONTRIBUTING says the same.
+ORDERS = {
+    "bas_core": (
+        ("flow", "guidance", "grids", "quadrature", "files"),
+        ("sit", "sidenet"),
+        ("steps", "weighting"),
+        ("step_weights", "half_calls"),
+        ("runs",),
+        ("solver",),
+        ("checkpoint",),
+        ("baselines", "editing"),
+    ),
+    "training": (
+        ("backbones",),
+        ("recording",),
+        ("network",),
+        ("runs",),
+        ("measuring", "drawing"),
+        ("demo", "train", "make", "sample"),
+        ("cli",),
+    ),
+    "nodes": (
+        ("models",),
+        ("sampling",),
+        ("editing",),
+        ("edit_nodes", "sampling_nodes", "sidenet_nodes", "sit_nodes", "ksampler"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("house", "room"), [(h, r) for h, order in ORDERS.items() for rooms in order for r in rooms])
+def test_one_goes_from_room_to_room_and_never_back(house, room):
+    names = [set(rooms) for rooms in ORDERS[house]]
+    place = next(number for number, rooms in enumerate(names) if room in rooms)
+    later = set().union(*names[place + 1 :])
+    found = [*(ROOT / house / room).rglob("*.py"), *(ROOT / house).glob(f"{room}.py")]
+    assert found, f"{house}/{room} is not there (any more)"
+    for path in found:
+        for level, name in imports(path):
+            if level and path.parents[level - 1] == ROOT / house:
+                assert name.split(".")[0] not in later, f"{path} reaches up to {name}"
+
+
+def test_functions_are_short():
+    """At most 60 lines each; ruff holds the number of their parameters."""
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{path}: {node.name} has too many lines"
 
 
 def test_no_v1_mappings_anywhere():
@@ -101,6 +157,13 @@ def test_ci_runs_the_very_test_command_of_the_readme():
     readme = (ROOT / "README.md").read_text()
     command = next(line for line in readme.splitlines() if line.startswith("python3 -m venv") and "pytest" in line)
     assert command in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_readmes_example_runs():
+    readme = (ROOT / "README.md").read_text()
+    code = readme.split("```python\n")[1].split("```")[0]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.stdout == "6 2 5.0\n", done.stderr
 
 
 def test_shipped_weights_are_small():
