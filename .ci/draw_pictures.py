@@ -42,6 +42,9 @@ DRAWN = {
 # Those that need a user's model files show their graph.
 GRAPHS = {"flux": "FLUX", "sd3": "SD 3.5", "wan_video": "Wan 2.1 video", "edit_flux": "FLUX, edited"}
 
+# One that needs none shows its graph after a run, its right end.
+RUN_GRAPHS = {"compare": "Compare"}
+
 
 def label(picture, text, place=(8, 8)):
     """A picture with a few words on it."""
@@ -182,8 +185,12 @@ def draw(base):
             browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
             page = Page(browser, server)
             page.picture("demo", 0.65, run=True).save(DOCS / "comfyui_demo.png")
-            for name, words in GRAPHS.items():
-                graph = page.picture(name, 0.7)  # much smaller, and ComfyUI leaves the words out
+            for name, words in {**GRAPHS, **RUN_GRAPHS}.items():
+                # At a smaller scale ComfyUI leaves the words out.
+                graph = page.picture(name, 0.7, run=name in RUN_GRAPHS)
+                graph = (
+                    graph.crop((max(0, graph.width - graph.height), 0, *graph.size)) if name in RUN_GRAPHS else graph
+                )
                 corner = graph.crop((0, 0, *[min(graph.size)] * 2)).resize((SIDE, SIDE), Image.LANCZOS)
                 label(corner, f"BA-Solver: {words}").save(EXAMPLES / f"{name}.jpg", quality=90)
             browser.close()

@@ -1,7 +1,7 @@
 """Training-free solvers to compare with: each a short step `(velocity, x, t0, t1, history) -> (x at t1, history)`.
 
 `velocity(x, t)` is the guided velocity; `history` holds the (time, velocity) pairs of earlier steps, latest last.
-UniPC, and the converged reference, are taken from `diffusers` and `torchdiffeq` (see `training/evaluate.py`).
+UniPC, and the converged reference, are taken from `diffusers` and `torchdiffeq` (see `training/measuring`).
 """
 
 from __future__ import annotations

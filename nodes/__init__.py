@@ -1,8 +1,7 @@
 """The ComfyUI nodes: the only code that knows ComfyUI, and only once ComfyUI asks for it.
 
-`paths`, `attach`, `fit`, `labels`, `adapter`, `edit_inputs` and `edit_sampling` are what the nodes are made of;
-`sidenet_nodes`, `sampling_nodes`, `sit_nodes` and `edit_nodes` are the nodes; `folders` and `ksampler` are what is
-registered with ComfyUI at load.
+`models`, `sampling`, `editing` and `comparing` are what the nodes are made of, each of those before it; `*_nodes` are
+the nodes; `folders` and `ksampler` are what is registered with ComfyUI at load.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ def _extension() -> Any:
             ksampler.register()
 
         async def get_node_list(self) -> list[type[io.ComfyNode]]:
+            from .compare_nodes import CompareSolvers, PromptLines
             from .edit_nodes import BAEdit, BAInvert
             from .sampling_nodes import BASampler, BAScheduler
             from .sidenet_nodes import ApplySideNet, LoadSideNet, SideNetInfo
@@ -49,6 +49,8 @@ def _extension() -> Any:
                 SideNetInfo,
                 BAInvert,
                 BAEdit,
+                CompareSolvers,
+                PromptLines,
             ]
 
     return BASolverExtension()

@@ -80,8 +80,8 @@ ORDERS = {
     "nodes": (
         ("models",),
         ("sampling",),
-        ("editing",),
-        ("edit_nodes", "sampling_nodes", "sidenet_nodes", "sit_nodes", "ksampler"),
+        ("editing", "comparing"),
+        ("compare_nodes", "edit_nodes", "sampling_nodes", "sidenet_nodes", "sit_nodes", "ksampler"),
     ),
 }
 

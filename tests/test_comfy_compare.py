@@ -1,0 +1,185 @@
+"""Compare Solvers and Prompt Lines in real ComfyUI: calls counted, ends compared, shown."""
+
+import csv
+from pathlib import Path
+
+import comfyui
+import pytest
+import torch
+
+comfyui.require()
+
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import comfy_models as models
+import folder_paths
+from ba_solver.bas_core import Guidance, load_sidenet, load_sit, model_field, run_baseline, solve, time_grid
+from ba_solver.nodes.compare_nodes import CompareSolvers, PromptLines, csv_path
+from ba_solver.nodes.comparing.compare import compare, guider_for, jobs_for
+from ba_solver.nodes.folders import DEMO, SIDENETS, SITS
+from ba_solver.nodes.sidenet_nodes import ApplySideNet, LoadSideNet
+from ba_solver.nodes.sit_nodes import ClassLabel, LoadSiT
+
+pytestmark = pytest.mark.comfyui
+
+
+@pytest.fixture(autouse=True)
+def as_in_comfyui(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path / "output"))
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="module")
+def demo():
+    with torch.inference_mode():
+        model, sidenet = LoadSiT.execute(DEMO).result[0], LoadSideNet.execute(DEMO).result[0]
+        return ApplySideNet.execute(model, sidenet).result[0]
+
+
+def found_on(model, names, calls, cfg=2.0, batch=2, reference=40):
+    star, null = ClassLabel.execute(model, "demo 4: star").result
+    told = []
+    guider = guider_for(model, star, null, cfg)
+    latent = torch.zeros(batch, 3, 32, 32)
+    return compare(guider, latent, 7, jobs_for(model, names, ["simple"]), calls, reference, told.append), told
+
+
+def test_calls_are_counted_as_the_model_is_called(demo):
+    """In branches that the network evaluates; half calls as half, and two-call samplers get half the steps."""
+    evaluated = []
+    hook = demo.model.diffusion_model.register_forward_hook(lambda m, inputs, out: evaluated.append(len(inputs[0])))
+    try:
+        found, told = found_on(demo, ["euler", "heun", "dpm_2", "dpmpp_2m"], [5, 6])
+    finally:
+        hook.remove()
+    made = {(row.sampler, row.asked): row.calls for row in found.rows}
+    assert made["euler", 5] == made["dpmpp_2m", 5] == made["BA-Solver", 5] == made["BA-Solver, no SideNet", 5] == 5
+    assert made["heun", 5] == made["heun", 6] == 5, "three steps, the last with one call"
+    assert made["dpm_2", 5] == 5 and made["euler", 6] == 6
+    assert sum(evaluated) == 4 * (40 + 20 + sum(row.calls for row in found.rows)), "two branches, two pictures"
+    assert sum(told) == 60 + sum(row.calls for row in found.rows)
+
+
+def test_errors_are_those_of_the_core_and_of_stock_sampling(demo):
+    found, _ = found_on(demo, ["euler"], [5])
+    errors = {row.sampler: row.error for row in found.rows}
+    sit, (net, card) = load_sit(SITS.demo), load_sidenet(SIDENETS.demo)
+    noise = torch.randn(2, 3, 32, 32, generator=torch.manual_seed(7))
+    labels = torch.full((2,), 4)
+    field = model_field(sit, labels, torch.full_like(labels, sit.null_class), Guidance(2.0), "guided")
+    converged = run_baseline("adams_bashforth4", field, noise, time_grid(120))
+    assert (found.reference - converged).square().mean().sqrt() < 0.01 and found.own_error < 0.02
+
+    def distance(x):
+        return float((x - found.reference).square().mean().sqrt())
+
+    assert errors["BA-Solver"] == pytest.approx(distance(solve(field, net, noise, card.runs[5])), rel=1e-3)
+    assert errors["euler"] == pytest.approx(distance(run_baseline("euler", field, noise, time_grid(5))), rel=0.02)
+    assert errors["BA-Solver"] < 0.6 * errors["euler"]
+
+
+def test_node_shows_table_plot_pictures_and_csv(demo):
+    star, null = ClassLabel.execute(demo, "demo 4: star").result
+    heart, _ = ClassLabel.execute(demo, "demo 6: heart").result
+
+    class Vae:
+        def decode(self, latent):
+            return ((latent + 1) / 2).clamp(0, 1).movedim(1, -1)
+
+    given = {"model": [demo], "positive": [star, heart], "negative": [null], "vae": [Vae()], "cfg": [2.0], "seed": [7]}
+    given |= {"latent_image": [{"samples": torch.zeros(1, 3, 32, 32)}], "calls": ["5"], "reference_calls": [40]}
+    given |= {"samplers": ["euler, dpmpp_2m"], "schedulers": ["simple, beta"]}
+    text, plot, pictures = CompareSolvers.execute(**given).result
+    ours, euler = (next(line for line in text.splitlines() if name in line) for name in ("BA-Solver (", "euler ("))
+    assert float(ours.split()[0]) < float(euler.split()[0]) and "±" in ours
+    assert text.index("BA-Solver (own") < text.index("euler ("), "the nearest first"
+    assert plot.shape[0] == 1 and plot.std() > 0.05
+    green, red = (torch.tensor(c) / 255 for c in ((0x2E, 0x9E, 0x5B), (0xC0, 0x39, 0x2B)))
+    for colour in (green, red):
+        assert ((pictures[0] - colour).abs().sum(-1) < 0.02).any()
+    path = Path(text.split("Every run: ")[1])
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    # Two prompts; two samplers and the multistep method on two schedulers, and BA-Solver.
+    assert len(rows) == 2 * (2 * 2 + 2 + 1) and {row["prompt"] for row in rows} == {"0", "1"}
+    assert csv_path().name == "compare_0002.csv", "nothing is overwritten"
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3", "wan", "sdxl"])
+def test_all_kinds_of_models_are_compared(name):
+    with torch.inference_mode(False):
+        model = models.make_model(name)
+    guider = guider_for(model, models.text(name, 1), models.text(name, 2), 3.0)
+    jobs = jobs_for(model, ["euler", "dpmpp_2m", "uni_pc", "ipndm"], ["simple"])
+    found = compare(guider, torch.zeros(1, *models.TINY[name].latent), 0, jobs, [4], 40, lambda cost: None)
+    assert {row.sampler for row in found.rows} == {"euler", "dpmpp_2m", "uni_pc", "ipndm", "BA-Solver, no SideNet"}
+    assert all(row.calls <= 4 and 0 < row.error < 100 for row in found.rows)
+    assert found.reference.isfinite().all()
+
+
+def test_samplers_that_have_no_end_are_left_out_and_said(demo, caplog):
+    found, _ = found_on(demo, ["euler", "euler_ancestral", "dpmpp_sde"], [4])
+    assert {row.sampler for row in found.rows} == {"euler", "BA-Solver", "BA-Solver, no SideNet"}
+    assert "euler_ancestral is left out at 4 calls. It adds noise on its way" in caplog.text
+
+
+def test_interruption_leaves_the_next_run_clean(demo, monkeypatch):
+    seen = []
+
+    def stop():
+        seen.append(1)
+        if len(seen) == 50:
+            raise comfy.model_management.InterruptProcessingException
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comfy.model_management, "throw_exception_if_processing_interrupted", stop)
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            found_on(demo, ["euler"], [5])
+    assert found_on(demo, ["euler"], [5])[0].rows
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"samplers": ["euler, eulr"]}, "ComfyUI has no sampler 'eulr'. It has: euler"),
+        ({"schedulers": ["smple"]}, "ComfyUI has no scheduler 'smple'"),
+        ({"samplers": ["ba_solver"]}, "BA-Solver is always compared"),
+        ({"calls": ["5; 7"]}, "calls must be whole numbers"),
+        ({"negative": [None]}, "A CFG of 2 needs a negative conditioning"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_in_words(changes, said, demo):
+    star, null = ClassLabel.execute(demo, "demo 4: star").result
+    given = {"model": [demo], "positive": [star], "negative": [null], "cfg": [2.0], "seed": [0], "calls": ["5"]}
+    given |= {"latent_image": [{"samples": torch.zeros(1, 3, 32, 32)}], "samplers": ["euler"], "schedulers": ["simple"]}
+    with pytest.raises(ValueError, match=said.replace("(", r"\(")):
+        CompareSolvers.execute(**{**given, **changes})
+
+
+class Clip:
+    def tokenize(self, text):
+        return text
+
+    def encode_from_tokens_scheduled(self, tokens):
+        return [[torch.zeros(1), {"text": tokens}]]
+
+
+def test_prompt_lines_become_conditionings(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "get_input_directory", lambda: str(tmp_path))
+    (tmp_path / "prompts.txt").write_bytes("\ufeffa fox\r\n\r\nein Bär \r\n".encode())
+    encoded, lines = PromptLines.execute(Clip(), " a cat\n\n", "prompts.txt").result
+    assert lines == ["a cat", "a fox", "ein Bär"]
+    assert [conditioning[0][1]["text"] for conditioning in encoded] == lines
+    before = PromptLines.fingerprint_inputs(Clip(), "x", "prompts.txt")
+    (tmp_path / "prompts.txt").write_text("another")
+    assert PromptLines.fingerprint_inputs(Clip(), "x", "prompts.txt") != before
+    (tmp_path.parent / "secret.txt").write_text("no")
+    missing = "There is no file"
+    for text, file, said in (
+        ("", "", "There is no prompt"),
+        ("x", "../secret.txt", missing),
+        ("x", "gone.txt", missing),
+    ):
+        with pytest.raises(ValueError, match=said):
+            PromptLines.execute(Clip(), text, file)
