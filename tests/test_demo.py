@@ -72,7 +72,7 @@ def test_samples_show_the_asked_class(demo):
     """A converged solver's samples at CFG 2; 0.95 over 500 noises in the benchmark, with slack for few here."""
     noise, labels = demo_noise(SEED + 1, 60)
     with torch.inference_mode():
-        images = run_baseline("adams_bashforth3", demo.field(labels), noise, time_grid(30, 1.5))
+        images = run_baseline("adams_bashforth3", demo.field(labels), noise, time_grid(16, 1.5))
     assert accuracy(load_classifier(CLASSIFIER_FILE), images, labels) >= 0.9
 
 

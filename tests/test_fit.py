@@ -118,7 +118,7 @@ def test_two_processes_equal_one(folder, tmp_path):
     So do they where they tune.
     """
     options = [*QUICK, "--steps", "12", "--save-every", "6", "--warmup", "2"]
-    options += ["--backbone", BACKBONE, "--grid-nfe", "4", "--grid-runs", "4", "--tune", "100"]
+    options += ["--backbone", BACKBONE, "--grid-nfe", "4", "--grid-runs", "4", "--tune", "40"]
     card = run(folder / "guided", tmp_path / "one.safetensors", *options)[1]
     command = ["train", "--chains", str(folder / "guided"), "--out", str(tmp_path / "two.safetensors"), *options]
     said = in_two_processes(command, tmp_path)

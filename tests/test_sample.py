@@ -49,17 +49,17 @@ def whole(tmp_path_factory):
 
 
 def test_demo_images_are_what_was_asked_for(tmp_path):
-    images = draw(tmp_path / "out", *DEMO, "--count", 100, "--npz")
+    images = draw(tmp_path / "out", *DEMO, "--count", 60, "--npz")
     stack = np.stack(list(read_pngs(images)))
     states = torch.from_numpy(stack).movedim(-1, 1).float() / 127.5 - 1
     with torch.inference_mode():
         seen = load_classifier(CLASSIFIER_FILE)(states).argmax(1)
-    # Over ten seeds it is 98.6 ± 1.2 %, as of the converged ends; this is three spreads below.
-    assert (seen == torch.arange(100) % 10).float().mean() >= 0.94
+    # Over ten seeds of a hundred it is 98.6 ± 1.2 %, as of the converged ends.
+    assert (seen == torch.arange(60) % 10).float().mean() >= 0.93
     with np.load(tmp_path / "out" / "images.npz", allow_pickle=False) as file:
         assert file.files == ["arr_0"] and file["arr_0"].dtype == np.uint8 and np.array_equal(file["arr_0"], stack)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["calls_per_image"] == 5 and report["drawn"] == 100 and report["peak_memory_bytes"] > 0
+    assert report["calls_per_image"] == 5 and report["drawn"] == 60 and report["peak_memory_bytes"] > 0
     assert report["settings"]["nfe"] == 5 and report["calls_per_second"] > 0
 
 
