@@ -207,11 +207,11 @@ def test_images_are_the_pipelines_own(name, saved):
 LEARNS_LITTLE = {"sd": " --chains 20 --held-out 8 --learning-rate 3e-2"}
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", ["flux", "sd3", "wan", "sd"])  # an input for guidance, CFG, videos, a UNet of noise
 def test_from_a_folder_to_a_report(name, saved, tmp_path):
     """record, train and evaluate in one command, guided; the SideNet is better than the line on held-out runs.
 
-    Over seeds its best kind of query is at .50 to .84, each family within .05; an untrained one is at 1.
+    Over seeds its best kind of query is at .44 to .85, each family within .05; an untrained one is at 1.
     """
     _, folder, prompts = saved(name)
     sizes = [f"--{key}={value}" for key, value in KINDS[name][1].items()]
@@ -219,7 +219,7 @@ def test_from_a_folder_to_a_report(name, saved, tmp_path):
     command = (
         f"make --backbone diffusers:{folder} --prompts {prompts} --guidance 2.5 --out {out} --chains 6 --starts 6 "
     )
-    command += "--points 16 --record-batch 6 --steps 90 --batch 32 --warmup 5 --base-channels 16 --embedding-dim 16 "
+    command += "--points 16 --record-batch 6 --steps 120 --batch 32 --warmup 5 --base-channels 16 --embedding-dim 16 "
     command += "--body convolution --kernel-size 3 --no-muon --num-layers 2 --patch-size 1 --learning-rate 5e-3 "
     command += "--ema 0.9 --nfe 4 --noises 1 --search-noises 0 --reference 24 --grid-runs 1 --held-out 2"
     command += LEARNS_LITTLE.get(name, "")

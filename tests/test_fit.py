@@ -87,7 +87,7 @@ def test_four_steps_equal_two_stop_resume_two(folder, tmp_path, monkeypatch, cap
 
 def test_a_killed_training_goes_on_from_its_last_save(folder, tmp_path):
     """Killed without a chance to tidy up, it leaves no half file, and --resume comes to the same bits."""
-    options = [*QUICK, "--steps", "120", "--save-every", "10"]
+    options = [*QUICK, "--steps", "60", "--save-every", "10"]
     out = tmp_path / "killed.safetensors"
     command = [
         sys.executable,
@@ -269,7 +269,7 @@ def test_tuning_that_does_not_help_is_undone(folder, trained, tmp_path, monkeypa
 def test_an_interrupted_tuning_goes_on_to_the_same_numbers(folder, trained, tmp_path, monkeypatch, capsys):
     """Neither the search for grids nor a number of calls that is tuned is done again."""
     options = ("--steps", "0", "--start-from", trained[0], "--backbone", BACKBONE, "--grid-nfe", "4,5", *QUICK)
-    options += ("--tune", "40", "--resume")
+    options += ("--tune", "40", "--grid-runs", "4", "--resume")
     monkeypatch.setattr(tuning, "LEARNING_RATE", 1e-3)
     whole = run(folder / "guided", tmp_path / "whole.safetensors", *options)[1]
     assert "did not help" not in capsys.readouterr().out
