@@ -19,11 +19,13 @@ from ba_solver.bas_core import (
     solve,
     time_grid,
 )
+from ba_solver.bas_core.files import CheckpointError
 from ba_solver.lab.classifier import load_classifier
 from ba_solver.training.backbones import Backbone
 from ba_solver.training.cli import main
 from ba_solver.training.demo.assets import CLASSIFIER_FILE, SIDENET_FILE, SIT_FILE
-from ba_solver.training.drawing.folder import Folder, read_pngs
+from ba_solver.training.drawing.folder import Folder, read_pngs, write_npz
+from ba_solver.training.drawing.scores import WEIGHTS, scores
 from ba_solver.training.drawing.solvers import PRESETS
 from PIL import Image
 from training_problems import in_two_processes
@@ -267,3 +269,37 @@ def test_scores_say_what_is_missing(tmp_path, monkeypatch, capsys):
     draw(tmp_path / "out", *DEMO, "--fid", "reference.npz", status=2)
     said = capsys.readouterr().err
     assert "--fid needs torch-fidelity: pip install" in said or "weights-inception" in said
+
+
+@pytest.fixture
+def fidelity():
+    return pytest.importorskip("torch_fidelity", reason="torch-fidelity, which computes FID, is not installed")
+
+
+def test_scores_tell_images_from_others(fidelity, whole, tmp_path, monkeypatch):
+    """By the library, with random weights: from themselves images are at no distance, from noise they are far."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    torch.manual_seed(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *a, **k: {})
+        torch.save(FeatureExtractorInceptionV3("made", ["2048"]).state_dict(), tmp_path / "weights.pth")
+    images = sorted((whole / "images").glob("*.png"))
+    write_npz(tmp_path / "same.npz", images)
+    noise = np.random.default_rng(0).integers(0, 256, (14, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "noise.npz", noise)
+    network = torch.device("cpu"), tmp_path / "weights.pth"
+    found = [scores(images, tmp_path / name, *network) for name in ("same.npz", "noise.npz")]
+    assert set(found[0]) == {"FID", "IS", "precision", "recall"}
+    assert abs(found[0]["FID"]) < 1e-3 * found[1]["FID"] and found[0]["precision"] == 1
+    with pytest.raises(CheckpointError, match="no array file of images"):
+        scores(images, images[0], *network)
+
+
+def test_weights_that_are_not_the_published_ones_are_not_read(fidelity, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / WEIGHTS).write_bytes(b"something else")
+    draw(tmp_path / "out", *DEMO, "--fid", "reference.npz", status=2)
+    assert "is not the published file" in capsys.readouterr().err

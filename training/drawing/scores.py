@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import zipfile
 from pathlib import Path
@@ -42,6 +43,9 @@ def weights_file() -> Path:
             f"--fid needs the weights of the Inception network, and {path} is not there. Download {WEIGHTS} from "
             "torch-fidelity's releases and put it there."
         )
+    # The library unpickles the file, which runs what is in it: it must be the published one, whose name tells its sum.
+    if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(path.stem.rpartition("-")[2]):
+        raise UsageError(f"{path} is not the published file, or was cut short. Download it again.")
     return path
 
 
@@ -90,6 +94,9 @@ def scores(images: list[Path], reference: Path, device: torch.device, weights: P
         fid=True,
         isc=True,
         prc=True,
+        # For precision and recall the library would take another network; the evaluators take this one's features too.
+        feature_extractor="inception-v3-compat",
+        feature_layer_prc="2048",
         cuda=device.type == "cuda",
         feature_extractor_weights_path=str(weights),
         isc_splits=min(10, len(images)),
