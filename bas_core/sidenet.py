@@ -13,6 +13,7 @@ in the place of its convolutions, which sees the whole image from the first bloc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -165,6 +166,12 @@ class TokenBlock(nn.Module):
         return x + rearrange(self.fc2(hidden), "b (y x) c -> b c y x", y=height)
 
 
+def spread_mean(mean: Tensor, shape: Sequence[int]) -> Tensor:
+    """A mean [C, S, S] on the grid of states [C, *spatial]: a video's is that of all its frames."""
+    spread = F.interpolate(mean[None], size=tuple(shape[-2:]), mode="bilinear")[0]
+    return spread[:, None].expand(tuple(shape)) if len(shape) == 4 else spread
+
+
 def make_blocks(config: SideNetConfig, operations: Any, **factory: Any) -> nn.ModuleList:
     """The blocks of the configured body."""
     kinds: list[Any] = [TokenBlock if config.body == "tokens" else ResidualBlock] * config.num_layers
@@ -235,8 +242,7 @@ class SideNet(nn.Module):
         if not self.config.mean_size:
             return None
         self._check_state(x)
-        mean = F.interpolate(self.data_mean[None].to(x), size=x.shape[-2:], mode="bilinear")
-        return (x - (mean[:, :, None] if x.ndim == 5 else mean)) / t.to(x)
+        return (x - spread_mean(self.data_mean.to(x), x.shape[1:])) / t.to(x)
 
     def zero_output(self) -> SideNet:
         """Zero the last layer, so that an untrained SideNet adds nothing (the published initialisation)."""

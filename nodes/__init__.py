@@ -1,7 +1,7 @@
 """The ComfyUI nodes: the only code that knows ComfyUI, and only once ComfyUI asks for it.
 
-`models`, `sampling`, `editing` and `comparing` are what the nodes are made of, each of those before it; `*_nodes` are
-the nodes; `folders` and `ksampler` are what is registered with ComfyUI at load.
+`models`, `sampling`, `editing`, `comparing` and `making` are what the nodes are made of, each of those before it;
+`*_nodes` are the nodes; `folders` and `ksampler` are what is registered with ComfyUI at load.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def _extension() -> Any:
         async def get_node_list(self) -> list[type[io.ComfyNode]]:
             from .compare_nodes import CompareSolvers, PromptLines
             from .edit_nodes import BAEdit, BAInvert
+            from .make_nodes import MakeSideNet
             from .sampling_nodes import BASampler, BAScheduler
             from .sidenet_nodes import ApplySideNet, LoadSideNet, SideNetInfo
             from .sit_nodes import ClassLabel, LoadSiT
@@ -51,6 +52,7 @@ def _extension() -> Any:
                 BAEdit,
                 CompareSolvers,
                 PromptLines,
+                MakeSideNet,
             ]
 
     return BASolverExtension()

@@ -135,7 +135,6 @@ sys.exit(main(["demo"]))
 @pytest.mark.parametrize(
     ("missing", "command", "extra"),
     [
-        ("accelerate", ["record"], "train"),
         ("tyro", ["train"], "train"),
         ("matplotlib", ["evaluate"], "train"),
         ("diffusers", ["record", "--backbone", "diffusers:x", "--prompts", "p", "--out", "o"], "diffusers"),

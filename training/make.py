@@ -7,11 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .backbones import BackboneChoice, open_backbone
+from .efforts import CHECKED, QUICK, with_effort
+from .measuring.held_out import RIVALS, SCORED
 from .measuring.rivals import Measurement
 from .measuring.score import Scoring, evaluate
 from .network.options import Training
 from .progress import say
-from .recording.record import Recording, record
+from .recording.record import CHECKED_CHAINS, COMPARED_CALLS, Recording, record
+from .runs.fitting import WEIGHT_RUNS
+from .runs.on_paths import PROBED, PROBES
+from .runs.tuning import BATCH
 from .settings import UsageError, parse_calls, plain, prepare_folder
 from .train import train_from
 
@@ -22,16 +27,39 @@ class MakeSettings(BackboneChoice, Recording, Training, Scoring):
 
     Attributes:
         out: the SideNet's file. Chains, log and report lie beside it, in NAME.chains, NAME.run and NAME.report.
+        effort: quick (no network: times and weights alone, in some 1,500 calls), standard (some 20,000 calls), thorough
+            (tuned by gradients too); other flags change what it says. Left out: as standard, with times searched on the
+            model, which takes some 5,000 to 40,000 calls more.
         seed: of noises, weights and batches.
         chains: how many sampling runs to record.
     """
 
     out: Path
+    effort: str = ""
     seed: int = 1
 
 
+def planned_calls(settings: MakeSettings) -> int:
+    """About how many backbone calls an effort costs, with times found on recorded paths; one call for one sample.
+
+    A call with gradients counts as three.
+    """
+    made = sum(n + 1 for n in parse_calls(settings.nfe))  # with half calls, one more than it costs
+    held_out = settings.held_out or min(64, max(1, settings.chains // 8))
+    calls = settings.chains * settings.points + settings.starts * settings.start_points
+    calls += CHECKED * (3 * settings.points + COMPARED_CALLS)
+    calls += (PROBES * PROBED + min(WEIGHT_RUNS, settings.chains - held_out)) * made
+    calls += 3 * settings.tune * BATCH * made
+    return calls + min(SCORED, held_out) * (1 + len(RIVALS)) * made
+
+
 def run_make(settings: MakeSettings) -> list[Measurement]:
-    """Do the work of `ba-solver make`; the same command with --resume goes on where it was interrupted."""
+    """Do the work of `ba-solver make`; the same command with --resume goes on where it was interrupted.
+
+    Returns:
+        The evaluation's lines; none for a quick SideNet, whose file holds a short one.
+    """
+    settings = with_effort(settings, settings.effort) if settings.effort else settings
     training = settings if settings.grid_nfe else dataclasses.replace(settings, grid_nfe=settings.nfe)
     training.check()
     parse_calls(settings.nfe)
@@ -41,12 +69,16 @@ def run_make(settings: MakeSettings) -> list[Measurement]:
     prepare_folder(report)
     backbone = open_backbone(settings)
     say("1 of 3: record")
-    record(settings, settings, chains, backbone)
+    quick = settings.effort == QUICK
+    record(settings, settings, chains, backbone, CHECKED if settings.effort else CHECKED_CHAINS)
     say("2 of 3: train")
     if settings.out.exists() and settings.resume:
         say(f"{settings.out} is trained already.")
     else:
         train_from(training, training, (chains,), settings.out, settings, backbone)
+    if quick:
+        say("3 of 3: evaluated on held-out runs. `ba-solver evaluate` measures more.")
+        return []
     say("3 of 3: evaluate")
     more = {"chains": (chains,), "seed": settings.seed, "settings": plain(settings)}
     return evaluate(settings, settings, backbone, settings.out, report, more)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -15,14 +17,66 @@ MAIN_PROCESS = os.environ.get("RANK", "0") == "0"
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 
 
+@dataclass(frozen=True)
+class Listener:
+    """Who is told of the work, where there is no terminal to read.
+
+    Attributes:
+        say: sees every message.
+        step: sees what is being done, how much of it is done, and how much there is (0 = not known), before each part.
+            What it raises ends the work.
+    """
+
+    say: Callable[[str], None]
+    step: Callable[[str, int, int], None]
+
+
+_listeners: list[Listener] = []
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Tell a listener of all progress and messages, instead of the terminal."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+class Bar(tqdm):
+    """A tqdm bar that tells the listeners."""
+
+    what = ""
+
+    def __iter__(self) -> Iterator[Any]:
+        for done, item in enumerate(super().__iter__(), self.n):
+            for listener in _listeners:
+                listener.step(self.what, done, self.total or 0)
+            yield item
+
+
 def progress(items: Iterable[T], what: str, **options: Any) -> tqdm[T]:
     """A tqdm bar over `items` that names what is being done."""
-    return tqdm(
-        items, desc=what, dynamic_ncols=True, mininterval=0.5, smoothing=0.05, disable=not MAIN_PROCESS, **options
-    )
+    silent = not MAIN_PROCESS or bool(_listeners)
+    bar = Bar(items, desc=what, dynamic_ncols=True, mininterval=0.5, smoothing=0.05, disable=silent, **options)
+    bar.what = what  # tqdm itself forgets it where the bar is silent
+    return bar
 
 
 def say(text: str) -> None:
     """A line for the user, above any progress bar."""
-    if MAIN_PROCESS:
+    for listener in _listeners:
+        listener.say(text)
+    if MAIN_PROCESS and not _listeners:
         tqdm.write(text, file=sys.stdout)
+
+
+def processes(cpu: bool) -> tuple[int, int, Callable[[], None]]:
+    """This process's number, how many there are (`accelerate launch`), and what waits for all the others."""
+    if PROCESSES == 1:
+        return 0, 1, lambda: None
+    from accelerate import PartialState
+
+    state = PartialState(cpu=cpu)
+    return state.process_index, state.num_processes, state.wait_for_everyone

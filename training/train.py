@@ -1,15 +1,17 @@
 """`ba-solver train`: a SideNet from recorded chains, in up to four stages, each of which can be interrupted.
 
 1. all pairs of the chains (or the published objective, which needs the backbone and data instead);
-2. the time grids for the numbers of calls that it will be used with (needs the backbone); when all is done, the steps'
-   weights on them;
+2. the time grids for the numbers of calls that it will be used with (needs the backbone; those that are searched on the
+   recorded paths come before the first stage); when all is done, the steps' weights on them;
 3. closed loop: the real sampler, interval by interval (needs the backbone);
 4. end point: the real sampler, with gradients through the backbone (needs it, and its memory).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +27,8 @@ from ..bas_core.files import CheckpointError, read_pickled_tensors, write_atomic
 from ..bas_core.runs import FittedRun
 from ..bas_core.sidenet import SideNet
 from .backbones import Backbone, BackboneChoice, open_backbone
+from .measuring.held_out import SCORED, score_held_out
+from .measuring.report import table as error_table
 from .network.closed_loop import end_point_loss, interval_loss
 from .network.fresh import data_mean, make_sidenet, mean_in
 from .network.options import Training
@@ -33,10 +37,13 @@ from .progress import MAIN_PROCESS, say
 from .recording.chains import Chains, check_alike, open_chains
 from .recording.record import STARTS
 from .runs.fitting import fit_weights
+from .runs.on_paths import learn_on_paths
 from .runs.search import ROUNDS, learn_times
 from .runs.tuning import tune, tuning_loop
 from .settings import UsageError, check_device, parse_calls, plain, prepare_folder, shareable
 
+# The objective of a SideNet whose network is not trained.
+NO_NETWORK = "no network, times and weights alone"
 # Settings that may change when a run is resumed: they do not change what it computes.
 MAY_CHANGE = ("resume", "device", "compile")
 
@@ -112,45 +119,90 @@ def hold_out(chains: Chains, wanted: int) -> tuple[Chains, Chains]:
     return chains.split(held_out)
 
 
-def times_stage(job: Job, sidenet: SideNet, calls: Sequence[int]) -> dict[int, FittedRun]:
-    """Stage 2: the times of runs for numbers of calls; in the family alone if they are tuned later."""
+def times_stage(job: Job, learn: Callable[[Sequence[int]], dict[int, FittedRun]]) -> dict[int, FittedRun]:
+    """Stage 2: the times of runs for numbers of calls, learned or kept from before an interruption."""
     path = job.folder / "time_grids.pt"
     if path.exists():
         return {int(n): FittedRun(**parts) for n, parts in read_pickled_tensors(path).items()}
-    rounds = 0 if job.training.tune else ROUNDS
-    found = learn_times(sidenet, job.replay(job.chains), job.rule, calls, job.training.grid_runs, rounds)
+    found = learn(parse_calls(job.training.grid_nfe, "--grid-nfe"))
     if MAIN_PROCESS:
         kept = {n: vars(run) for n, run in found.items()}
         write_atomically(path, lambda temporary: torch.save(kept, temporary))
     return found
 
 
+def begin(job: Job) -> SideNet:
+    """The SideNet before its training, with the mean of the data where it is to save a first call.
+
+    Where times are learned on the recorded paths, that decides whether it is.
+    """
+    training = job.training
+    on_paths = bool(training.grid_nfe) and training.grid_search == "paths"
+    tolerance = {"tolerance": math.inf} if on_paths else {}
+    mean = data_mean(job.chains, job.about["start"], training.mean_size, **tolerance)
+    if on_paths:
+        job.runs = times_stage(
+            job, lambda calls: job.within(lambda: learn_on_paths(job.replay(job.chains), calls, mean))
+        )
+        mean = mean if any(run.skip_first for run in job.runs.values()) else None
+    sidenet = make_sidenet(training, job.about, mean)
+    job.mean = mean_in(sidenet, job.about["shape"])
+    return sidenet.to(job.device)
+
+
 def fit(job: Job) -> SideNet:
     """All stages that are asked for."""
     training = job.training
-    mean = data_mean(job.chains, job.about["start"], training.mean_size)
-    sidenet = make_sidenet(training, job.about, mean)
-    job.mean = mean_in(sidenet, job.about["shape"])
-    sidenet = sidenet.to(job.device)
+    sidenet = begin(job)
     if training.steps:
         sidenet = (published_stage if training.objective == "published" else all_pairs_stage)(job, sidenet)
-    if training.grid_nfe:
-        job.runs = times_stage(job, sidenet, parse_calls(training.grid_nfe, "--grid-nfe"))
+    if training.grid_nfe and not job.runs:
+        # In the family alone if they are tuned later.
+        rounds, replay, net = 0 if training.tune else ROUNDS, job.replay(job.chains), sidenet
+        job.runs = times_stage(job, lambda calls: learn_times(net, replay, job.rule, calls, training.grid_runs, rounds))
     if training.closed_loop:
-        sidenet = rolled_stage(job, sidenet, "closed_loop", training.closed_loop, interval_loss)
+        begun = sidenet
+        sidenet = job.within(lambda: rolled_stage(job, begun, "closed_loop", training.closed_loop, interval_loss))
     if training.end_point:
-        sidenet = rolled_stage(job, sidenet, "end_point", training.end_point, end_point_loss)
+        rolled = sidenet
+        sidenet = job.within(lambda: rolled_stage(job, rolled, "end_point", training.end_point, end_point_loss))
     sidenet = sidenet.eval().requires_grad_(False)
     if job.runs:
-        job.runs = fit_weights(sidenet, job.replay(job.chains), job.rule, job.runs)
-    if training.tune:
-        loop = tuning_loop(training.loop(training.tune, training.loop_batch))
-        parts = job.replay(job.chains), job.replay(job.held_out)
-        job.runs = {n: tune(sidenet, parts, job.rule, run, n, loop, job.folder) for n, run in job.runs.items()}
+        job.runs = job.within(lambda: finish_runs(job, sidenet))
     return sidenet
 
 
-def card_of(job: Job, sidenet: SideNet, settings: Any, seconds: float) -> SideNetCard:
+def finish_runs(job: Job, sidenet: SideNet) -> dict[int, FittedRun]:
+    """The runs with their weights, tuned if that is asked for."""
+    runs = fit_weights(sidenet, job.replay(job.chains), job.rule, job.runs)
+    if not job.training.tune:
+        return runs
+    loop = tuning_loop(job.training.loop(job.training.tune, job.training.loop_batch))
+    parts = job.replay(job.chains), job.replay(job.held_out)
+    return {n: tune(sidenet, parts, job.rule, run, n, loop, job.folder) for n, run in runs.items()}
+
+
+def evaluation(job: Job, sidenet: SideNet) -> dict[str, Any]:
+    """What is known of the result without an evaluation of its own: of a trained network the residual variance left,
+    and of times found on recorded paths the errors of the held-out runs."""
+    found: dict[str, Any] = {}
+    if job.training.trains or job.training.start_from:
+        found["residual_variance"] = table = residual_table(sidenet, job)
+        left = ", ".join(f"{kind} {value:.2f}" for kind, value in table["kind"].items())
+        say(f"Held-out residual variance left (1 = a straight line): {left}")
+    if job.runs and job.training.grid_search == "paths":
+        rows = job.within(lambda: score_held_out(sidenet, job.runs, job.replay(job.held_out), job.rule))
+        say(error_table(rows))
+        scale = job.about["guidance"][0]
+        found |= {
+            "guidance": scale,
+            "noises": min(SCORED, len(job.held_out)),
+            "endpoint_error": [dataclasses.asdict(row) for row in rows],
+        }
+    return found
+
+
+def card_of(job: Job, sidenet: SideNet, settings: Any, seconds: float, found: dict[str, Any]) -> SideNetCard:
     """What the SideNet's file says of itself."""
     runs = (len(job.chains) + len(job.held_out)) // job.chains.branches
     recorded = {"chains": runs * job.about["points"]}
@@ -166,7 +218,7 @@ def card_of(job: Job, sidenet: SideNet, settings: Any, seconds: float) -> SideNe
         backbone=job.about["backbone"],
         runs=job.runs,
         training={
-            "objective": job.training.objective,
+            "objective": job.training.objective if job.training.trains or begun else NO_NETWORK,
             "recorded_runs": runs,
             "held_out_runs": len(job.held_out) // job.chains.branches,
             "recorded": job.about,
@@ -177,7 +229,7 @@ def card_of(job: Job, sidenet: SideNet, settings: Any, seconds: float) -> SideNe
             **({} if begun is None else {"started_from": earlier.training}),
         },
         licence=earlier.licence,
-        evaluation={"residual_variance": residual_table(sidenet, job)},
+        evaluation=found,
     )
 
 
@@ -261,17 +313,18 @@ def train_from(
             "The published objective trains on each branch of guidance, and is validated on chains of them: record "
             "with --mode branch."
         )
+    if training.grid_search == "paths" and about["velocity"] != "guided":
+        raise CheckpointError("--grid-search paths needs chains of the guided velocity: record with --mode guided.")
     parts = hold_out(recorded, training.held_out)
     job = Job(training, *parts, about, check_device(choice.device), folder, backbone, starts)
     with account(folder / "spent.json", job.spent) as seconds:
         sidenet = fit(job)
-    card = card_of(job, sidenet, settings, seconds())
+        found = evaluation(job, sidenet)
+    card = card_of(job, sidenet, settings, seconds(), found)
     if MAIN_PROCESS:
         save_sidenet(out, sidenet, card)
         for state in folder.glob("*.pt"):
             state.unlink()
-    left = card.evaluation["residual_variance"]["kind"]
-    say(f"Held-out residual variance left (1 = a straight line): {', '.join(f'{k} {v:.2f}' for k, v in left.items())}")
     say(f"Written: {out}; log and plots in {folder}.")
     return card
 

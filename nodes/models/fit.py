@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from .attach import LoadedSideNet
+from .identity import Identity, identity_of
 from .paths import path_of
 
-SIT_RECORD = "ba_solver_sit"
 # Kinds that the trainer writes for models that it reached through another library: they say nothing of ComfyUI's class.
 OTHER_LIBRARIES = ("diffusers", "python")
 
@@ -20,13 +20,18 @@ class ModelFacts:
     Attributes:
         kind: "sit", or ComfyUI's name of the model class in lower case ("flux", "sd3", "wan21", "sdxl" …).
         channels, dimensions: of its latents; 2 = images, 3 = video, 1 = audio.
-        fingerprint: of the weights; empty where it is not known.
+        identity: of its weights, and of what is patched onto them; None where it is not known.
     """
 
     kind: str
     channels: int
     dimensions: int
-    fingerprint: str = ""
+    identity: Identity | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the weights, whatever is patched onto them; empty where it is not known."""
+        return self.identity.weights if self.identity else ""
 
 
 def facts_of(model: Any) -> ModelFacts:
@@ -41,7 +46,7 @@ def facts_of(model: Any) -> ModelFacts:
         kind=type(model.model).__name__.lower(),
         channels=latent.latent_channels,
         dimensions=latent.latent_dimensions,
-        fingerprint=model.get_attachment(SIT_RECORD) or "",
+        identity=identity_of(model),
     )
 
 
@@ -65,7 +70,8 @@ def doubts(sidenet: LoadedSideNet, facts: ModelFacts) -> list[str]:
     """Why this SideNet may be less accurate on this model than it should be."""
     backbone = sidenet.card.backbone
     kind, known = backbone.get("kind", "").lower(), backbone.get("fingerprint", "")
-    if known and known == facts.fingerprint:
+    identity = facts.identity
+    if identity is not None and known == identity.whole:
         return []
     if not kind:
         return [f"{sidenet.name!r} does not say which model it was made for; its channels fit, and no more is known."]
@@ -74,9 +80,14 @@ def doubts(sidenet: LoadedSideNet, facts: ModelFacts) -> list[str]:
             f"{sidenet.name!r} was made for {backbone.get('name') or 'a model'} outside ComfyUI, and this MODEL is of "
             f"kind {facts.kind!r}; the channels fit, and no more can be compared. See that the two are the same model."
         ]
-    if known and facts.fingerprint:
+    if not known or identity is None:
+        return []
+    if known.partition("+")[0] == identity.weights:
         return [
-            f"{sidenet.name!r} was made for {backbone.get('name') or 'other weights'}, and this MODEL has other "
-            "weights. It runs, and is less accurate the more they differ."
+            f"{sidenet.name!r} was made for this very model, but with other things on it than now (LoRA and the like). "
+            "It runs, and is less accurate the more they change."
         ]
-    return []
+    return [
+        f"{sidenet.name!r} was made for {backbone.get('name') or 'other weights'}, and this MODEL has other weights. "
+        "It runs, and is less accurate the more they differ."
+    ]

@@ -118,3 +118,14 @@ class Schedule:
     def sigma_at(self, time: float) -> Tensor:
         """The very sigma (0-d) that one of the times stands for; no rounding on the way there and back."""
         return self.sigmas[(self.times - time).abs().argmin()]
+
+
+@dataclass(frozen=True)
+class AnyTime:
+    """In a schedule's place for calls at times that are known one by one only."""
+
+    path: Path
+
+    def sigma_at(self, time: float) -> Tensor:
+        """The sigma (0-d) of a time."""
+        return self.path.sigmas(torch.tensor(time, dtype=torch.float64)).float()

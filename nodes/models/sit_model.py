@@ -18,7 +18,7 @@ from ...bas_core.checkpoint import load_sit
 from ...bas_core.files import fingerprint
 from ...bas_core.sit import SiT as SiTNetwork
 from ...bas_core.sit import SiTConfig
-from .fit import SIT_RECORD
+from .identity import SIT_RECORD
 from .labels import KEY
 
 

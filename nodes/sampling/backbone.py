@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ...bas_core.flow import x0_to_velocity
-from ..models.paths import Schedule
+from ..models.paths import AnyTime, Schedule
 
 
 @dataclass
@@ -30,14 +30,14 @@ class Backbone:
     Attributes:
         model: see `sample_ba_solver`.
         extra_args: ditto.
-        schedule: the run's sigmas and times.
+        schedule: the run's sigmas and times, or their path alone.
         shape: of ComfyUI's state; the solver's may have one more axis.
         called: told 1 at each call.
     """
 
     model: Any
     extra_args: dict[str, Any]
-    schedule: Schedule
+    schedule: Schedule | AnyTime
     shape: torch.Size
     called: Callable[[int], Any]
 

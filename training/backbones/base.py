@@ -41,6 +41,11 @@ class Backbone:
         decode: states [B, C, *spatial] to images [B, 3, H, W] in [0, 1], or None.
         encode: images [B, 3, H, W] in [0, 1] to states, or None.
         pixels_per_latent: along a side.
+        conditions_digest: tells one list of conditions from another, where the settings do not name them.
+        within: does work that calls the model, for models that can be called in the midst of another program's sampling
+            only.
+        make_room: takes the model off the device for as long as it is not called, and tells how many bytes are free
+            there; None = not known.
     """
 
     name: str
@@ -60,6 +65,9 @@ class Backbone:
     decode: Callable[[Tensor], Tensor] | None = None
     encode: Callable[[Tensor], Tensor] | None = None
     pixels_per_latent: int = 1
+    conditions_digest: str = ""
+    within: Callable[[Callable[[], Any]], Any] = lambda work: work()
+    make_room: Callable[[], int | None] = lambda: None
 
     @property
     def identity(self) -> dict[str, str]:

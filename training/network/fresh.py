@@ -29,13 +29,14 @@ def mean_in(sidenet: SideNet, shape: Sequence[int]) -> Tensor | None:
     return None if known is None else -known[0]
 
 
-def data_mean(chains: Chains, start: float, size: int) -> Tensor | None:
+def data_mean(chains: Chains, start: float, size: int, tolerance: float = MEAN_TOLERANCE) -> Tensor | None:
     """The mean of the model's data, read off the chains' first velocities: at t = 1, velocity = noise - mean.
 
     Args:
         chains: recorded runs.
         start: the time that sampling starts from.
         size: of the grid that it is kept on; 0 = it is not kept.
+        tolerance: what share of the first velocity's mean square may be something else.
 
     Returns:
         [C, size, size], a video's over its frames. None where it is not asked for, where sampling does not
@@ -48,35 +49,47 @@ def data_mean(chains: Chains, start: float, size: int) -> Tensor | None:
     velocities = chains.velocities[rows, first]
     seen = chains.states[rows, first] - velocities
     unexplained = ((seen - seen.mean(0)).square().mean() / velocities.square().mean()).item()
-    if unexplained > MEAN_TOLERANCE:
+    if unexplained > tolerance:
         say(
             f"The first velocity is not noise minus a mean ({100 * unexplained:.0f} % of it is something else), so its "
             "call is not saved."
         )
         return None
-    mean = seen.mean(0)
+    return pooled(seen.mean(0), size)
+
+
+def pooled(mean: Tensor, size: int) -> Tensor:
+    """[C, size, size] of a mean [C, *spatial]; a video's over its frames."""
     return F.adaptive_avg_pool2d(mean.mean(1) if mean.ndim == 4 else mean, size)
+
+
+# Of a network that is not trained, and adds nothing.
+SMALLEST = {
+    "base_channels": 4, "embedding_dim": 4, "num_layers": 1, "num_heads": 1, "patch_size": 8, "kernel_size": 1,
+    "num_classes": 0,
+}  # fmt: skip
 
 
 def make_sidenet(training: Training, about: dict[str, Any], mean: Tensor | None = None) -> SideNet:
     """A fresh SideNet that fits the chains, and keeps the mean of the data if it is given; or the one to start from.
+
+    One that is not to be trained is as small as can be.
 
     Raises:
         UsageError, CheckpointError: the sizes do not fit each other, or the chains.
     """
     low, high = about["guidance"]
     try:
-        config = SideNetConfig(
-            in_channels=about["shape"][0],
-            num_classes=about["num_classes"],
-            guidance_input=low != high,
-            mean_size=0 if mean is None else training.mean_size,
-            **{
-                f.name: getattr(training, f.name)
-                for f in dataclasses.fields(SideNetConfig)
-                if hasattr(training, f.name) and f.name != "mean_size"
-            },
-        )
+        sizes = {
+            f.name: getattr(training, f.name) for f in dataclasses.fields(SideNetConfig) if hasattr(training, f.name)
+        }
+        sizes |= {
+            "in_channels": about["shape"][0],
+            "num_classes": about["num_classes"],
+            "guidance_input": low != high,
+            "mean_size": 0 if mean is None else training.mean_size,
+        }
+        config = SideNetConfig(**(sizes if training.trains or training.start_from else sizes | SMALLEST))
     except ValueError as error:
         raise UsageError(str(error)) from error
     if training.start_from is None:

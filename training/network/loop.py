@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import math
 import signal
 import threading
@@ -9,21 +11,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ...bas_core.files import CheckpointError, read_pickled_tensors, write_atomically
+from ...bas_core.files import CheckpointError, read_pickled_tensors, write_atomically, write_text
 from ..progress import progress
-from ..settings import UsageError
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+from .processes import processes_for
 
 Model = TypeVar("Model", bound=nn.Module)
-# What accelerate calls them.
-PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 @dataclass(frozen=True)
@@ -129,35 +126,12 @@ LossAt = Callable[[int, Share], Tensor]
 Numbers = dict[str, float]
 
 
-def accelerator_for(model: nn.Module, settings: LoopSettings) -> Accelerator:
-    """Processes, precision and gradient scaling, where the model is.
-
-    Raises:
-        UsageError: the precision is unknown or the device cannot do it, or the batch does not divide.
-    """
-    if settings.precision not in PRECISIONS:
-        raise UsageError(f"--precision must be one of {', '.join(PRECISIONS)}; got {settings.precision!r}.")
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    if on_cpu and settings.precision == "fp16":
-        raise UsageError("--precision fp16 needs a GPU; use bf16 or fp32 on a CPU.")
-    from accelerate import Accelerator  # here, so that what only reads weights does without it
-
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision=PRECISIONS[settings.precision])
-    passes = accelerator.num_processes * settings.accumulate
-    if settings.accumulate < 1 or settings.batch % passes:
-        raise UsageError(
-            f"--batch must be a multiple of processes times --accumulate, here {passes}, so that all do the same; "
-            f"got {settings.batch}."
-        )
-    return accelerator
-
-
 class Run(Generic[Model]):
     """Everything that changes during a training, so that it can be saved and gone on with."""
 
     def __init__(self, model: Model, settings: LoopSettings, path: Path | None) -> None:
         self.model, self.settings, self.path, self.done = model, settings, path, 0
-        self.accelerator = accelerator_for(model, settings)
+        self.accelerator = processes_for(model, settings.precision, settings.batch, settings.accumulate)
         self.average = averaged(model, settings.ema)
         self.optimizers = make_optimizers(model, settings)
         self.schedules = [torch.optim.lr_scheduler.LambdaLR(o, settings.factor) for o in self.optimizers]
@@ -285,7 +259,7 @@ def train(
 
     Raises:
         FloatingPointError: the loss is not finite; the last save is kept.
-        KeyboardInterrupt: after saving.
+        BaseException: anything else, such as Ctrl-C; after saving.
         CheckpointError: the state is of another run.
     """
     run = Run(model, settings, state_path)
@@ -313,20 +287,31 @@ def train(
                     run.save()
                     if journal is not None and run.accelerator.is_main_process:
                         write_journal(journal, what, run.history)
-    except KeyboardInterrupt:
+    except FloatingPointError:
+        raise
+    except BaseException:  # Ctrl-C, ComfyUI's Cancel, full memory: all of them where no weight is half changed
         run.save()
         raise
     return run.result()
 
 
 def write_journal(folder: Path, what: str, history: list[Numbers]) -> None:
-    """The latest line for TensorBoard, and all of them as a plot."""
-    from matplotlib.figure import Figure
-    from torch.utils.tensorboard import SummaryWriter
+    """All lines as JSON; and where the libraries are there, the latest for TensorBoard, and all as a plot."""
+    write_text(folder / f"{what}_log.json", json.dumps(history, indent=1))
+    if importlib.util.find_spec("tensorboard"):
+        from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(str(folder / "tensorboard")) as writer:
-        for name, value in history[-1].items():
-            writer.add_scalar(f"{what}/{name}", value, int(history[-1]["step"]))
+        with SummaryWriter(str(folder / "tensorboard")) as writer:
+            for name, value in history[-1].items():
+                writer.add_scalar(f"{what}/{name}", value, int(history[-1]["step"]))
+    if importlib.util.find_spec("matplotlib"):
+        plot_history(folder / f"{what}_loss.png", what, history)
+
+
+def plot_history(path: Path, what: str, history: list[Numbers]) -> None:
+    """Loss and held-out numbers over the steps."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4), layout="constrained")
     panel = figure.subplots()
     for name in [name for name in history[-1] if name != "step"]:
@@ -335,4 +320,4 @@ def write_journal(folder: Path, what: str, history: list[Numbers]) -> None:
     panel.set(yscale="log", xlabel="step", title=what)
     panel.grid(alpha=0.3, which="both")
     panel.legend(fontsize=8)
-    write_atomically(folder / f"{what}_loss.png", lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))

@@ -12,6 +12,7 @@ from ..settings import UsageError, check_positive, parse_calls
 from .loop import LoopSettings
 
 OBJECTIVES = ("all_pairs", "published")
+SEARCHES = ("calls", "paths")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class Training:
         muon: orthogonalise the updates of the blocks' matrices (Muon; needs torch 2.9), which transformer blocks learn
             faster with; the convolution body has none, and is trained by AdamW alone.
         ema: decay of the averaged weights.
-        accumulate: backward passes a step, when memory is short.
+        accumulate: backward passes a step, when memory is short; 0 = by what is free, where that is known.
         precision: fp32, bf16 or fp16.
         compile: use torch.compile.
         patience: reports without a better held-out score after which to stop; 0 = never.
@@ -51,6 +52,8 @@ class Training:
         grid_nfe: learn time grids for these numbers of calls, such as 5,7,10 (needs --backbone).
         grid_runs: recorded runs that they are learned on; each number of calls takes 30 to 60 times so many samplings.
             A few runs find the grid that suits those few.
+        grid_search: calls (on the model) or paths (on the recorded paths, with a few runs on the model to learn from,
+            for a twentieth of the calls, and up to a quarter less exact).
         tune: steps that tune each number of calls' times and weights by gradients through whole runs (needs --grid-nfe,
             and the memory of --end-point); the grids are then searched in the family alone. A few hundred; where it
             does not help runs that were held out, it is undone.
@@ -90,6 +93,7 @@ class Training:
     kernel_size: int = 1
     grid_nfe: str = ""
     grid_runs: int = 24
+    grid_search: str = "calls"
     tune: int = 0
     closed_loop: int = 0
     end_point: int = 0
@@ -109,7 +113,7 @@ class Training:
             ema=self.ema,
             seed=self.seed,
             save_every=self.save_every,
-            accumulate=self.accumulate,
+            accumulate=max(1, self.accumulate),
             precision=self.precision,
             patience=self.patience,
             compile=self.compile,
@@ -124,6 +128,8 @@ class Training:
         check_positive(self, "batch", "save_every", "loop_batch", "grid_runs")
         if self.objective not in OBJECTIVES:
             raise UsageError(f"--objective must be one of {', '.join(OBJECTIVES)}; got {self.objective!r}.")
+        if self.grid_search not in SEARCHES:
+            raise UsageError(f"--grid-search must be one of {', '.join(SEARCHES)}; got {self.grid_search!r}.")
         if (self.objective == "published") != (self.latents is not None):
             raise UsageError(
                 "--latents and --objective published go together: it trains from data, all_pairs does not."
@@ -136,11 +142,16 @@ class Training:
             raise UsageError(f"--nfe-range must be two numbers from 2 to 100, the lower first; got {self.nfe_range}.")
         if self.tune and not self.grid_nfe:
             raise UsageError("--tune tunes learned grids: give --grid-nfe too, such as --grid-nfe 5,7,10.")
-        for name in ("steps", "tune", "closed_loop", "end_point", "held_out", "patience"):
+        for name in ("steps", "tune", "closed_loop", "end_point", "held_out", "patience", "accumulate"):
             if getattr(self, name) < 0:
                 raise UsageError(f"--{name.replace('_', '-')} must not be negative; got {getattr(self, name)}.")
         if self.grid_nfe:
             parse_calls(self.grid_nfe, "--grid-nfe")
+
+    @property
+    def trains(self) -> bool:
+        """Whether the network is trained; one that is not adds nothing, and is as small as can be."""
+        return bool(self.steps or self.closed_loop or self.end_point)
 
     @property
     def needs_backbone(self) -> bool:

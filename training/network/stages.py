@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,15 +18,19 @@ from ...bas_core.quadrature import Rule, get_rule
 from ...bas_core.runs import FittedRun
 from ...bas_core.sidenet import SideNet
 from ..backbones import Backbone
+from ..progress import say
 from ..recording.chains import Chains
 from ..recording.replay import SCORED_RUNS, Replay
 from ..settings import UsageError
 from .closed_loop import Rollout
 from .loop import LoopSettings, Numbers, Share, train
 from .losses import predicted, relative_loss, squared_errors
+from .memory import passes_within, saved_bytes
 from .options import Training
 from .pairs import KINDS, Examples, QueryRange, draw_examples
 from .published import CHAIN_STEPS, load_latents, published_loss
+
+Result = TypeVar("Result")
 
 TIME_BINS, STEP_BINS = (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.05, 0.1, 0.2, 1.0)
 
@@ -97,6 +101,10 @@ class Job:
             raise UsageError("This stage needs the backbone; give --backbone.")
         return Replay(self.backbone, chains, self.about, self.spent)
 
+    def within(self, work: Callable[[], Result]) -> Result:
+        """Do work that calls the backbone, where the backbone wants it done."""
+        return work() if self.backbone is None else self.backbone.within(work)
+
     def rollout(self, chains: Chains) -> Rollout:
         """What the closed-loop stages roll: the runs' own times, or else some of the family.
 
@@ -157,9 +165,20 @@ def run_stage(
     return trained.train().requires_grad_(True)
 
 
+def bytes_each(job: Job, sidenet: SideNet) -> float:
+    """How much memory training keeps for the backward pass, for one example."""
+    drawn = job.examples(job.chains, sidenet, 2, torch.Generator().manual_seed(0)).share(lambda c: c.to(job.device))
+    return saved_bytes(lambda: relative_loss(sidenet, drawn, sidenet.anchors)) / 2
+
+
 def all_pairs_stage(job: Job, sidenet: SideNet) -> SideNet:
     """Stage 1: from chains alone."""
     loop = job.training.loop(job.training.steps, job.training.batch)
+    free = job.backbone.make_room() if job.backbone else None
+    if job.training.accumulate == 0 and free is not None:
+        each = bytes_each(job, sidenet)
+        loop = dataclasses.replace(loop, accumulate=passes_within(loop.batch, each, free))
+        say(f"A training step takes {each * loop.batch / loop.accumulate / 1e6:.3g} MB beside the weights.")
 
     def loss(network: SideNet, generator: torch.Generator, share: Share) -> Tensor:
         examples = job.examples(job.chains, network, loop.batch, generator)

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
 from ...bas_core.baselines import run_baseline
 from ...bas_core.files import CheckpointError, read_user_text
 from ...bas_core.grids import time_grid, time_shift
 from ..backbones import Backbone, BackboneChoice, open_backbone
-from ..progress import progress, say
+from ..progress import processes, progress, say
 from ..settings import UsageError, check_positive, prepare_folder
 from .shards import open_shard, save_shard, shard_bytes
 from .teacher import LAST_TIME, TEACHER, batch_generator, random_times, record_branches, record_chain, refined_times
@@ -117,7 +116,9 @@ def describe(settings: BackboneChoice, recording: Recording, stretch: Stretch, b
         "null": backbone.null,
         "num_classes": backbone.num_classes,
         "conditions": backbone.conditions,
-        "prompts": hashlib.sha256(prompts + settings.negative_prompt.encode()).hexdigest()[:16] if prompts else "",
+        "prompts": hashlib.sha256(prompts + settings.negative_prompt.encode()).hexdigest()[:16]
+        if prompts
+        else backbone.conditions_digest,
         "storage": recording.storage,
         "record_batch": recording.record_batch,
         "chains": stretch.runs,
@@ -189,8 +190,10 @@ def record_shard(path: Path, drawn: dict[str, Any], recording: Recording, choice
     save_shard(path, tensors | rows, about)
 
 
-def teacher_error(recording: Recording, whole: Stretch, choice: BackboneChoice, backbone: Backbone) -> dict[str, float]:
-    """How far the teacher's ends are from those of one twice as fine, on the first noises.
+def teacher_error(
+    recording: Recording, whole: Stretch, choice: BackboneChoice, backbone: Backbone, checked: int = CHECKED_CHAINS
+) -> dict[str, float]:
+    """How far the teacher's ends are from those of one twice as fine, on the first `checked` noises.
 
     Returns:
         `error`: root-mean-square distance. `relative`: over the error of ten calls of the multistep method from the
@@ -198,7 +201,7 @@ def teacher_error(recording: Recording, whole: Stretch, choice: BackboneChoice, 
         chains.
     """
     drawn = draw_batch(recording, whole, choice, backbone, 0)
-    noise, labels = drawn["noise"][:CHECKED_CHAINS].to(backbone.device), drawn["labels"][:CHECKED_CHAINS]
+    noise, labels = drawn["noise"][:checked].to(backbone.device), drawn["labels"][:checked]
     times = drawn["times"]
     field = backbone.field(labels, drawn["scale"], choice.guidance_interval, "guided")
     coarse_grid = LAST_TIME + (backbone.start - LAST_TIME) * time_grid(COMPARED_CALLS, backbone.shift)
@@ -260,8 +263,16 @@ def shards_there(out: Path, about: dict[str, Any]) -> set[str]:
     return {path.name for path in there}
 
 
-def record(choice: BackboneChoice, recording: Recording, out: Path, backbone: Backbone) -> dict[str, Any]:
+def record(
+    choice: BackboneChoice, recording: Recording, out: Path, backbone: Backbone, checked: int = CHECKED_CHAINS
+) -> dict[str, Any]:
     """Record what is missing of a recording. Several processes (`accelerate launch`) share the shards.
+
+    Args:
+        choice, recording: settings.
+        out: folder.
+        backbone: what `choice` names.
+        checked: on so many chains the teacher's own error is measured.
 
     Returns:
         What the shards of its whole runs say of themselves.
@@ -280,9 +291,22 @@ def record(choice: BackboneChoice, recording: Recording, out: Path, backbone: Ba
         say(f"{len(jobs) - len(missing)} of {len(jobs)} shards are there already; going on.")
     if not missing:
         return abouts[parts[0]]
-    measured = report_teacher(teacher_error(recording, parts[0], choice, backbone), recording)
-    processes = PartialState(cpu=backbone.device.type == "cpu")
-    mine = missing[processes.process_index :: processes.num_processes]
+    return backbone.within(lambda: record_missing(choice, recording, backbone, abouts, missing, checked))
+
+
+def record_missing(
+    choice: BackboneChoice,
+    recording: Recording,
+    backbone: Backbone,
+    abouts: dict[Stretch, dict[str, Any]],
+    missing: list[tuple[Stretch, int]],
+    checked: int,
+) -> dict[str, Any]:
+    """Record these shards, after a look at how exact the teacher is; returns what those of whole runs say."""
+    whole = next(iter(abouts))
+    measured = report_teacher(teacher_error(recording, whole, choice, backbone, checked), recording)
+    rank, count, meet = processes(backbone.device.type == "cpu")
+    mine = missing[rank::count]
     calls = sum(stretch.points for stretch, _ in mine)
     for stretch, index in progress(mine, "record"):
         began = time.perf_counter()
@@ -293,8 +317,8 @@ def record(choice: BackboneChoice, recording: Recording, out: Path, backbone: Ba
             seconds = time.perf_counter() - began
             left = seconds * (calls / stretch.points - 1) / 60
             say(f"The first {len(drawn['labels'])} chains took {seconds:.3g} s; about {left:.2g} minutes to go.")
-    processes.wait_for_everyone()
-    return abouts[parts[0]] | measured
+    meet()
+    return abouts[whole] | measured
 
 
 def shard_path(recording: Recording, stretch: Stretch, index: int) -> Path:

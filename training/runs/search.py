@@ -57,8 +57,11 @@ def coordinate_search(error: Callable[[Tensor], float], start: Tensor, rounds: i
     return best
 
 
-def search_times(fitting: Fitting, calls: Sequence[int], rounds: int = ROUNDS) -> Runs:
-    """For each number of calls the best times found: first of the family (shift, cosine), then one by one, in rounds.
+def search_times(
+    fitting: Fitting, calls: Sequence[int], rounds: int = ROUNDS, allowed: Callable[[Tensor], bool] = lambda times: True
+) -> Runs:
+    """For each number of calls the best times found: first of the family (shift, cosine), then one by one, in rounds,
+    among those that are allowed.
 
     Every grid is tried with weights fitted on it, and the last, forward-only interval counts for what it is. Shapes of
     neighbouring numbers are alike, so that each search begins where the one before ended.
@@ -84,8 +87,8 @@ def search_times(fitting: Fitting, calls: Sequence[int], rounds: int = ROUNDS) -
 
         def error(grid: Tensor, made: int = made, halved: bool = halved) -> float:
             candidate = run_over(grid, knows_mean=fitting.skips)
-            if candidate.calls != made:
-                return math.inf  # a first time has moved to where its call is, or is no longer, to be made
+            if candidate.calls != made or not allowed(grid):
+                return math.inf  # a first time may have moved to where its call is, or is no longer, to be made
             return endpoint_errors(fit_run(fitting, candidate.scaled(fitting.start), halved)[0], ends).mean().item()
 
         best = coordinate_search(error, sampler.times(made, shape), rounds)

@@ -1,0 +1,140 @@
+"""The node Make SideNet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import comfy.sample
+import comfy.utils
+import folder_paths
+from comfy_api.v0_0_2 import io, ui
+
+from ..training.efforts import EFFORTS, QUICK
+from ..training.make import MakeSettings
+from .folders import SIDENETS
+from .making.make import Told, check_name, in_words, make
+from .models.attach import read_sidenet
+from .report import error_curves, error_plot, report
+from .say import tell
+from .sidenet_nodes import SideNetLink
+
+BAR = 1000
+
+
+class MakeSideNet(io.ComfyNode):
+    """A SideNet for the very MODEL that is in the graph."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="BASolverMakeSideNet",
+            display_name="Make SideNet",
+            category="BA-Solver",
+            description="Make a SideNet for the MODEL as it is in the graph, with its LoRAs and everything else on it. "
+            "It is kept under its name, and found by Load SideNet. Stopped, or cut off, it goes on when run again.",
+            search_aliases=["train SideNet", "calibrate", "speed up", "fewer steps", "few-step", "distill"],
+            is_input_list=True,  # all prompts of a list at once
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The model that is to be sampled in fewer calls."),
+                io.Conditioning.Input(
+                    "positive", tooltip="One prompt, or better a dozen as a list (Prompt Lines): they take turns."
+                ),
+                io.Latent.Input("latent_image", tooltip="An empty latent: the size of the pictures or of the video."),
+                *_wanted(),
+                io.Conditioning.Input("negative", optional=True, tooltip="Only for a cfg other than 1."),
+                *_advanced(),
+            ],
+            outputs=[
+                SideNetLink.Output("sidenet", display_name="SIDENET", tooltip="For Apply SideNet."),
+                io.Image.Output("report", tooltip="Errors over the number of calls, ours and other samplers'."),
+                io.String.Output("text", tooltip="What was made, how, and how good it is."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, **given: Any) -> io.NodeOutput:
+        one = {name: values[0] for name, values in given.items() if values}
+        model, empty = one["model"], one["latent_image"]
+        told = empty.get("downscale_ratio_spacial")  # by what the VAE of the node's mind shrinks pictures
+        latent = comfy.sample.fix_empty_latent_channels(model, empty["samples"], *([told] if told else []))
+        if latent.is_nested or latent.ndim not in (4, 5):
+            raise ValueError("SideNets are for images and videos; this latent holds audio.")
+        settings = settings_of(one)
+        bar = comfy.utils.ProgressBar(BAR)
+        where = Told(tell, lambda share: bar.update_absolute(round(BAR * share)))
+        try:
+            card = make(model, given["positive"], one.get("negative"), latent, settings, where)
+        except Exception as error:
+            words = in_words(error)
+            if words is None:
+                raise
+            raise ValueError(words) from error
+        bar.update_absolute(BAR)
+        sidenet = read_sidenet(settings.out, settings.out.name)
+        plot = error_plot(error_curves(card.evaluation))
+        text = report(settings.out.name, sidenet.network.config, card)
+        shown = {**ui.PreviewText(text).as_dict(), **ui.PreviewImage(plot, cls=cls).as_dict()}
+        return io.NodeOutput(sidenet, plot, text, ui=shown)
+
+
+def settings_of(one: dict[str, Any]) -> MakeSettings:
+    """The trainer's settings of the node's inputs; what is 0 is left to the effort."""
+    given = {"chains": "runs", "points": "points", "steps": "training_steps", "learning_rate": "learning_rate"}
+    changed = {name: one[entry] for name, entry in given.items() if one.get(entry)}
+    if one["effort"] == QUICK:
+        changed.pop("steps", None)
+    path = Path(folder_paths.get_output_directory()) / SIDENETS.key / f"{check_name(one['name'])}.safetensors"
+    return MakeSettings(
+        backbone="comfyui:model",
+        out=path,
+        guidance=(float(one["cfg"]),),
+        nfe=one["calls"],
+        effort=one["effort"],
+        seed=one["seed"],
+        record_batch=one.get("batch", 4),
+        **changed,
+    )
+
+
+def _wanted() -> list[Any]:
+    return [
+        io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, tooltip="As in KSampler; FLUX takes 1 here."),
+        io.String.Input(
+            "calls",
+            default="5, 7, 10",
+            tooltip="For which numbers of model calls, separated by commas. BA-Solver Scheduler is asked for the same.",
+        ),
+        io.Combo.Input(
+            "effort",
+            options=[effort for effort in EFFORTS if effort != "thorough"],
+            default=QUICK,
+            tooltip="quick: the times of the calls and how their results are weighed, without a network; about 1,500 "
+            "model calls. standard: a network too, 3 to 10 % more exact; about 20,000 model calls, and its training.",
+        ),
+        io.String.Input("name", default="my_sidenet", tooltip="Of the file in output/sidenets."),
+        io.Int.Input("seed", default=1, min=0, max=1_000_000, tooltip="Of the noises."),
+    ]
+
+
+def _advanced() -> list[Any]:
+    def number(name: str, default: int, most: int, tooltip: str) -> Any:
+        return io.Int.Input(name, default=default, min=0, max=most, optional=True, advanced=True, tooltip=tooltip)
+
+    return [
+        number("batch", 4, 256, "How many samples go through the model at once, as for a batch of pictures."),
+        number("runs", 0, 100_000, "How many runs are recorded; 0 = what the effort says."),
+        number("points", 0, 1000, "Model calls of a recorded run, 0 or at least 8; 0 = what the effort says."),
+        number("training_steps", 0, 1_000_000, "Of the network; 0 = what the effort says. Unused by quick."),
+        io.Float.Input(
+            "learning_rate",
+            default=0.003,
+            min=1e-6,
+            max=1.0,
+            step=0.0001,
+            optional=True,
+            advanced=True,
+            tooltip="Of the network. Unused by quick.",
+        ),
+    ]

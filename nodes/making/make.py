@@ -1,0 +1,212 @@
+"""A SideNet made in the graph: recorded, fitted, measured and written, and gone on with where it was cut off."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import torch
+from torch import Tensor
+
+from ...bas_core.checkpoint import SideNetCard, load_sidenet
+from ...bas_core.files import write_text
+from ...training.efforts import CHECKED, with_effort
+from ...training.make import MakeSettings, planned_calls
+from ...training.progress import Listener, listening, say
+from ...training.recording.record import record
+from ...training.recording.shards import shard_bytes
+from ...training.settings import UsageError, plain, prepare_folder, shareable
+from ...training.train import train_from
+from ..sampling.backbone import Backbone as Calls
+from .backbone import ComfyBackbone, open_model
+
+# What may be another when a making is gone on with: it does not change what is computed.
+MAY_CHANGE = ("device",)
+
+
+@dataclass(frozen=True)
+class Told:
+    """Where the work reports to.
+
+    Attributes:
+        line: sees a line of text, the latest.
+        done: sees by how much more of the whole is done, from 0 to 1.
+    """
+
+    line: Callable[[str], None]
+    done: Callable[[float], None]
+
+
+class Clock:
+    """How much of the planned model calls are made, and how long the others will take.
+
+    Args:
+        planned: how many, one for one sample.
+        told: where to say so.
+    """
+
+    def __init__(self, planned: int, told: Told) -> None:
+        self.planned, self.told = planned, told
+        self.made, self.seconds, self.stage = 0, 0.0, "begin"
+        self.last = time.perf_counter()
+
+    def called(self, samples: int) -> None:
+        """So many samples more went through the model."""
+        now = time.perf_counter()
+        # The first call loads the model, which takes long, and says nothing of the others.
+        self.seconds += now - self.last if self.made else 0.0
+        self.last = now
+        self.made += samples
+        self.told.done(min(1.0, self.made / self.planned))
+
+    def step(self, what: str, done: int, total: int) -> None:
+        """A stage of the trainer goes on."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        of = f" {done + 1} of {total}" if total > 1 else ""
+        self.told.line(f"{what}{of}{self._left()}")
+
+    def _left(self) -> str:
+        left = max(0, self.planned - self.made)
+        if not self.seconds or not left:
+            return ""
+        seconds = self.seconds / self.made * left
+        amount = f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+        return f"; {left:,} of {self.planned:,} model calls, about {amount} left"
+
+
+def told_scale(backbone: ComfyBackbone) -> float:
+    """The guidance that the SideNet is for: the model's own where it takes one, and else the CFG scale."""
+
+    def look() -> float:
+        on = backbone.on[-1]
+        backbone.guider.conds = backbone.guider.prepared[0]
+        return Calls(on.model, on.extra_args, None, torch.Size(()), lambda one: None).told_scale  # type: ignore[arg-type]
+
+    return float(backbone.within(look))
+
+
+def check_name(name: str) -> str:
+    """A file's name that stays in its folder.
+
+    Raises:
+        ValueError: it does not.
+    """
+    plainly = name.strip().removesuffix(".safetensors")
+    if not plainly or plainly != Path(plainly).name or plainly.startswith(".") or set(plainly) & set('\\:*?"<>|'):
+        raise ValueError(f'name must be that of a file, without folders or the signs \\ / : * ? " < > |; got {name!r}.')
+    return plainly
+
+
+def finished(path: Path, settings: MakeSettings) -> bool:
+    """Whether the SideNet is made already.
+
+    Raises:
+        ValueError: there is one of this name, made with other settings.
+    """
+    if not path.exists():
+        return False
+    known, asked = load_sidenet(path)[1].training.get("settings", {}), shareable(settings)
+    _refuse_other(path, known, asked)
+    return True
+
+
+def _refuse_other(path: Path, known: dict[str, Any], asked: dict[str, Any]) -> None:
+    differing = [key for key in asked if key not in MAY_CHANGE and known.get(key) != asked[key]]
+    if differing:
+        said = "; ".join(f"{key.replace('_', ' ')} was {known.get(key)!r}, now {asked[key]!r}" for key in differing)
+        raise ValueError(
+            f"There is a SideNet of the name {path.stem!r} already, made with other settings ({said}). Give another "
+            f"name, set these back, or delete {path} and the folders beside it."
+        )
+
+
+def remember(path: Path, settings: MakeSettings) -> None:
+    """Keep the settings beside the unfinished SideNet.
+
+    Raises:
+        ValueError: it was begun with other settings.
+    """
+    notes = path.with_suffix(".making") / "settings.json"
+    asked = plain(settings)
+    if notes.exists():
+        try:
+            known = json.loads(notes.read_text(encoding="utf-8"))
+        except ValueError:
+            known = asked  # damaged: what was recorded says for itself what it is
+        _refuse_other(path, known, asked)
+    write_text(notes, json.dumps(asked, indent=1))
+
+
+def make(
+    model: Any,
+    positives: Sequence[Any],
+    negative: Any,
+    latent: Tensor,
+    settings: MakeSettings,
+    told: Told,
+) -> SideNetCard:
+    """Make a SideNet for a MODEL, or go on with one.
+
+    Args:
+        model: it, with all that rides on it.
+        positives, negative: CONDITIONINGs.
+        latent: [B, C, *spatial] in the model's channels; its size is taken.
+        settings: `guidance` is the CFG scale; `out` the file.
+        told: of the progress.
+
+    Returns:
+        What the file says.
+
+    Raises:
+        ValueError: something cannot be done; the message says what, and what to do.
+    """
+    settings = replace(with_effort(settings, settings.effort), grid_nfe=settings.nfe, accumulate=0)
+    if finished(settings.out, settings):
+        told.line("This SideNet is there already; nothing was to be done.")
+        return load_sidenet(settings.out)[1]
+    prepare_folder(settings.out.parent, "The folder")
+    remember(settings.out, settings)
+    clock = Clock(planned_calls(settings), told)
+    # Nodes run in inference mode, and what is made there cannot be trained on.
+    with torch.inference_mode(False), torch.enable_grad(), listening(Listener(told.line, clock.step)):
+        backbone = open_model(model, positives, negative, settings.guidance[0], latent, clock.called)
+        say(plan_text(settings, clock.planned, backbone))
+        return work(settings, backbone)
+
+
+def plan_text(settings: MakeSettings, calls: int, backbone: ComfyBackbone) -> str:
+    """What it will cost, before it starts."""
+    points = settings.chains * settings.points + settings.starts * settings.start_points
+    size = shard_bytes(backbone.shape, points, 1, 2 if settings.storage == "float16" else 4)
+    batch = shard_bytes(backbone.shape, settings.points, 1) * settings.record_batch
+    return (
+        f"Making {settings.out.stem!r} for {backbone.name}, effort {settings.effort}: {calls:,} model calls in batches "
+        f"of {settings.record_batch}, {size / 1e6:.3g} MB on disk, and {batch / 1e6:.3g} MB of memory beside sampling."
+    )
+
+
+def work(settings: MakeSettings, backbone: ComfyBackbone) -> SideNetCard:
+    """Record and train."""
+    scale = told_scale(backbone)
+    choice = replace(settings, guidance=(scale,), device=str(backbone.device))
+    chains = settings.out.with_suffix(".chains")
+    record(choice, choice, chains, backbone, CHECKED)
+    return train_from(replace(choice, resume=True), choice, (chains,), settings.out, settings, backbone)
+
+
+def in_words(error: Exception) -> str | None:
+    """What to tell a user of an error, and what to do; None for one that nobody foresaw."""
+    kept = "What was recorded stays: run again to go on."
+    if isinstance(error, comfy.model_management.OOM_EXCEPTION):
+        return f"There is not enough memory for so many samples at once. Lower 'batch'. {kept}"
+    if isinstance(error, OSError) and error.strerror:
+        where = error.filename or "the folder for the recording"
+        return f"{error.strerror}: {where}. Make room or choose another name. {kept}"
+    if isinstance(error, UsageError | ValueError | ArithmeticError):
+        return f"{str(error).replace('--', '')} {kept if isinstance(error, ArithmeticError) else ''}".strip()
+    return None

@@ -1,0 +1,165 @@
+"""Times found on recorded paths: what stands in for the model there, and what comes of it."""
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from ba_solver.bas_core.checkpoint import load_sidenet
+from ba_solver.bas_core.files import CheckpointError
+from ba_solver.bas_core.grids import time_grid
+from ba_solver.training.cli import main
+from ba_solver.training.efforts import EFFORTS, with_effort
+from ba_solver.training.make import MakeSettings, planned_calls
+from ba_solver.training.recording.chains import open_chains
+from ba_solver.training.recording.replay import Replay
+from ba_solver.training.recording.teacher import LAST_TIME
+from ba_solver.training.runs.on_paths import even_enough, learn_on_paths, probe
+from ba_solver.training.runs.search import run_over
+from ba_solver.training.runs.stand_in import StandIn, means_of_others, seen_by, thinned, usual_gain, velocity_at
+from ba_solver.training.settings import UsageError
+from ba_solver.training.train import FitSettings, run_fit
+from training_problems import BACKBONE, GAUSSIAN_MEAN, chains_of, gaussian_backbone, swirl, swirl_backbone
+
+LABELS = torch.arange(12) % 2
+
+
+@pytest.fixture(scope="module")
+def replay():
+    """Recorded runs of the swirl, and the swirl."""
+    chains = chains_of(swirl, LABELS, 40)
+    about = {"guidance": [1.0, 1.0], "guidance_interval": [0.0, 1.0], "velocity": "guided"}
+    return Replay(swirl_backbone(None, None), chains, about, Counter())
+
+
+def test_recorded_velocities_between_the_points(replay):
+    """Fourth order: with twice the points the error falls sixteenfold, at any time and in every run at once."""
+    errors = []
+    for points in (20, 40):
+        chains = chains_of(swirl, LABELS, points)
+        rows = torch.arange(len(chains))
+        for t in (0.93, 0.71, 0.4, 0.13):
+            x = replay.chains.at(rows, torch.tensor(t))
+            exact = swirl(x, torch.full((len(x),), t), LABELS.float())
+            errors.append((velocity_at(chains, t) - exact).abs().max().item())
+    assert max(errors[4:]) < 0.15 * max(errors[:4]) and max(errors[4:]) < 0.02
+
+
+def test_a_stand_in_knows_what_it_was_shown(replay):
+    """On the paths it is the model; where a run has been it answers as the model did, and beside that by the gain."""
+    rows = torch.arange(12)
+    tracks = thinned(replay.chains, rows, 0, kept=24)
+    assert torch.equal(tracks.thin(replay.chains.states[rows, 0 * rows]), tracks.truth(torch.tensor(1.0)))
+    t = torch.tensor(0.5)
+    away = 0.1 * torch.randn(12, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    x = replay.chains.at(rows, t) + away
+    v = swirl(x, t.expand(12), LABELS.float())
+    seen = seen_by(tracks, [(0.5, tracks.thin(x), tracks.thin(v))])
+    field = StandIn(tracks, [seen]).field()
+    on_path, there = (field.velocity(tracks.truth(t) + part * tracks.thin(away), t) for part in (0, 1))
+    assert torch.allclose(on_path, velocity_at(tracks.chains, 0.5), atol=1e-5)
+    asked = tracks.thin(v) - on_path
+    assert (there - on_path - asked).norm() < 0.15 * asked.norm()
+    # What it has not seen goes by the gain.
+    other = torch.randn(12, 24, 1, 1, generator=torch.Generator().manual_seed(1))
+    other -= (other * tracks.thin(away)).sum(1, True) / tracks.thin(away).square().sum(1, True) * tracks.thin(away)
+    gain = StandIn(tracks, [seen]).gain(0.5)
+    moved = field.velocity(tracks.truth(t) + other, t) - on_path
+    assert torch.allclose(moved, gain * other, atol=1e-4) and gain < 0
+    assert StandIn(tracks).gain is usual_gain
+
+
+def test_whether_a_first_call_is_saved_is_decided_by_other_conditions():
+    """A run's own condition says nothing of the mean of the others', which a new prompt will not know either."""
+    firsts = torch.arange(4.0)[:, None, None, None].expand(4, 1, 2, 2)
+    found = means_of_others(firsts, torch.tensor([0, 0, 1, 1]))
+    assert [mean[0, 0, 0].item() for mean in found] == [2.5, 2.5, 0.5, 0.5]
+    alike = means_of_others(firsts, torch.zeros(4))
+    assert alike[0][0, 0, 0] == 2 and means_of_others(firsts[:1], torch.zeros(1))[0][0, 0, 0] == 0
+
+
+def test_a_first_call_is_saved_where_the_mean_says_it_all(capsys):
+    backbone = gaussian_backbone(None, None)
+    about = {"guidance": [1.0, 1.0], "guidance_interval": [0.0, 1.0], "velocity": "guided"}
+    chains = chains_of(lambda x, t, y: backbone.velocity(x, t, y, 1.0), LABELS, 48)
+    known = Replay(backbone, chains, about, Counter())
+    runs = learn_on_paths(known, [2], GAUSSIAN_MEAN)
+    assert runs[2].skip_first and runs[2].calls == 2 and len(runs[2].times) == 4
+    other = Replay(swirl_backbone(None, None), chains_of(swirl, LABELS, 24), about, Counter())
+    runs = learn_on_paths(other, [4], torch.zeros(2, 4, 4))
+    assert not runs[4].skip_first and runs[4].calls == 4
+    assert "4 calls: about" in capsys.readouterr().out
+
+
+def test_steps_that_shrink_too_fast_are_not_trusted():
+    assert even_enough(time_grid(6)) and even_enough(torch.tensor([1.0, 0.7, 0.5, 0.45]))
+    assert not even_enough(torch.tensor([1.0, 0.7, 0.6, 0.3, 0.0]))
+
+
+def test_probes_see_the_model_beside_the_paths(replay):
+    rows = torch.arange(4)
+    tracks = thinned(replay.chains, rows, 0)
+    (seen,) = probe(tracks, replay, rows, {5: run_over(time_grid(5))}, None)
+    assert replay.spent["probes"] >= 4 * 5 and seen.times[0] == 1 and list(seen.times) == sorted(seen.times)[::-1]
+    for t, away, change in list(zip(seen.times, seen.away, seen.change, strict=True))[2:]:
+        if t > 2 * LAST_TIME:
+            x = tracks.truth(torch.tensor(t)) + away[..., None, None]
+            whole = x[..., 0, 0][:, tracks.index.argsort()].unflatten(1, (2, 4, 4))
+            v = swirl(whole, torch.full((4,), t), LABELS[:4].float())
+            assert torch.allclose(
+                tracks.thin(v)[..., 0, 0] - velocity_at(tracks.chains, t)[..., 0, 0], change, atol=1e-4
+            )
+
+
+# --- the efforts ------------------------------------------------------------------------------------------------------
+
+
+def test_efforts_change_what_was_left_as_it_is():
+    usual = MakeSettings(backbone="x", out=Path("x.safetensors"), points=30)
+    quick = with_effort(usual, "quick")
+    assert quick.steps == 0 and quick.points == 30 and quick.chains == EFFORTS["quick"]["chains"]
+    assert with_effort(usual, "thorough").tune == 480 and with_effort(usual, "standard").steps == usual.steps
+    with pytest.raises(UsageError, match="one of quick, standard, thorough"):
+        with_effort(usual, "hasty")
+    planned = {e: planned_calls(with_effort(dataclasses.replace(usual, effort=e, points=40), e)) for e in EFFORTS}
+    assert planned["quick"] < 2_000 and planned["standard"] < 20_000 < planned["thorough"]
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """A quick SideNet of the swirl by the command line."""
+    out = tmp_path_factory.mktemp("quick") / "swirl.safetensors"
+    command = ["make", "--backbone", BACKBONE, "--out", str(out), "--effort", "quick", "--nfe", "5,7"]
+    assert main(command) == 0
+    return out, command
+
+
+def test_quick_makes_runs_without_a_network(quick, capsys):
+    """Its errors are far below those of solvers that nothing was fitted for."""
+    out, command = quick
+    sidenet, card = load_sidenet(out)
+    assert sum(p.numel() for p in sidenet.parameters()) < 10_000 and not sidenet.output_conv.weight.any()
+    assert sorted(card.runs) == [5, 7] and all(run.step_weights for run in card.runs.values())
+    errors = {(row["sampler"], row["calls"]): row["error"] for row in card.evaluation["endpoint_error"]}
+    for calls in (5, 7):
+        assert errors["ba_solver", calls] < 0.5 * min(errors["adams_bashforth2", calls], errors["dpmpp_2m", calls])
+    spent = sum(card.training["backbone_calls"].values())
+    settings = MakeSettings(backbone=BACKBONE, out=out, effort="quick", nfe="5,7")
+    assert 0.8 * planned_calls(with_effort(settings, "quick")) < spent <= planned_calls(with_effort(settings, "quick"))
+    assert main(["info", str(out)]) == 0 and "no network" in capsys.readouterr().out
+    assert main([*command, "--resume"]) == 0
+
+
+def test_paths_are_searched_for_the_guided_velocity_alone(quick, tmp_path):
+    chains = tmp_path / "chains"
+    record = ["record", "--backbone", BACKBONE, "--guidance", "2", "--mode", "branch", "--chains", "4", "--starts", "0"]
+    assert main([*record, "--out", str(chains)]) == 0
+    assert open_chains((chains,))[1]["velocity"] == "branch"
+    train = ["train", "--chains", str(chains), "--backbone", BACKBONE, "--out", str(tmp_path / "x.safetensors")]
+    settings = FitSettings(
+        chains=(chains,), backbone=BACKBONE, out=tmp_path / "x.safetensors", grid_nfe="5", grid_search="paths"
+    )
+    with pytest.raises(CheckpointError, match="record with --mode guided"):
+        run_fit(settings)
+    assert main([*train, "--grid-search", "dice"]) == 2

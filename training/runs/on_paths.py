@@ -1,0 +1,119 @@
+"""The times of a run without a search on the model: on the recorded paths, with a few real runs to learn from.
+
+A search that tries every grid on the model costs 30 to 60 samplings of every recorded run. Here grids are tried on a
+stand-in (`stand_in.py`); a few real runs over the first of them tell how the model behaves beside its paths, and the
+second search knows that. What is found is weighted on real runs, as all grids are (`fitting.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ...bas_core.guidance import Field
+from ...bas_core.runs import FittedRun
+from ...bas_core.sidenet import spread_mean
+from ...bas_core.steps import Predictor, StraightLine
+from ..progress import say
+from ..recording.replay import Replay
+from .fitting import WEIGHT_RUNS, Fitting, Runs, fit_run
+from .samplers import endpoint_errors
+from .search import search_times
+from .stand_in import MeanLine, Seen, StandIn, Tracks, seen_by, thinned
+
+# How often real runs are looked at, and how many of them for each number of calls.
+PROBES, PROBED = 2, 5
+ROUNDS = 6
+# No step is shorter than this share of the one before it, but for the last: the stand-in would have two calls at nearly
+# one time, to tell what changes there, and the model does not keep to it so exactly.
+SHORTEST = 0.6
+
+
+def even_enough(times: Tensor) -> bool:
+    """Whether steps shrink no faster than the stand-in can be trusted with."""
+    steps = times.diff().abs()[:-1]
+    return bool((steps[1:] >= SHORTEST * steps[:-1]).all())
+
+
+def on_stand_in(tracks: Tracks, seen: Sequence[Seen], start: float, saves: bool) -> Fitting:
+    """What is fitted on a stand-in, with or without the first call saved."""
+    line = MeanLine(tracks.means) if saves and tracks.means is not None else StraightLine()
+    noise = tracks.chains.states[torch.arange(len(tracks)), torch.zeros(len(tracks), dtype=torch.long)]
+    return Fitting(line, StandIn(tracks, seen).field(), noise, tracks.truth, start)  # type: ignore[arg-type]
+
+
+def search_stand_in(tracks: Tracks, seen: Sequence[Seen], start: float, made: Mapping[int, int]) -> Runs:
+    """The best runs on a stand-in, by number of calls: with the first call saved where that is the better for it.
+
+    Args:
+        tracks, seen: of the stand-in.
+        start: the time that sampling starts from.
+        made: by number of calls, how many a run makes, half ones counted as whole.
+    """
+    found: dict[int, tuple[float, FittedRun]] = {}
+    for saves in (False, True)[: 1 + (tracks.means is not None)]:
+        fitting = on_stand_in(tracks, seen, start, saves)
+        runs = search_times(fitting, list(made.values()), ROUNDS, even_enough)
+        for calls, count in made.items():
+            ends = fit_run(fitting, runs[count].scaled(start))[0]
+            error = endpoint_errors(ends, tracks.truth(torch.zeros(()))).mean().item()
+            if calls in found:
+                other = found[calls][0]
+                say(f"{calls} calls: about {error:.3g} with the first call saved, {other:.3g} with it made.")
+            if calls not in found or error < found[calls][0]:
+                found[calls] = error, runs[count]
+    return {calls: run for calls, (_, run) in found.items()}
+
+
+def watched(field: Field, tracks: Tracks, calls: list[tuple[float, Tensor, Tensor]]) -> Field:
+    """The same field, which notes time, state and velocity of each call, thinned."""
+
+    def evaluate(x: Tensor, t: Tensor, branches: int) -> Tensor:
+        v = field.evaluate(x, t, branches)
+        calls.append((float(t[0]), tracks.thin(x), tracks.thin(v[0])))
+        return v
+
+    return Field(evaluate, field.conditions, field.guidance, field.scale)
+
+
+def probe(tracks: Tracks, replay: Replay, rows: Tensor, runs: Runs, mean: Tensor | None) -> list[Seen]:
+    """Real runs over these times from the recorded noises, and what they saw; the cost is added to `replay.spent`."""
+    line: Predictor = StraightLine() if mean is None else MeanLine(mean)
+    seen = []
+    for run in runs.values():
+        calls: list[tuple[float, Tensor, Tensor]] = []
+        field = watched(replay.field_of(rows), tracks, calls)
+        fitting = Fitting(line, field, replay.noise(rows), lambda t: replay.truth(rows, t), replay.backbone.start)  # type: ignore[arg-type]
+        fit_run(fitting, run.scaled(replay.backbone.start))
+        replay.spent["probes"] += field.calls * len(rows)
+        seen.append(seen_by(tracks, calls))
+    return seen
+
+
+def learn_on_paths(replay: Replay, calls: Sequence[int], mean: Tensor | None) -> Runs:
+    """The best times found for each number of calls.
+
+    Args:
+        replay: recorded guided runs.
+        calls: numbers of them.
+        mean: [C, S, S] of the data, if a first call may be saved by it.
+    """
+    rows = replay.alike(WEIGHT_RUNS)
+    tracks = thinned(replay.chains, rows, 0 if mean is None else mean.shape[-1])
+    pair = replay.field_of(rows[:1]).pair is not None
+    start = replay.backbone.start
+    usual = on_stand_in(tracks, (), start, False)
+    halved = dataclasses.replace(usual, field=replay.field_of(rows[:1])) if pair else usual
+    made = {n: n + halved.halves(n) for n in calls}
+    few = tracks.first(PROBED)
+    with torch.inference_mode():
+        found = search_stand_in(tracks, (), start, made)
+        spread = None if mean is None else spread_mean(mean, replay.backbone.shape).to(replay.backbone.device)
+        seen: list[Seen] = []
+        for _ in range(PROBES):
+            seen += probe(few, replay, rows[:PROBED], found, spread)
+            found = search_stand_in(few, seen, start, made)
+        return found
