@@ -1,6 +1,7 @@
 """Times found on recorded paths: what stands in for the model there, and what comes of it."""
 
 import dataclasses
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -87,9 +88,13 @@ def test_a_first_call_is_saved_where_the_mean_says_it_all(capsys):
     runs = learn_on_paths(known, [2], GAUSSIAN_MEAN)
     assert runs[2].skip_first and runs[2].calls == 2 and len(runs[2].times) == 4
     other = Replay(swirl_backbone(None, None), chains_of(swirl, LABELS, 24), about, Counter())
-    runs = learn_on_paths(other, [4], torch.zeros(2, 4, 4))
-    assert not runs[4].skip_first and runs[4].calls == 4
-    assert "4 calls: about" in capsys.readouterr().out
+    capsys.readouterr()
+    runs = learn_on_paths(other, [3, 4], torch.zeros(2, 4, 4))
+    # What it came to either way is said, and the better is taken.
+    said = re.findall(r"(\d) calls: about (\S+) with the first call saved, (\S+) with it made", capsys.readouterr().out)
+    for calls, saved, made in said[-2:]:
+        run = runs[int(calls)]
+        assert run.skip_first <= (float(saved) <= float(made)) and run.calls == int(calls)
 
 
 def test_steps_that_shrink_too_fast_are_not_trusted():
