@@ -12,6 +12,8 @@ import folder_paths
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 DEMO = "demo (shipped)"
+# Folders of recordings and unfinished work, beside what is made of them.
+MAKING = (".chains", ".run", ".making")
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class ModelFolder:
     def names(self) -> list[str]:
         """What the drop-down list shows; the demo first."""
         try:
-            return [DEMO, *folder_paths.get_filename_list(self.key)]
+            return [DEMO, *filter(_is_whole, folder_paths.get_filename_list(self.key))]
         except OSError as error:  # a folder that may not be read, which must not take the nodes away
             logging.warning(f"BA-solver: the {self.what} files cannot be listed: {error}")
             return [DEMO]
@@ -76,6 +78,11 @@ class ModelFolder:
             return f"{path}:{path.stat().st_mtime_ns}"
         except OSError:
             return f"missing {name}"
+
+
+def _is_whole(name: str) -> bool:
+    """Whether a listed file is none of what lies beside a SideNet while it is made."""
+    return not any(part.endswith(MAKING) for part in Path(name).parent.parts)
 
 
 SIDENETS = ModelFolder(

@@ -92,7 +92,7 @@ def settings_of(one: dict[str, Any]) -> MakeSettings:
         guidance=(float(one["cfg"]),),
         nfe=one["calls"],
         effort=one["effort"],
-        seed=one["seed"],
+        seed=one.get("recording_seed", 1),
         record_batch=one.get("batch", 4),
         **changed,
     )
@@ -108,13 +108,13 @@ def _wanted() -> list[Any]:
         ),
         io.Combo.Input(
             "effort",
-            options=[effort for effort in EFFORTS if effort != "thorough"],
+            options=list(EFFORTS),
             default=QUICK,
             tooltip="quick: the times of the calls and how their results are weighed, without a network; about 1,500 "
-            "model calls. standard: a network too, 3 to 10 % more exact; about 20,000 model calls, and its training.",
+            "model calls. standard: a network too, 3 to 10 % more exact; about 20,000 model calls, and its training. "
+            "thorough: tuned by gradients through the model as well; as much work again four times over.",
         ),
         io.String.Input("name", default="my_sidenet", tooltip="Of the file in output/sidenets."),
-        io.Int.Input("seed", default=1, min=0, max=1_000_000, tooltip="Of the noises."),
     ]
 
 
@@ -123,6 +123,8 @@ def _advanced() -> list[Any]:
         return io.Int.Input(name, default=default, min=0, max=most, optional=True, advanced=True, tooltip=tooltip)
 
     return [
+        # Not "seed": ComfyUI would change that after each run, and the next could not go on with the last.
+        number("recording_seed", 1, 1_000_000, "Of the noises."),
         number("batch", 4, 256, "How many samples go through the model at once, as for a batch of pictures."),
         number("runs", 0, 100_000, "How many runs are recorded; 0 = what the effort says."),
         number("points", 0, 1000, "Model calls of a recorded run, 0 or at least 8; 0 = what the effort says."),

@@ -10,7 +10,7 @@ from comfy_api.v0_0_2 import io
 from ..bas_core.sit import CONVENTIONS
 from . import inputs
 from .folders import DEMO, SITS
-from .models.classes import CLASSES, class_index
+from .models.classes import ALL, CLASSES, class_indices
 from .models.labels import conditioning_of
 from .models.sit_model import read_sit, sit_config
 
@@ -84,9 +84,9 @@ class ClassLabel(io.ComfyNode):
                 io.Model.Input("model", tooltip="The SiT, from Load SiT; it says how many classes there are."),
                 io.Combo.Input(
                     "class_name",
-                    options=list(CLASSES),
+                    options=[*CLASSES, ALL],
                     tooltip="Type to search. 'demo' classes go with the shipped demo, 'ImageNet' classes with public "
-                    "SiT and REPA models.",
+                    "SiT and REPA models. The last entry gives each picture of a batch the next class.",
                 ),
                 io.Int.Input(
                     "index",
@@ -107,5 +107,5 @@ class ClassLabel(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, class_name: str, index: int = -1) -> io.NodeOutput:
         known = sit_config(model).num_classes
-        chosen = class_index(class_name, index, known)
-        return io.NodeOutput(*(conditioning_of(torch.tensor([label])) for label in (chosen, known)))
+        chosen = class_indices(class_name, index, known)
+        return io.NodeOutput(*(conditioning_of(torch.tensor(labels)) for labels in (chosen, [known])))

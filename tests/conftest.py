@@ -11,7 +11,18 @@ os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WOR
 NEEDS_EXTRAS = ("accelerate", "diffusers", "torchdiffeq", "tyro")
 TRAINER_TESTS = [
     f"test_{name}.py"
-    for name in ("backbones_diffusers", "demo", "demo_editing", "fit", "power", "record", "sample", "score", "training")
+    for name in (
+        "backbones_diffusers",
+        "demo",
+        "demo_editing",
+        "fit",
+        "on_paths",
+        "power",
+        "record",
+        "sample",
+        "score",
+        "training",
+    )
 ]
 
 missing = [name for name in NEEDS_EXTRAS if find_spec(name) is None]

@@ -39,6 +39,7 @@ NODES = {
     "BASolverEdit",
     "BASolverCompare",
     "BASolverPromptLines",
+    "BASolverMakeSideNet",
 }
 WORKFLOWS = sorted(path.stem.removesuffix("_api") for path in (ROOT / "tests" / "workflows").glob("*_api.json"))
 EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))

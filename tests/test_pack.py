@@ -31,16 +31,17 @@ def own_ids():
 
 def test_node_ids_are_literal_and_unique_and_documented():
     ids = own_ids()
-    assert len(ids) == len(set(ids)) == 11
+    assert len(ids) == len(set(ids)) == 12
     assert {p.stem for p in (ROOT / "web" / "docs").glob("*.md")} == set(ids)
     assert set(json.loads((ROOT / "locales" / "en" / "nodeDefs.json").read_text())) == set(ids)
 
 
-def test_zip_holds_the_pack_and_its_help_and_not_the_trainer():
+def test_zip_holds_the_pack_and_its_help_and_not_the_command_line():
     files = packed_files(ROOT)
     assert {name.split("/")[0] for name in files if "/" in name} == {
-        "bas_core", "example_workflows", "locales", "nodes", "subgraphs", "web", "weights",
+        "bas_core", "example_workflows", "locales", "nodes", "subgraphs", "training", "web", "weights",
     }  # fmt: skip
+    assert not files & {"training/cli.py", "training/backbones/diffusers.py", "training/demo/assets.py"}
     for name in ("web/docs/BASolverSampler.md", "weights/demo_sit.safetensors", "nodes/models/imagenet_classes.txt"):
         assert name in files
     assert sum((ROOT / name).stat().st_size for name in files) < 12e6

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from comfyui import packed_files
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [
@@ -74,14 +75,14 @@ ORDERS = {
         ("network",),
         ("runs",),
         ("measuring", "drawing"),
-        ("demo", "train", "make", "sample"),
+        ("demo", "train", "efforts", "make", "sample"),
         ("cli",),
     ),
     "nodes": (
         ("models",),
         ("sampling",),
-        ("editing", "comparing"),
-        ("compare_nodes", "edit_nodes", "sampling_nodes", "sidenet_nodes", "sit_nodes", "ksampler"),
+        ("editing", "comparing", "making"),
+        ("compare_nodes", "edit_nodes", "make_nodes", "sampling_nodes", "sidenet_nodes", "sit_nodes", "ksampler"),
     ),
 }
 
@@ -167,3 +168,25 @@ def test_the_readmes_example_runs():
 
 def test_shipped_weights_are_small():
     assert sum(p.stat().st_size for p in (ROOT / "weights").iterdir()) <= 12e6
+
+
+def test_what_makes_sidenets_in_comfyui_needs_no_more_than_comfyui_has():
+    """From the zip's files alone, without the libraries of the command line."""
+    blocked = ["accelerate", "tyro", "tomli", "matplotlib", "tensorboard", "diffusers", "torchdiffeq", "scipy"]
+    code = f"""
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Block())
+import ba_solver.training.make, ba_solver.training.efforts
+print(sorted(name for name in sys.modules if name.startswith("ba_solver.training")))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=False)
+    assert done.returncode == 0, done.stderr
+    shipped = {
+        name.removesuffix(".py").replace("/", ".") for name in packed_files(ROOT) if name.startswith("training/")
+    }
+    used = {name.removeprefix("ba_solver.") for name in ast.literal_eval(done.stdout)} - {"training"}
+    assert used <= shipped | {name.removesuffix(".__init__") for name in shipped}

@@ -3,6 +3,12 @@
 import pytest
 import torch
 from ba_solver.bas_core import FittedRun, Guidance, get_rule, solve
+from ba_solver.bas_core.grids import time_grid
+from ba_solver.bas_core.guidance import Field
+from ba_solver.bas_core.step_weights import row_length
+from ba_solver.bas_core.steps import StraightLine
+from ba_solver.training.network.memory import passes_within, saved_bytes
+from ba_solver.training.recording.replay import recomputed
 from ba_solver.training.runs.fitting import Fitting, fit_run
 from ba_solver.training.runs.tuning import TunedRun
 from checks import guided_field
@@ -90,3 +96,29 @@ def test_the_first_time_stays_and_the_others_fall():
     times = run.times()
     assert (times.diff() < 0).all()
     torch.testing.assert_close(times[[0, 1, -1]], torch.tensor([1.0, 0.93, 0.0], dtype=torch.float64))
+
+
+def test_gradients_are_those_of_the_whole_run_at_the_memory_of_its_states():
+    """Calls are made again on the way back: the same gradients to the last bit, and activations are not kept."""
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(4, 2048), torch.nn.Tanh(), torch.nn.Linear(2048, 4))
+    network.requires_grad_(False)
+    x, times = torch.randn(3, 2, 4, 4), time_grid(6).tolist()
+
+    def field():
+        return Field(lambda x, t, count: (network(x) * (1 + t.view(-1, 1, 1, 1)))[None])
+
+    kept, gradients = [], []
+    for make in (field, lambda: recomputed(field())):
+        run = TunedRun(FittedRun(times, [[0.01] * row_length(row) for row in range(11)]))
+        loss = lambda make=make, run=run: run(make(), x, StraightLine(), 1.0, RULE).square().sum()  # noqa: E731
+        kept.append(saved_bytes(loss))
+        loss().backward()
+        gradients.append([parameter.grad for parameter in run.parameters()])
+    assert kept[1] < 0.2 * kept[0]
+    assert all(map(torch.equal, *gradients)) and sum(gradient.any() for gradient in gradients[0]) > 10
+
+
+def test_a_batch_is_split_as_memory_asks():
+    assert passes_within(128, 1.0, 1000) == 1 and passes_within(128, 10.0, 1000) == 4
+    assert passes_within(12, 1e9, 10) == 12

@@ -14,11 +14,6 @@ import torch
 
 from ..bas_core.files import CheckpointError, read_user_text, write_atomically
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 S = TypeVar("S")
 
 
@@ -70,6 +65,11 @@ def _check_known(unknown: Sequence[str], valid: set[str], what: str, where: str)
 
 def _toml_flags(path: Path, valid: set[str], program: str) -> list[str]:
     """The file as flags, so that types are checked in one place."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+
     if not path.is_file():
         raise UsageError(f"--config {path}: there is no such file.")
     try:

@@ -165,10 +165,10 @@ def fit(job: Job) -> SideNet:
         sidenet = job.within(lambda: rolled_stage(job, begun, "closed_loop", training.closed_loop, interval_loss))
     if training.end_point:
         rolled = sidenet
-        sidenet = job.within(lambda: rolled_stage(job, rolled, "end_point", training.end_point, end_point_loss))
+        sidenet = job.within(lambda: rolled_stage(job, rolled, "end_point", training.end_point, end_point_loss), True)
     sidenet = sidenet.eval().requires_grad_(False)
     if job.runs:
-        job.runs = job.within(lambda: finish_runs(job, sidenet))
+        job.runs = job.within(lambda: finish_runs(job, sidenet), gradients=bool(training.tune))
     return sidenet
 
 

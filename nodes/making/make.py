@@ -18,7 +18,7 @@ from ...bas_core.files import write_text
 from ...training.efforts import CHECKED, with_effort
 from ...training.make import MakeSettings, planned_calls
 from ...training.progress import Listener, listening, say
-from ...training.recording.record import record
+from ...training.recording.record import check_recording, record
 from ...training.recording.shards import shard_bytes
 from ...training.settings import UsageError, plain, prepare_folder, shareable
 from ...training.train import train_from
@@ -169,12 +169,14 @@ def make(
     if finished(settings.out, settings):
         told.line("This SideNet is there already; nothing was to be done.")
         return load_sidenet(settings.out)[1]
+    settings.check()
     prepare_folder(settings.out.parent, "The folder")
-    remember(settings.out, settings)
     clock = Clock(planned_calls(settings), told)
     # Nodes run in inference mode, and what is made there cannot be trained on.
     with torch.inference_mode(False), torch.enable_grad(), listening(Listener(told.line, clock.step)):
         backbone = open_model(model, positives, negative, settings.guidance[0], latent, clock.called)
+        check_recording(settings, backbone)
+        remember(settings.out, settings)
         say(plan_text(settings, clock.planned, backbone))
         return work(settings, backbone)
 

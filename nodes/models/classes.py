@@ -19,6 +19,19 @@ CLASSES: dict[str, tuple[int, int]] = {
 }
 
 
+# What the list shows for one picture of each class.
+ALL = "all classes, one a picture"
+
+
+def class_indices(entry: str, index: int, known: int) -> list[int]:
+    """The classes of the pictures of a batch, in turn: one for all of them, or every class of the model.
+
+    Raises:
+        ValueError: see `class_index`.
+    """
+    return list(range(known)) if entry == ALL and index < 0 else [class_index(entry, index, known)]
+
+
 def class_index(entry: str, index: int, known: int) -> int:
     """The class to draw: `index` if it is not negative, else the list's entry.
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,17 @@ from ..settings import UsageError
 
 Velocity = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 Combine = Callable[[Tensor, Tensor, float], Tensor]
+
+
+class Within(Protocol):
+    """Does work that calls a model, where the model can be called; with gradients through it, if they are asked for."""
+
+    def __call__(self, work: Callable[[], Any], gradients: bool = False) -> Any: ...
+
+
+def work_here(work: Callable[[], Any], gradients: bool = False) -> Any:
+    """For models that can be called anywhere."""
+    return work()
 
 
 @dataclass(frozen=True)
@@ -42,8 +53,7 @@ class Backbone:
         encode: images [B, 3, H, W] in [0, 1] to states, or None.
         pixels_per_latent: along a side.
         conditions_digest: tells one list of conditions from another, where the settings do not name them.
-        within: does work that calls the model, for models that can be called in the midst of another program's sampling
-            only.
+        within: does work that calls the model; some can be called in the midst of another program's sampling only.
         make_room: takes the model off the device for as long as it is not called, and tells how many bytes are free
             there; None = not known.
     """
@@ -66,7 +76,7 @@ class Backbone:
     encode: Callable[[Tensor], Tensor] | None = None
     pixels_per_latent: int = 1
     conditions_digest: str = ""
-    within: Callable[[Callable[[], Any]], Any] = lambda work: work()
+    within: Within = work_here
     make_room: Callable[[], int | None] = lambda: None
 
     @property

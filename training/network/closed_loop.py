@@ -20,7 +20,7 @@ from ...bas_core.quadrature import Rule
 from ...bas_core.runs import run_over
 from ...bas_core.solver import make_plan, solve
 from ...bas_core.steps import Anchor, knows_mean, probe, refine
-from ..recording.replay import Replay
+from ..recording.replay import RecomputedSideNet, Replay
 from .loop import Share
 
 # Share of the states' mean square that is added to the line's error; see `losses.RELATIVE_FLOOR`.
@@ -103,4 +103,4 @@ def end_point_loss(sidenet: nn.Module, rollout: Rollout, step_generator: torch.G
     with torch.no_grad():
         line = solve(field, None, noise, grid, rule=rollout.rule)
     run = run_over(grid, knows_mean=knows_mean(sidenet))
-    return relative(solve(field, sidenet, noise, run, rule=rollout.rule), line, truth)
+    return relative(solve(field, RecomputedSideNet(sidenet), noise, run, rule=rollout.rule), line, truth)

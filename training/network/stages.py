@@ -101,9 +101,9 @@ class Job:
             raise UsageError("This stage needs the backbone; give --backbone.")
         return Replay(self.backbone, chains, self.about, self.spent)
 
-    def within(self, work: Callable[[], Result]) -> Result:
+    def within(self, work: Callable[[], Result], gradients: bool = False) -> Result:
         """Do work that calls the backbone, where the backbone wants it done."""
-        return work() if self.backbone is None else self.backbone.within(work)
+        return work() if self.backbone is None else self.backbone.within(work, gradients)
 
     def rollout(self, chains: Chains) -> Rollout:
         """What the closed-loop stages roll: the runs' own times, or else some of the family.

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ...bas_core.guidance import Field
 from ..backbones import Backbone
@@ -15,6 +16,39 @@ from .chains import Chains
 
 # Held-out runs that the stages with the backbone in the loop are scored on.
 SCORED_RUNS = 16
+
+
+def recomputed(field: Field) -> Field:
+    """A field that keeps nothing for the backward pass but the states it was called with, and is called again there.
+
+    So a run with gradients takes the memory of one call, whatever the number of its calls.
+    """
+
+    def evaluate(x: Tensor, t: Tensor, branches: int) -> Tensor:
+        if not torch.is_grad_enabled():
+            return field.evaluate(x, t, branches)
+        found: Tensor = checkpoint(field.evaluate, x, t, branches, use_reentrant=False, preserve_rng_state=False)
+        return found
+
+    apart = None if field.branches is None else recomputed(field.branches)
+    return Field(evaluate, field.conditions, field.guidance, field.scale, apart)
+
+
+class RecomputedSideNet:
+    """A SideNet that keeps nothing for the backward pass but what it was called with; its weights may be trained."""
+
+    def __init__(self, sidenet: Any) -> None:
+        self.sidenet = sidenet
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.sidenet, name)
+
+    def __call__(self, **inputs: Any) -> Tensor:
+        """See `SideNet.forward`."""
+        if not torch.is_grad_enabled():
+            return self.sidenet(**inputs)
+        found: Tensor = checkpoint(self.sidenet, use_reentrant=False, preserve_rng_state=False, **inputs)
+        return found
 
 
 @dataclass(frozen=True)
@@ -47,7 +81,7 @@ class Replay:
         """The field that rows of chains were recorded from."""
         scale = float(self.chains.scales[rows[0]]) if self.chains.scales is not None else self.about["guidance"][0]
         interval = tuple(self.about["guidance_interval"])
-        return self.backbone.field(self.chains.labels[rows], scale, interval, self.about["velocity"])
+        return recomputed(self.backbone.field(self.chains.labels[rows], scale, interval, self.about["velocity"]))
 
     def truth(self, rows: Tensor, t: Tensor) -> Tensor:
         """Recorded states at time t, on the backbone's device."""

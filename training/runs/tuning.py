@@ -2,7 +2,7 @@
 
 Least squares brings every state of a run near the path; what counts is the last one. A run has some hundred numbers at
 most, so that some hundred steps on recorded runs find better ones and learn none of the runs by heart.
-Gradients pass through all calls of the backbone: each keeps its activations, and takes about three times as long.
+Gradients pass through all calls of the backbone: each is made again on the way back, and takes four times as long.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ...bas_core.sidenet import SideNet
 from ...bas_core.solver import solve
 from ..network.loop import LoopSettings, Numbers, Share, train
 from ..progress import PROCESSES, say
-from ..recording.replay import SCORED_RUNS, Replay
+from ..recording.replay import SCORED_RUNS, RecomputedSideNet, Replay
 from .samplers import endpoint_errors
 
 # Runs a step: the fewer, the more steps the same calls buy. On the demo 640 runs of 7 calls come to an error of
@@ -82,7 +82,7 @@ class TunedRun(nn.Module):
         with warnings.catch_warnings():
             # The solver asks times for their value to decide by, which is meant.
             warnings.filterwarnings("ignore", "Converting a tensor with requires_grad=True to a scalar")
-            return solve(field, sidenet, noise, self.run().scaled(start), rule=rule)
+            return solve(field, RecomputedSideNet(sidenet), noise, self.run().scaled(start), rule=rule)
 
 
 def tune(

@@ -1,0 +1,377 @@
+"""Make SideNet in real ComfyUI: all efforts, what rides on a MODEL, interruption, and what it leaves behind."""
+
+import errno
+from pathlib import Path
+
+import comfyui
+import pytest
+import torch
+
+comfyui.require()
+
+import comfy.model_management
+import comfy.model_sampling
+import comfy.sample
+import comfy.samplers
+import comfy_models as models
+import folder_paths
+from ba_solver.bas_core import load_sidenet
+from ba_solver.nodes.folders import DEMO, SIDENETS, SITS
+from ba_solver.nodes.make_nodes import MakeSideNet
+from ba_solver.nodes.making import backbone as opening
+from ba_solver.nodes.making.make import check_name
+from ba_solver.nodes.making.prompts import digest_of, each_alone
+from ba_solver.nodes.models.fit import doubts, facts_of, misfits
+from ba_solver.nodes.models.identity import identity_of
+from ba_solver.nodes.models.labels import conditioning_of
+from ba_solver.nodes.sidenet_nodes import ApplySideNet, LoadSideNet
+from ba_solver.nodes.sit_nodes import ClassLabel, LoadSiT
+from ba_solver.training.efforts import EFFORTS
+from ba_solver.training.make import MakeSettings, run_make
+from ba_solver.training.recording import record as recording
+from ba_solver.training.recording.chains import open_chains
+from ba_solver.training.runs import on_paths, samplers
+
+pytestmark = pytest.mark.comfyui
+
+CALLS = "4"
+
+
+@pytest.fixture(autouse=True)
+def as_in_comfyui(tmp_path, monkeypatch):
+    """Nodes run in inference mode; and what takes minutes is asked for less."""
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path / "output"))
+    for module, name, fewer in (
+        (on_paths, "ROUNDS", 1),
+        (on_paths, "PROBES", 1),
+        (samplers, "SEARCH_SHIFTS", (1.0, 2.0)),
+        (samplers, "SEARCH_COSINES", (0.15,)),
+        (samplers, "SEARCH_REFINEMENTS", 1),
+    ):
+        monkeypatch.setattr(module, name, fewer)
+    for effort, fewer in (("standard", {}), ("thorough", {"tune": 2})):
+        monkeypatch.setitem(EFFORTS, effort, {**EFFORTS[effort], "starts": 4, "batch": 8, **fewer})
+    with torch.inference_mode():
+        yield
+
+
+def made(model, positive, latent, **changes):
+    """The node's outputs."""
+    given = {"cfg": 1.0, "calls": CALLS, "effort": "quick", "name": "mine", "batch": 3, "runs": 6, "points": 9}
+    given |= {"training_steps": 2, "learning_rate": 1e-3, "recording_seed": 1, **changes}
+    one = {name: [value] for name, value in given.items()}
+    return MakeSideNet.execute(model=[model], positive=positive, latent_image=[{"samples": latent}], **one).result
+
+
+def sidenet_file(name="mine"):
+    return Path(folder_paths.get_output_directory()) / "sidenets" / f"{name}.safetensors"
+
+
+@pytest.fixture(scope="module")
+def demo():
+    with torch.inference_mode():
+        return LoadSiT.execute(DEMO).result[0]
+
+
+def classes(demo):
+    """Every class of the demo, one a picture, and none."""
+    return ClassLabel.execute(demo, "all classes, one a picture").result
+
+
+def made_on_demo(demo, **changes):
+    positive, null = classes(demo)
+    return made(demo, [positive], torch.zeros(1, 3, 32, 32), negative=null, cfg=2.0, **changes)
+
+
+def sampled(model, latent, positive, negative, sigmas, cfg, name="euler", seed=3):
+    noise = comfy.sample.prepare_noise(latent, seed)
+    sampler = comfy.samplers.sampler_object(name)
+    return comfy.sample.sample_custom(model, noise, cfg, sampler, sigmas, positive, negative, latent, disable_pbar=True)
+
+
+# --- the demo --------------------------------------------------------------------------------------------------------
+
+
+def test_it_makes_what_the_command_line_makes(demo, tmp_path):
+    """The same recording, times and weights: one way to them, whether ComfyUI or the trainer calls the model."""
+    sidenet, report, text = made_on_demo(demo)
+    settings = MakeSettings(
+        backbone=f"sit:{SITS.demo}", guidance=(2.0,), out=tmp_path / "x.safetensors", effort="quick", nfe=CALLS,
+        chains=6, points=9, record_batch=3,
+    )  # fmt: skip
+    with torch.inference_mode(False):
+        run_make(settings)
+    ours, theirs = load_sidenet(sidenet_file())[1], load_sidenet(settings.out)[1]
+    assert ours.backbone["fingerprint"] == theirs.backbone["fingerprint"]
+    assert ours.training["backbone_calls"] == theirs.training["backbone_calls"]
+    assert ours.runs[4].times == pytest.approx(theirs.runs[4].times, abs=1e-6)
+    errors = [[row["error"] for row in card.evaluation["endpoint_error"]] for card in (ours, theirs)]
+    assert errors[0] == pytest.approx(errors[1], rel=0.01)
+    assert report.shape[0] == 1 and report.max() == 1 and "no network" in text and "BA-solver error" in text
+    assert sidenet.card.runs == ours.runs
+
+
+def test_its_sidenet_samples_nearer_than_multistep(demo):
+    """With more runs than the other tests ask for, on noises that it has not seen."""
+    sidenet = made_on_demo(demo, runs=14, points=20, calls="5")[0]
+    positive, null = classes(demo)
+    model, latent = ApplySideNet.execute(demo, sidenet).result[0], torch.zeros(10, 3, 32, 32)
+    from ba_solver.nodes.sampling_nodes import BAScheduler
+
+    exact = sampled(demo, latent, positive, null, torch.linspace(1, 0, 101), 2.0, "heun")
+    grid = BAScheduler.execute(model, 5, 1.0).result[0]
+    ours = sampled(model, latent, positive, null, grid, 2.0, "ba_solver")
+    multistep = sampled(demo, latent, positive, null, torch.linspace(1, 0, 6), 2.0, "ipndm")
+    ours, multistep = ((x - exact).square().mean().sqrt() for x in (ours, multistep))
+    assert ours < 0.7 * multistep
+
+
+def test_recordings_are_not_listed_as_sidenets(demo, monkeypatch):
+    made_on_demo(demo)
+    monkeypatch.setitem(
+        folder_paths.folder_names_and_paths, "sidenets", ([str(sidenet_file().parent)], {".safetensors"})
+    )
+    folder_paths.filename_list_cache.clear()
+    assert SIDENETS.names() == [DEMO, "mine.safetensors"]
+    assert LoadSideNet.execute("mine.safetensors").result[0].card.runs
+
+
+# --- every kind of model ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("effort", list(EFFORTS))
+@pytest.mark.parametrize("name", [*models.NAMES, "one frame"])
+def test_every_kind_of_model_gets_a_sidenet(name, effort):
+    """Two prompts, guided as that kind is; then it samples with what it got."""
+    kind = "wan" if name == "one frame" else name
+    shape = (16, 1, 8, 8) if name == "one frame" else models.TINY[kind].latent
+    model, cfg = models.make_model(kind), 1.0 if kind in ("flux", "wan") else 3.0
+    positives = [models.text(kind, seed) for seed in (0, 1)]
+    for positive in positives if kind == "flux" else ():
+        positive[0][1]["guidance"] = 2.5
+    negative = models.text(kind, 2)
+    sidenet = made(model, positives, torch.zeros(1, *shape), negative=negative, cfg=cfg, effort=effort)[0]
+    assert sidenet.card.guidance_range == ((2.5, 2.5) if kind == "flux" else (cfg, cfg))
+    assert sidenet.card.backbone["kind"] == type(model.model).__name__.lower()
+    assert bool(sidenet.network.output_conv.weight.any()) == (effort != "quick")
+    applied = ApplySideNet.execute(model, sidenet).result[0]
+    assert not doubts(sidenet, facts_of(model))
+    from ba_solver.nodes.sampling_nodes import BAScheduler
+
+    grid = BAScheduler.execute(applied, 4, 1.0).result[0]
+    end = sampled(applied, torch.zeros(2, *shape), positives[0], negative, grid, cfg, "ba_solver")
+    assert end.shape == (2, *shape) and end.isfinite().all()
+
+
+# --- what rides on the MODEL and on the conditioning -----------------------------------------------------------------
+
+
+def with_lora(model, strength=1.0):
+    clone = model.clone()
+    generator = torch.Generator().manual_seed(9)
+    patches = {
+        key: ("diff", (0.2 * torch.randn(value.shape, generator=generator),))
+        for key, value in model.model.state_dict().items()
+        if key.endswith("weight") and value.ndim == 2
+    }
+    clone.add_patches(patches, strength)
+    return clone
+
+
+def with_shift(model):
+    clone = model.clone()
+    sampling = comfy.model_sampling.ModelSamplingDiscreteFlow(model.model.model_config)
+    sampling.set_parameters(shift=5.0)
+
+    class Shifted(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
+        pass
+
+    shifted = Shifted(model.model.model_config)
+    shifted.set_parameters(shift=5.0)
+    clone.add_object_patch("model_sampling", shifted)
+    return clone
+
+
+def with_patch(model):
+    clone = model.clone()
+    clone.set_model_unet_function_wrapper(lambda apply, a: 0.9 * apply(a["input"], a["timestep"], **a["c"]))
+    return clone
+
+
+def with_rescaled_cfg(model):
+    clone = model.clone()
+    clone.set_model_sampler_cfg_function(lambda a: a["uncond"] + 0.5 * a["cond_scale"] * (a["cond"] - a["uncond"]))
+    return clone
+
+
+def with_area(positive):
+    area = {"area": (4, 4, 0, 0), "strength": 1.0, "set_area_to_bounds": False}
+    return [[text, {**more, **area}] for text, more in positive]
+
+
+RIDERS = {
+    "nothing": lambda m, p: (m, p),
+    "LoRA": lambda m, p: (with_lora(m), p),
+    "shift": lambda m, p: (with_shift(m), p),
+    "wrapper": lambda m, p: (with_patch(m), p),
+    "rescaled CFG": lambda m, p: (with_rescaled_cfg(m), p),
+    "areas in one prompt": lambda m, p: (m, [p[0], with_area(p[1]) + p[0]]),
+}
+
+
+@pytest.mark.parametrize("rider", list(RIDERS))
+def test_what_is_recorded_is_what_comfyui_samples_by(rider, demo):
+    """The first velocity of each run is that of a step of ComfyUI's own Euler with that prompt alone."""
+    plain = models.make_model("sd3")
+    model, positives = RIDERS[rider](plain, [models.text("sd3", seed) for seed in (0, 1)])
+    negative = models.text("sd3", 2)
+    made(model, positives, torch.zeros(1, 16, 8, 8), negative=negative, cfg=3.0, batch=6)
+    chains, about = open_chains((sidenet_file().with_suffix(".chains"),))
+    assert (about["shift"] == pytest.approx(5.0)) == (rider == "shift")
+    others = []
+    for run in range(4):
+        noise, velocity = chains.states[run][0], chains.velocities[run][0]
+        positive = positives[int(chains.labels[run])]
+        sigmas, sampler = torch.tensor([1.0, 0.75]), comfy.samplers.sampler_object("euler")
+        end = comfy.sample.sample_custom(
+            model, noise[None], 3.0, sampler, sigmas, positive, negative, torch.zeros(1, 16, 8, 8), disable_pbar=True
+        )
+        # ComfyUI takes what it returns for an image, and divides by one minus sigma.
+        expected = (noise - 0.25 * model.model.process_latent_in(end)[0]) / 0.25
+        torch.testing.assert_close(velocity, expected, atol=2e-4, rtol=1e-3)
+        others.append((velocity - noise).std())
+    assert min(others) > 0.1
+
+
+def test_fp8_weights_and_operations_of_another_loader():
+    """Through ComfyUI's own casting, and through a loader's layers that dequantise as GGUF packs do."""
+    model = models.make_model("sd3")
+    for parameter in model.model.diffusion_model.parameters():
+        if parameter.ndim == 2:
+            parameter.data = parameter.data.to(torch.float8_e4m3fn)
+    for module in model.model.diffusion_model.modules():
+        if hasattr(module, "comfy_cast_weights"):
+            module.comfy_cast_weights = True
+    before = {name: value.dtype for name, value in model.model.state_dict().items()}
+    for effort in ("quick", "thorough"):
+        sidenet = made(model, [models.text("sd3", 0)], torch.zeros(1, 16, 8, 8), effort=effort, name=effort)[0]
+        assert sidenet.card.runs
+    assert {name: value.dtype for name, value in model.model.state_dict().items()} == before
+
+
+# --- interruption, and everything that goes wrong --------------------------------------------------------------------
+
+
+def interrupt_after(monkeypatch, calls):
+    """ComfyUI's Cancel at a model call."""
+    made_calls, intact = [], comfy.model_management.throw_exception_if_processing_interrupted
+
+    def throw():
+        made_calls.append(1)
+        if len(made_calls) == calls:
+            raise comfy.model_management.InterruptProcessingException
+
+    monkeypatch.setattr(comfy.model_management, "throw_exception_if_processing_interrupted", throw)
+    return lambda: monkeypatch.setattr(comfy.model_management, "throw_exception_if_processing_interrupted", intact)
+
+
+@pytest.mark.parametrize("effort", list(EFFORTS))
+def test_cancelled_and_gone_on_with_it_is_the_same_to_the_bit(demo, effort, monkeypatch):
+    whole = made_on_demo(demo, effort=effort, name="whole")[0]
+    points = (15, 40, 70) if effort == "quick" else (40, 110, 150)
+    for calls in points:
+        undo = interrupt_after(monkeypatch, calls)
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            made_on_demo(demo, effort=effort)
+        undo()
+    again = made_on_demo(demo, effort=effort)[0]
+    assert again.card.runs == whole.card.runs
+    for one, other in zip(again.network.state_dict().values(), whole.network.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+    # A second time in one session: it is there already.
+    monkeypatch.setattr(recording, "record_shard", None)
+    assert made_on_demo(demo, effort=effort)[0].card.runs == whole.card.runs
+
+
+def test_what_cannot_be_done_is_said_in_a_sentence(demo, monkeypatch):
+    positive, null = classes(demo)
+    latent = torch.zeros(1, 3, 32, 32)
+    for changes, words in (
+        ({"name": "../mine"}, "without folders"),
+        ({"name": " "}, "that of a file"),
+        ({"calls": "five"}, "whole numbers"),
+        ({"points": 3}, "points must be at least 8"),
+        ({"negative": None}, "needs a negative"),
+    ):
+        given = {"negative": null, "cfg": 2.0, **changes}
+        given = {name: value for name, value in given.items() if value is not None}
+        with pytest.raises(ValueError, match=words):
+            made(demo, [positive], latent, **given)
+    made_on_demo(demo)
+    with pytest.raises(ValueError, match=r"already, made with other settings .nfe was '4', now '5'"):
+        made_on_demo(demo, calls="5")
+
+    def full(*given):
+        raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recording, "save_shard", full)
+        with pytest.raises(
+            ValueError, match=r"No space left on device: somewhere. Make room .*What was recorded stays"
+        ):
+            made_on_demo(demo, name="other")
+    assert made_on_demo(demo, name="other")[0].card.runs
+    assert check_name("a.safetensors") == "a"
+
+
+def test_a_model_that_returns_nan_says_so_and_leaves_nothing_broken(demo):
+    broken = demo.clone()
+    broken.set_model_unet_function_wrapper(lambda apply, a: apply(a["input"], a["timestep"], **a["c"]) / 0)
+    with pytest.raises(ValueError, match=r"NaN or infinity.*What was recorded stays"):
+        made_on_demo(broken)
+    assert not sidenet_file().exists()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_gradient_state_is_left_behind(demo, fails, monkeypatch):
+    """Weights are what they were, object for object, also after an exception; and ComfyUI's inference mode is back."""
+    network = demo.model.diffusion_model
+    before = {name: (id(value), value.requires_grad) for name, value in network.named_parameters()}
+    if fails:
+        monkeypatch.setattr("ba_solver.training.train.tune", lambda *given: 1 / 0)
+        with pytest.raises(ValueError, match="division by zero"):
+            made_on_demo(demo, effort="thorough")
+    else:
+        made_on_demo(demo, effort="thorough")
+    assert {name: (id(value), value.requires_grad) for name, value in network.named_parameters()} == before
+    assert all(value.grad is None for value in network.parameters()) and torch.is_inference_mode_enabled()
+
+
+def test_models_are_known_by_their_weights():
+    """This very model, a relative, another."""
+    model = models.make_model("sd3")
+    sidenet = made(model, [models.text("sd3", 0)], torch.zeros(1, 16, 8, 8))[0]
+    assert doubts(sidenet, facts_of(model)) == doubts(sidenet, facts_of(models.make_model("sd3"))) == []
+    (lora,) = doubts(sidenet, facts_of(with_lora(model)))
+    assert "this very model, but with other things on it" in lora
+    (other,) = doubts(sidenet, facts_of(models.make_model("sd3", seed=1)))
+    assert "has other weights" in other
+    assert any("was made for SD3" in reason for reason in misfits(sidenet, facts_of(models.make_model("flux"))))
+    assert identity_of(with_lora(model)) == identity_of(with_lora(model)) != identity_of(with_lora(model, 0.5))
+
+
+def test_prompts_are_told_apart():
+    first, second = models.text("sd3", 0), models.text("sd3", 1)
+    assert digest_of([first]) == digest_of([models.text("sd3", 0)]) != digest_of([second])
+    assert digest_of([first, second]) != digest_of([second, first])
+    labels = each_alone([conditioning_of(torch.tensor([3, 5])), first])
+    assert len(labels) == 3 and labels[1][0][1]["class_label"].tolist() == [5]
+
+
+def test_weights_share_their_memory_with_their_twins(demo):
+    network = demo.model.diffusion_model
+    whole = dict(network.named_parameters())
+    with opening.gradients_through(network):
+        for name, twin in network.named_parameters():
+            assert not twin.is_inference() and not twin.requires_grad and twin.data_ptr() == whole[name].data_ptr()
+            assert torch.equal(twin, whole[name])
