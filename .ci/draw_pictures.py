@@ -40,10 +40,16 @@ DRAWN = {
     ],
 }
 # Those that need a user's model files show their graph.
-GRAPHS = {"flux": "FLUX", "sd3": "SD 3.5", "wan_video": "Wan 2.1 video", "edit_flux": "FLUX, edited"}
+GRAPHS = {
+    "flux": "FLUX",
+    "sd3": "SD 3.5",
+    "wan_video": "Wan 2.1 video",
+    "edit_flux": "FLUX, edited",
+    "make_sidenet_flux": "SideNet for FLUX",
+}
 
 # One that needs none shows its graph after a run, its right end.
-RUN_GRAPHS = {"compare": "Compare"}
+RUN_GRAPHS = {"compare": "Compare", "make_sidenet": "SideNet made here"}
 
 
 def label(picture, text, place=(8, 8)):

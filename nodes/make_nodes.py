@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import comfy.sample
 import comfy.utils
 import folder_paths
+import torch
 from comfy_api.v0_0_2 import io, ui
+from PIL import Image
+from torch import Tensor
 
 from ..training.efforts import EFFORTS, QUICK
 from ..training.make import MakeSettings
 from .folders import SIDENETS
 from .making.make import Told, check_name, in_words, make
 from .models.attach import read_sidenet
-from .report import error_curves, error_plot, report
+from .report import error_curves, error_plot, report, training_curves
 from .say import tell
 from .sidenet_nodes import SideNetLink
 
@@ -63,7 +67,7 @@ class MakeSideNet(io.ComfyNode):
             raise ValueError("SideNets are for images and videos; this latent holds audio.")
         settings = settings_of(one)
         bar = comfy.utils.ProgressBar(BAR)
-        where = Told(tell, lambda share: bar.update_absolute(round(BAR * share)))
+        where = Told(tell, lambda share: bar.update_absolute(round(BAR * share)), lambda history: preview(bar, history))
         try:
             card = make(model, given["positive"], one.get("negative"), latent, settings, where)
         except Exception as error:
@@ -72,11 +76,44 @@ class MakeSideNet(io.ComfyNode):
                 raise
             raise ValueError(words) from error
         bar.update_absolute(BAR)
+        tell(summary(card.evaluation))
         sidenet = read_sidenet(settings.out, settings.out.name)
-        plot = error_plot(error_curves(card.evaluation))
+        plot = plots(settings.out, card.evaluation)
         text = report(settings.out.name, sidenet.network.config, card)
         shown = {**ui.PreviewText(text).as_dict(), **ui.PreviewImage(plot, cls=cls).as_dict()}
         return io.NodeOutput(sidenet, plot, text, ui=shown)
+
+
+def preview(bar: Any, history: list[dict[str, float]]) -> None:
+    """Show on the node how a training goes."""
+    pixels = training_plot(history)[0]
+    picture = Image.fromarray((pixels * 255).round().to(torch.uint8).numpy())
+    bar.update_absolute(bar.current, preview=("JPEG", picture, max(picture.size)))
+
+
+def training_plot(history: list[dict[str, float]]) -> Tensor:
+    """An IMAGE of loss and held-out residual variance."""
+    return error_plot(training_curves(history), "step", "loss, and residual variance left (1 = a straight line)")
+
+
+def plots(path: Path, evaluation: dict[str, Any]) -> Tensor:
+    """An IMAGE of the errors, and one of the training where there was one."""
+    found = [error_plot(error_curves(evaluation))]
+    log = path.with_suffix(".run") / "all_pairs_log.json"
+    if log.exists():
+        found.append(training_plot(json.loads(log.read_text(encoding="utf-8"))))
+    return torch.cat(found)
+
+
+def summary(evaluation: dict[str, Any]) -> str:
+    """What has been gained, in a line for each number of calls."""
+    curves = error_curves(evaluation)
+    ours = curves.pop("BA-solver", {})
+    lines = [
+        f"{calls} calls: {error:.3g}, other samplers {min(curve[calls] for curve in curves.values()):.3g}"
+        for calls, error in sorted(ours.items())
+    ]
+    return "Distance from the converged picture. " + "; ".join(lines)
 
 
 def settings_of(one: dict[str, Any]) -> MakeSettings:

@@ -67,19 +67,30 @@ def error_curves(evaluation: dict[str, Any]) -> Curves:
     return curves
 
 
-def error_plot(curves: Curves) -> Tensor:
+def training_curves(history: list[dict[str, float]]) -> Curves:
+    """Loss and held-out residual variance of a training, by step."""
+    names = {"loss": "loss", "score": "held out"}
+    found: Curves = {label: {} for label in names.values()}
+    for row in history:
+        for name, label in names.items():
+            if row.get(name, 0) > 0:
+                found[label][int(row["step"])] = row[name]
+    return {label: curve for label, curve in found.items() if curve}
+
+
+def error_plot(curves: Curves, across: str = "backbone calls", up: str = "endpoint error") -> Tensor:
     """A plot of errors (logarithmic) over numbers of calls: an IMAGE [1, height, width, 3]."""
     image = Image.new("RGB", (WIDTH, HEIGHT), "white")
     draw = ImageDraw.Draw(image)
     font = ImageFont.load_default(14)
     if curves:
-        _draw_curves(draw, font, curves)
+        _draw_curves(draw, font, curves, (across, up))
     else:
         draw.text((LEFT, HEIGHT // 2), "This SideNet's file holds no error table.", fill="black", font=font)
     return torch.from_numpy(np.asarray(image).astype(np.float32) / 255)[None]
 
 
-def _draw_curves(draw: Any, font: Any, curves: Curves) -> None:
+def _draw_curves(draw: Any, font: Any, curves: Curves, words: tuple[str, str]) -> None:
     calls = sorted({n for errors in curves.values() for n in errors})
     logs = [math.log10(e) for errors in curves.values() for e in errors.values()]
     bottom, top = math.floor(min(logs) * 4) / 4, math.ceil(max(logs) * 4) / 4 + 0.01
@@ -91,14 +102,14 @@ def _draw_curves(draw: Any, font: Any, curves: Curves) -> None:
 
     frame = (*place(calls[0], 10**top), *place(calls[-1], 10**bottom))
     draw.rectangle(frame, outline="#888888")
-    for n in calls:
+    for n in calls[:: -(-len(calls) // 12)]:
         draw.text((place(n, 10**bottom)[0] - 5, frame[3] + 6), str(n), fill="black", font=font)
     for level in np.linspace(bottom, top, 5):
         height = place(calls[0], 10**level)[1]
         draw.line((frame[0], height, frame[2], height), fill="#dddddd")
         draw.text((8, height - 8), f"{10**level:.3g}", fill="black", font=font)
-    draw.text(((frame[0] + frame[2]) / 2 - 60, HEIGHT - 24), "backbone calls", fill="black", font=font)
-    draw.text((8, 6), "endpoint error", fill="black", font=font)
+    draw.text(((frame[0] + frame[2]) / 2 - 60, HEIGHT - 24), words[0], fill="black", font=font)
+    draw.text((8, 6), words[1], fill="black", font=font)
     for row, (name, errors) in enumerate(curves.items()):
         colour = COLOURS[row % len(COLOURS)]
         points = [place(n, errors[n]) for n in sorted(errors)]

@@ -28,6 +28,7 @@ from ba_solver.nodes.sidenet_nodes import ApplySideNet, LoadSideNet
 from ba_solver.nodes.sit_nodes import ClassLabel, LoadSiT
 from ba_solver.training.efforts import EFFORTS
 from ba_solver.training.make import MakeSettings, run_make
+from ba_solver.training.network import stages
 from ba_solver.training.recording import record as recording
 from ba_solver.training.recording.chains import open_chains
 from ba_solver.training.runs import on_paths, samplers
@@ -44,6 +45,8 @@ def as_in_comfyui(tmp_path, monkeypatch):
     for module, name, fewer in (
         (on_paths, "ROUNDS", 1),
         (on_paths, "PROBES", 1),
+        (stages, "VALIDATION_BATCHES", 1),
+        (stages, "VALIDATION_BATCH", 16),
         (samplers, "SEARCH_SHIFTS", (1.0, 2.0)),
         (samplers, "SEARCH_COSINES", (0.15,)),
         (samplers, "SEARCH_REFINEMENTS", 1),
@@ -150,10 +153,11 @@ def test_every_kind_of_model_gets_a_sidenet(name, effort):
     for positive in positives if kind == "flux" else ():
         positive[0][1]["guidance"] = 2.5
     negative = models.text(kind, 2)
-    sidenet = made(model, positives, torch.zeros(1, *shape), negative=negative, cfg=cfg, effort=effort)[0]
+    sidenet, report, _ = made(model, positives, torch.zeros(1, *shape), negative=negative, cfg=cfg, effort=effort)
     assert sidenet.card.guidance_range == ((2.5, 2.5) if kind == "flux" else (cfg, cfg))
     assert sidenet.card.backbone["kind"] == type(model.model).__name__.lower()
     assert bool(sidenet.network.output_conv.weight.any()) == (effort != "quick")
+    assert len(report) == (1 if effort == "quick" else 2), "errors, and the training where there was one"
     applied = ApplySideNet.execute(model, sidenet).result[0]
     assert not doubts(sidenet, facts_of(model))
     from ba_solver.nodes.sampling_nodes import BAScheduler
@@ -238,7 +242,7 @@ def test_what_is_recorded_is_what_comfyui_samples_by(rider, demo):
         )
         # ComfyUI takes what it returns for an image, and divides by one minus sigma.
         expected = (noise - 0.25 * model.model.process_latent_in(end)[0]) / 0.25
-        torch.testing.assert_close(velocity, expected, atol=2e-4, rtol=1e-3)
+        torch.testing.assert_close(velocity, expected, atol=5e-3, rtol=2e-3)
         others.append((velocity - noise).std())
     assert min(others) > 0.1
 

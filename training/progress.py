@@ -25,10 +25,12 @@ class Listener:
         say: sees every message.
         step: sees what is being done, how much of it is done, and how much there is (0 = not known), before each part.
             What it raises ends the work.
+        history: sees what is being trained, and the numbers of all reports so far.
     """
 
     say: Callable[[str], None]
     step: Callable[[str, int, int], None]
+    history: Callable[[str, list[dict[str, float]]], None]
 
 
 _listeners: list[Listener] = []
@@ -70,6 +72,12 @@ def say(text: str) -> None:
         listener.say(text)
     if MAIN_PROCESS and not _listeners:
         tqdm.write(text, file=sys.stdout)
+
+
+def tell_history(what: str, history: list[dict[str, float]]) -> None:
+    """Show the listeners how a training goes."""
+    for listener in _listeners:
+        listener.history(what, history)
 
 
 def processes(cpu: bool) -> tuple[int, int, Callable[[], None]]:

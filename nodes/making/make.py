@@ -35,11 +35,13 @@ class Told:
 
     Attributes:
         line: sees a line of text, the latest.
-        done: sees by how much more of the whole is done, from 0 to 1.
+        done: sees how much of the whole is done, from 0 to 1.
+        history: sees the numbers of all reports of a training so far.
     """
 
     line: Callable[[str], None]
     done: Callable[[float], None]
+    history: Callable[[list[dict[str, float]]], None]
 
 
 class Clock:
@@ -54,6 +56,10 @@ class Clock:
         self.planned, self.told = planned, told
         self.made, self.seconds, self.stage = 0, 0.0, "begin"
         self.last = time.perf_counter()
+
+    def listener(self) -> Listener:
+        """As the trainer takes it."""
+        return Listener(self.told.line, self.step, lambda what, history: self.told.history(history))
 
     def called(self, samples: int) -> None:
         """So many samples more went through the model."""
@@ -173,7 +179,7 @@ def make(
     prepare_folder(settings.out.parent, "The folder")
     clock = Clock(planned_calls(settings), told)
     # Nodes run in inference mode, and what is made there cannot be trained on.
-    with torch.inference_mode(False), torch.enable_grad(), listening(Listener(told.line, clock.step)):
+    with torch.inference_mode(False), torch.enable_grad(), listening(clock.listener()):
         backbone = open_model(model, positives, negative, settings.guidance[0], latent, clock.called)
         check_recording(settings, backbone)
         remember(settings.out, settings)

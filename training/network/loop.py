@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...bas_core.files import CheckpointError, read_pickled_tensors, write_atomically, write_text
-from ..progress import progress
+from ..progress import progress, tell_history
 from .processes import processes_for
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -285,6 +285,7 @@ def train(
                     recent.clear()
                     bar.set_postfix({name: f"{value:.4g}" for name, value in run.history[-1].items() if name != "step"})
                     run.save()
+                    tell_history(what, run.history)
                     if journal is not None and run.accelerator.is_main_process:
                         write_journal(journal, what, run.history)
     except FloatingPointError:
