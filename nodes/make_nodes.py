@@ -69,7 +69,8 @@ class MakeSideNet(io.ComfyNode):
         bar = comfy.utils.ProgressBar(BAR)
         where = Told(tell, lambda share: bar.update_absolute(round(BAR * share)), lambda history: preview(bar, history))
         try:
-            card = make(model, given["positive"], one.get("negative"), latent, settings, where)
+            chains = Path(one["folder"]) / settings.out.stem if one.get("folder") else None
+            card = make(model, (given["positive"], one.get("negative")), latent, settings, where, chains)
         except Exception as error:
             words = in_words(error)
             if words is None:
@@ -162,6 +163,13 @@ def _advanced() -> list[Any]:
     return [
         # Not "seed": ComfyUI would change that after each run, and the next could not go on with the last.
         number("recording_seed", 1, 1_000_000, "Of the noises."),
+        io.String.Input(
+            "folder",
+            default="",
+            optional=True,
+            advanced=True,
+            tooltip="Where the recordings go, such as a disk with room; empty = beside the SideNet.",
+        ),
         number("batch", 4, 256, "How many samples go through the model at once, as for a batch of pictures."),
         number("runs", 0, 100_000, "How many runs are recorded; 0 = what the effort says."),
         number("points", 0, 1000, "Model calls of a recorded run, 0 or at least 8; 0 = what the effort says."),

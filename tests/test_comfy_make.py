@@ -247,15 +247,41 @@ def test_what_is_recorded_is_what_comfyui_samples_by(rider, demo):
     assert min(others) > 0.1
 
 
-def test_fp8_weights_and_operations_of_another_loader():
-    """Through ComfyUI's own casting, and through a loader's layers that dequantise as GGUF packs do."""
-    model = models.make_model("sd3")
-    for parameter in model.model.diffusion_model.parameters():
+def as_fp8(network):
+    """Weights that ComfyUI's own layers cast at each call."""
+    for parameter in network.parameters():
         if parameter.ndim == 2:
             parameter.data = parameter.data.to(torch.float8_e4m3fn)
-    for module in model.model.diffusion_model.modules():
+    for module in network.modules():
         if hasattr(module, "comfy_cast_weights"):
             module.comfy_cast_weights = True
+
+
+class Packed(torch.nn.Module):
+    """A loader's own layer, as GGUF packs have them: whole numbers and a scale, unpacked at each call."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.scale = float(layer.weight.abs().max() / 127)
+        self.register_buffer("weight", (layer.weight / self.scale).round().to(torch.int8))
+        self.bias = layer.bias
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+
+
+def as_packed(network):
+    found = [(module, name, layer) for module in network.modules() for name, layer in module.named_children()]
+    for module, name, layer in found:
+        if isinstance(layer, torch.nn.Linear):
+            setattr(module, name, Packed(layer))
+
+
+@pytest.mark.parametrize("change", [as_fp8, as_packed])
+def test_weights_of_few_bits(change):
+    """All that sampling does with them, recording does; and gradients pass through."""
+    model = models.make_model("sd3")
+    change(model.model.diffusion_model)
     before = {name: value.dtype for name, value in model.model.state_dict().items()}
     for effort in ("quick", "thorough"):
         sidenet = made(model, [models.text("sd3", 0)], torch.zeros(1, 16, 8, 8), effort=effort, name=effort)[0]
@@ -264,6 +290,42 @@ def test_fp8_weights_and_operations_of_another_loader():
 
 
 # --- interruption, and everything that goes wrong --------------------------------------------------------------------
+
+
+def test_full_memory_is_said_in_a_sentence(demo):
+    full = demo.clone()
+
+    def refuse(apply, a):
+        raise comfy.model_management.OOM_EXCEPTION("CUDA out of memory")
+
+    full.set_model_unet_function_wrapper(refuse)
+    with pytest.raises(ValueError, match=r"not enough memory .* Lower 'batch'\. What was recorded stays"):
+        made_on_demo(full)
+
+
+def test_recordings_can_lie_elsewhere(demo, tmp_path):
+    made_on_demo(demo, folder=str(tmp_path / "elsewhere"))
+    assert len(list((tmp_path / "elsewhere" / "mine").glob("*.safetensors"))) == 2
+    assert not sidenet_file().with_suffix(".chains").exists()
+    (tmp_path / "output" / "taken").write_text("a file where a folder should be")
+    with pytest.raises(ValueError, match="taken"):
+        made_on_demo(demo, name="other", folder=str(tmp_path / "output" / "taken"))
+
+
+def test_a_controlnet_of_one_prompt_acts_on_that_prompt_alone():
+    from test_comfy_sampling import ControlStub
+
+    model, negative, latent = models.make_model("sdxl"), models.text("sdxl", 2), torch.zeros(1, 4, 8, 8)
+    plain, other = models.text("sdxl", 0), models.text("sdxl", 1)
+    controlled = [[c, {**d, "control": ControlStub(), "control_apply_to_uncond": True}] for c, d in other]
+    found = {}
+    for name, positives in (("with", [plain, controlled]), ("without", [plain, other])):
+        made(model, positives, latent, negative=negative, cfg=3.0, name=name)
+        chains = open_chains((sidenet_file(name).with_suffix(".chains"),))[0]
+        found[name] = [chains.velocities[run][0] for run in range(6)]
+        assert chains.labels.tolist() == [0, 1] * 3
+    apart = [(one - two).abs().max() for one, two in zip(found["with"], found["without"], strict=True)]
+    assert max(apart[::2]) < 1e-4 and min(apart[1::2]) > 0.01
 
 
 def interrupt_after(monkeypatch, calls):

@@ -150,20 +150,21 @@ def remember(path: Path, settings: MakeSettings) -> None:
 
 def make(
     model: Any,
-    positives: Sequence[Any],
-    negative: Any,
+    prompts: tuple[Sequence[Any], Any],
     latent: Tensor,
     settings: MakeSettings,
     told: Told,
+    chains: Path | None = None,
 ) -> SideNetCard:
     """Make a SideNet for a MODEL, or go on with one.
 
     Args:
         model: it, with all that rides on it.
-        positives, negative: CONDITIONINGs.
+        prompts: the positives, CONDITIONINGs, and the negative or None.
         latent: [B, C, *spatial] in the model's channels; its size is taken.
         settings: `guidance` is the CFG scale; `out` the file.
         told: of the progress.
+        chains: folder of the recordings; None = beside the file.
 
     Returns:
         What the file says.
@@ -180,11 +181,11 @@ def make(
     clock = Clock(planned_calls(settings), told)
     # Nodes run in inference mode, and what is made there cannot be trained on.
     with torch.inference_mode(False), torch.enable_grad(), listening(clock.listener()):
-        backbone = open_model(model, positives, negative, settings.guidance[0], latent, clock.called)
+        backbone = open_model(model, *prompts, settings.guidance[0], latent, clock.called)
         check_recording(settings, backbone)
         remember(settings.out, settings)
         say(plan_text(settings, clock.planned, backbone))
-        return work(settings, backbone)
+        return work(settings, backbone, chains or settings.out.with_suffix(".chains"))
 
 
 def plan_text(settings: MakeSettings, calls: int, backbone: ComfyBackbone) -> str:
@@ -198,11 +199,10 @@ def plan_text(settings: MakeSettings, calls: int, backbone: ComfyBackbone) -> st
     )
 
 
-def work(settings: MakeSettings, backbone: ComfyBackbone) -> SideNetCard:
+def work(settings: MakeSettings, backbone: ComfyBackbone, chains: Path) -> SideNetCard:
     """Record and train."""
     scale = told_scale(backbone)
     choice = replace(settings, guidance=(scale,), device=str(backbone.device))
-    chains = settings.out.with_suffix(".chains")
     record(choice, choice, chains, backbone, CHECKED)
     return train_from(replace(choice, resume=True), choice, (chains,), settings.out, settings, backbone)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,22 @@ from .chains import Chains
 
 # Held-out runs that the stages with the backbone in the loop are scored on.
 SCORED_RUNS = 16
+
+
+def joined(parts: Sequence[Field], sizes: Sequence[int]) -> Field:
+    """One field of the samples of several, so many of each: for more samples than the model takes at once."""
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0]
+
+    def evaluate(x: Tensor, t: Tensor, branches: int) -> Tensor:
+        pieces = zip(parts, x.split(list(sizes)), strict=True)
+        return torch.cat([part.evaluate(some, t[: len(some)], branches) for part, some in pieces], 1)
+
+    told = zip(*(part.conditions for part in parts), strict=True)
+    conditions = tuple(None if any(c is None for c in each) else torch.cat(each) for each in told)
+    apart = [part.branches for part in parts if part.branches is not None]
+    return Field(evaluate, conditions, first.guidance, first.scale, joined(apart, sizes) if apart else None)
 
 
 def recomputed(field: Field) -> Field:
@@ -78,10 +95,14 @@ class Replay:
         return rows[scales == scales.median()][:count]
 
     def field_of(self, rows: Tensor) -> Field:
-        """The field that rows of chains were recorded from."""
+        """The field that rows of chains were recorded from; the model is called with as many at once as it was then."""
         scale = float(self.chains.scales[rows[0]]) if self.chains.scales is not None else self.about["guidance"][0]
         interval = tuple(self.about["guidance_interval"])
-        return recomputed(self.backbone.field(self.chains.labels[rows], scale, interval, self.about["velocity"]))
+        size = self.about.get("record_batch") or len(rows)
+        some = rows.split(size)
+        labels = [self.chains.labels[each] for each in some]
+        fields = [recomputed(self.backbone.field(each, scale, interval, self.about["velocity"])) for each in labels]
+        return joined(fields, [len(each) for each in some])
 
     def truth(self, rows: Tensor, t: Tensor) -> Tensor:
         """Recorded states at time t, on the backbone's device."""

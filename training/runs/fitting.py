@@ -39,11 +39,15 @@ Runs = dict[int, FittedRun]
 
 def least_squares(columns: Sequence[Tensor], wanted: Tensor) -> Tensor:
     """Coefficients of the combination of `columns` nearest to `wanted`, all [B, C, *spatial], in double precision."""
-    matrix = torch.stack([column.flatten() for column in columns], 1).double()
-    gram = matrix.T @ matrix
+    gram = torch.zeros(len(columns), len(columns), dtype=torch.float64, device=wanted.device)
+    moment = gram.new_zeros(len(columns))
+    for sample in range(len(wanted)):  # one by one, for double precision takes much memory
+        matrix = torch.stack([column[sample].flatten() for column in columns], 1).double()
+        gram += matrix.T @ matrix
+        moment += matrix.T @ wanted[sample].flatten().double()
     gram += RIDGE * gram.diagonal().mean() * torch.eye(len(columns), dtype=gram.dtype, device=gram.device)
     # The pseudo-inverse: where all columns are zero, so are the coefficients.
-    return torch.linalg.pinv(gram, hermitian=True) @ (matrix.T @ wanted.flatten().double())
+    return torch.linalg.pinv(gram, hermitian=True) @ moment
 
 
 @dataclass(frozen=True)
