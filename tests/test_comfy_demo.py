@@ -406,7 +406,7 @@ def test_every_input_has_a_tooltip_every_node_an_alias_a_help_page_and_a_locale_
     root = Path(ba_solver.__file__).parent
     locale = json.loads((root / "locales/en/nodeDefs.json").read_text())
     listed = asyncio.run(asyncio.run(ba_solver.comfy_entrypoint()).get_node_list())
-    assert len(listed) == 11
+    assert len(listed) == 12
     for node in listed:
         schema = node.GET_SCHEMA()
         assert schema.category.startswith("BA-Solver") and schema.search_aliases and schema.description

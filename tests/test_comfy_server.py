@@ -75,7 +75,7 @@ def test_zip_holds_what_nodes_need_and_nothing_that_scanners_dislike(base):
         sources = {name: archive.read(name).decode() for name in names if name.endswith(".py")}
     assert {"__init__.py", "requirements.txt", "pyproject.toml", "LICENSE", "README.md"} <= names
     folders = {name.split("/")[0] for name in names if "/" in name}
-    assert folders == {"bas_core", "example_workflows", "locales", "nodes", "subgraphs", "web", "weights"}
+    assert folders == {"bas_core", "example_workflows", "locales", "nodes", "subgraphs", "training", "web", "weights"}
     for name, source in sources.items():
         found = re.search(
             r"subprocess|os\.system|(?<![.\w])(eval|exec)\(|pickle\.load|urllib|requests|pip install", source
@@ -296,9 +296,8 @@ def test_example_workflows_are_what_is_queued_or_lack_nothing_but_model_files(pa
         kept = json.loads(api.read_text())
         assert sent == {key: {"class_type": p["class_type"], "inputs": p["inputs"]} for key, p in kept.items()}
         return
-    assert ("BASolverApplySideNet" in {part["class_type"] for part in sent.values()}) == (
-        with_sidenet and path.stem != "edit_flux"
-    )
+    applied = path.stem == "make_sidenet_flux" or (with_sidenet and path.stem != "edit_flux")
+    assert ("BASolverApplySideNet" in {part["class_type"] for part in sent.values()}) == applied
     with pytest.raises(urllib.error.HTTPError) as refused:
         server.queue(sent)
     errors = json.load(refused.value)["node_errors"]

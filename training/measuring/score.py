@@ -109,7 +109,7 @@ def competitors(backbone: Backbone, multistep: Sampler | None) -> list[Sampler]:
     """Every solver of the table but ours."""
     others = rivals(backbone.start)
     if importlib.util.find_spec("diffusers") is None:
-        say("UniPC is left out: it needs diffusers (pip install 'ba-solver[bench]').")
+        say("UniPC is left out: it needs diffusers, which the extra brings: ba-solver[bench].")
         others = [sampler for sampler in others if sampler.name != "unipc"]
     return [*others, *([multistep] if multistep else [])]
 
