@@ -45,7 +45,7 @@ def planned_calls(settings: MakeSettings) -> int:
     A call with gradients counts as three.
     """
     made = sum(n + 1 for n in parse_calls(settings.nfe))  # with half calls, one more than it costs
-    held_out = settings.held_out or min(64, max(1, settings.chains // 8))
+    held_out = settings.held_out_of(settings.chains)
     calls = settings.chains * settings.points + settings.starts * settings.start_points
     calls += CHECKED * (3 * settings.points + COMPARED_CALLS)
     calls += (PROBES * PROBED + min(WEIGHT_RUNS, settings.chains - held_out)) * made

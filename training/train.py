@@ -106,14 +106,14 @@ def open_starts(folders: tuple[Path, ...], about: dict[str, Any]) -> Chains | No
     return starts
 
 
-def hold_out(chains: Chains, wanted: int) -> tuple[Chains, Chains]:
+def hold_out(chains: Chains, training: Training) -> tuple[Chains, Chains]:
     """Training runs, and runs to validate on.
 
     Raises:
         UsageError: there are too few.
     """
     runs = len(chains) // chains.branches
-    held_out = wanted or min(64, max(1, runs // 8))
+    held_out = training.held_out_of(runs)
     if runs - held_out < 1:
         raise UsageError(f"--held-out {held_out} leaves none of the {runs} recorded runs to train on. Record more.")
     return chains.split(held_out)
@@ -315,7 +315,7 @@ def train_from(
         )
     if training.grid_search == "paths" and about["velocity"] != "guided":
         raise CheckpointError("--grid-search paths needs chains of the guided velocity: record with --mode guided.")
-    parts = hold_out(recorded, training.held_out)
+    parts = hold_out(recorded, training)
     job = Job(training, *parts, about, check_device(choice.device), folder, backbone, starts)
     with account(folder / "spent.json", job.spent) as seconds:
         sidenet = fit(job)

@@ -105,15 +105,11 @@ class ComfyBackbone(Backbone):
             return None
 
         def branches(x: Tensor, t: Tensor, count: int) -> Tensor:
-            return self._by_prompt(
-                conditions,
-                x,
-                lambda on, some: (
-                    torch.stack(on.branches(some, t[: len(some)]))
-                    if count == 2
-                    else on.positive(some, t[: len(some)])[None]
-                ),
-            )
+            def call(on: Calls, some: Tensor) -> Tensor:
+                time = t[: len(some)]
+                return torch.stack(on.branches(some, time)) if count == 2 else on.positive(some, time)[None]
+
+            return self._by_prompt(conditions, x, call)
 
         return Field(branches, (None, None), Guidance(calls.scale))
 
@@ -144,6 +140,11 @@ class ComfyBackbone(Backbone):
             for place, row in enumerate(rows):
                 found[row] = velocities[:, place]
         return torch.stack(found, 1)
+
+    def told_scale(self) -> float:
+        """The guidance that a SideNet is for: the model's own where it takes one, and else the CFG scale."""
+        self.guider.conds = self.guider.prepared[0]
+        return self._calls(()).told_scale
 
     @property
     def identity(self) -> dict[str, str]:
@@ -200,7 +201,7 @@ def open_model(
         kind=type(model.model).__name__.lower(),
         fingerprint=weights.whole,
         shape=tuple(latent.shape[1:]),
-        velocity=lambda x, t, conditions, scale: guider_only(),
+        velocity=guider_only,
         conditions=len(alone),
         num_classes=known if told else 0,
         embedded_guidance=True,
@@ -263,7 +264,7 @@ def make_room() -> int:
     return int(comfy.model_management.get_free_memory(comfy.model_management.get_torch_device()))
 
 
-def guider_only() -> Tensor:
+def guider_only(*_: Any) -> Tensor:
     """A MODEL is called through its guider."""
     raise RuntimeError("A MODEL is called through its guider: use `field`.")
 

@@ -22,7 +22,6 @@ from ...training.recording.record import check_recording, record
 from ...training.recording.shards import shard_bytes
 from ...training.settings import UsageError, plain, prepare_folder, shareable
 from ...training.train import train_from
-from ..sampling.backbone import Backbone as Calls
 from .backbone import ComfyBackbone, open_model
 
 # What may be another when a making is gone on with: it does not change what is computed.
@@ -54,7 +53,7 @@ class Clock:
 
     def __init__(self, planned: int, told: Told) -> None:
         self.planned, self.told = planned, told
-        self.made, self.seconds, self.stage = 0, 0.0, "begin"
+        self.made, self.seconds = 0, 0.0
         self.last = time.perf_counter()
 
     def listener(self) -> Listener:
@@ -85,17 +84,6 @@ class Clock:
         return f"; {left:,} of {self.planned:,} model calls, about {amount} left"
 
 
-def told_scale(backbone: ComfyBackbone) -> float:
-    """The guidance that the SideNet is for: the model's own where it takes one, and else the CFG scale."""
-
-    def look() -> float:
-        on = backbone.on[-1]
-        backbone.guider.conds = backbone.guider.prepared[0]
-        return Calls(on.model, on.extra_args, None, torch.Size(()), lambda one: None).told_scale  # type: ignore[arg-type]
-
-    return float(backbone.within(look))
-
-
 def check_name(name: str) -> str:
     """A file's name that stays in its folder.
 
@@ -108,17 +96,17 @@ def check_name(name: str) -> str:
     return plainly
 
 
-def finished(path: Path, settings: MakeSettings) -> bool:
-    """Whether the SideNet is made already.
+def finished(path: Path, settings: MakeSettings) -> SideNetCard | None:
+    """What the file says of a SideNet that is made already; None where it is not.
 
     Raises:
         ValueError: there is one of this name, made with other settings.
     """
     if not path.exists():
-        return False
-    known, asked = load_sidenet(path)[1].training.get("settings", {}), shareable(settings)
-    _refuse_other(path, known, asked)
-    return True
+        return None
+    card = load_sidenet(path)[1]
+    _refuse_other(path, card.training.get("settings", {}), shareable(settings))
+    return card
 
 
 def _refuse_other(path: Path, known: dict[str, Any], asked: dict[str, Any]) -> None:
@@ -173,9 +161,10 @@ def make(
         ValueError: something cannot be done; the message says what, and what to do.
     """
     settings = replace(with_effort(settings, settings.effort), grid_nfe=settings.nfe, accumulate=0)
-    if finished(settings.out, settings):
+    card = finished(settings.out, settings)
+    if card is not None:
         told.line("This SideNet is there already; nothing was to be done.")
-        return load_sidenet(settings.out)[1]
+        return card
     settings.check()
     prepare_folder(settings.out.parent, "The folder")
     clock = Clock(planned_calls(settings), told)
@@ -201,7 +190,7 @@ def plan_text(settings: MakeSettings, calls: int, backbone: ComfyBackbone) -> st
 
 def work(settings: MakeSettings, backbone: ComfyBackbone, chains: Path) -> SideNetCard:
     """Record and train."""
-    scale = told_scale(backbone)
+    scale = float(backbone.within(backbone.told_scale))
     choice = replace(settings, guidance=(scale,), device=str(backbone.device))
     record(choice, choice, chains, backbone, CHECKED)
     return train_from(replace(choice, resume=True), choice, (chains,), settings.out, settings, backbone)

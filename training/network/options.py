@@ -148,6 +148,10 @@ class Training:
         if self.grid_nfe:
             parse_calls(self.grid_nfe, "--grid-nfe")
 
+    def held_out_of(self, runs: int) -> int:
+        """How many of so many runs are held out."""
+        return self.held_out or min(64, max(1, runs // 8))
+
     @property
     def trains(self) -> bool:
         """Whether the network is trained; one that is not adds nothing, and is as small as can be."""

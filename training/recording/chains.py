@@ -109,6 +109,10 @@ class Chains:
         x, v = self.states[rows, points], self.velocities[rows, points]
         return x - self.times[rows, points].view(-1, *[1] * (x.ndim - 1)) * v
 
+    def truth(self, rows: Tensor, t: Tensor) -> Tensor:
+        """[B, C, *spatial] states of chains `rows` at time t, also at the end of their paths."""
+        return self.ends(rows) if float(t) == 0 else self.at(rows, t)
+
 
 # What shards may differ in and still be trained on together.
 MAY_DIFFER = (

@@ -106,8 +106,7 @@ class Replay:
 
     def truth(self, rows: Tensor, t: Tensor) -> Tensor:
         """Recorded states at time t, on the backbone's device."""
-        state = self.chains.ends(rows) if float(t) == 0 else self.chains.at(rows, t)
-        return state.to(self.backbone.device)
+        return self.chains.truth(rows, t).to(self.backbone.device)
 
     def noise(self, rows: Tensor) -> Tensor:
         """Where the runs began."""

@@ -76,7 +76,12 @@ class Fitting:
 
     def halves(self, calls: int) -> bool:
         """Whether a number of calls is spent on one anchor more, of which two are half calls."""
-        return self.field.pair is not None and calls > len(HALVES) + 1
+        return takes_halves(self.field, calls)
+
+
+def takes_halves(field: Field, calls: int) -> bool:
+    """See `Fitting.halves`."""
+    return field.pair is not None and calls > len(HALVES) + 1
 
 
 class FitWeights:

@@ -7,7 +7,6 @@ second search knows that. What is found is weighted on real runs, as all grids a
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -19,7 +18,7 @@ from ...bas_core.sidenet import spread_mean
 from ...bas_core.steps import Predictor, StraightLine
 from ..progress import say
 from ..recording.replay import Replay
-from .fitting import WEIGHT_RUNS, Fitting, Runs, fit_run
+from .fitting import WEIGHT_RUNS, Fitting, Runs, fit_run, takes_halves
 from .samplers import endpoint_errors
 from .search import search_times
 from .stand_in import MeanLine, Seen, StandIn, Tracks, seen_by, thinned
@@ -103,11 +102,8 @@ def learn_on_paths(replay: Replay, calls: Sequence[int], mean: Tensor | None) ->
     """
     rows = replay.alike(WEIGHT_RUNS)
     tracks = thinned(replay.chains, rows, 0 if mean is None else mean.shape[-1])
-    pair = replay.field_of(rows[:1]).pair is not None
-    start = replay.backbone.start
-    usual = on_stand_in(tracks, (), start, False)
-    halved = dataclasses.replace(usual, field=replay.field_of(rows[:1])) if pair else usual
-    made = {n: n + halved.halves(n) for n in calls}
+    field, start = replay.field_of(rows[:1]), replay.backbone.start
+    made = {n: n + takes_halves(field, n) for n in calls}
     few = tracks.first(PROBED)
     with torch.inference_mode():
         found = search_stand_in(tracks, (), start, made)

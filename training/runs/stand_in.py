@@ -85,8 +85,7 @@ class Tracks:
 
     def truth(self, t: Tensor) -> Tensor:
         """[M, D, 1, 1] states at time t."""
-        rows = torch.arange(len(self))
-        return self.chains.ends(rows) if float(t) == 0 else self.chains.at(rows, t)
+        return self.chains.truth(torch.arange(len(self)), t)
 
 
 def thinned(chains: Chains, rows: Tensor, mean_size: int, kept: int = KEPT) -> Tracks:
