@@ -125,6 +125,79 @@ def adams_pec(velocity: Velocity, x: Tensor, t0: Tensor, t1: Tensor, history: Hi
     return _adams_step(x, history[-PREDICTOR_ORDER:], t0, t1), history
 
 
+IPNDM_ORDER = 4
+
+
+def ipndm(velocity: Velocity, x: Tensor, t0: Tensor, t1: Tensor, history: History) -> tuple[Tensor, History]:
+    """Improved PNDM (Zhang and Chen 2022, arXiv 2204.13902): Adams-Bashforth 4 with the weights of equal steps.
+
+    Whatever the steps are; so it is of order 1 on most grids. The last step, onto t = 0, is Euler's, as in ComfyUI.
+    """
+    _, history = _evaluate(velocity, x, t0, history, IPNDM_ORDER)
+    known = history if float(t1) else history[-1:]
+    for weight, (_, v) in zip(adams_weights(list(range(1 - len(known), 1)), 0, 1), known, strict=True):
+        x = torch.add(x, v, alpha=weight * float(t1 - t0))
+    return x, history
+
+
+DEIS_ORDER = 3
+# DEIS interpolates in the time of a variance-preserving schedule. It is that of EDM (Karras et al. 2022, appendix C.1)
+# whose sigmas go from .002 at time .001 to 80 at time 1, as ComfyUI has it.
+VP_BETA_D = 2 * (np.log1p(80**2) - np.log1p(0.002**2) / 0.001) / (1 - 0.001)
+VP_BETA_MIN = np.log1p(80**2) - VP_BETA_D / 2
+DEIS_NODES = 12
+
+
+def _vp_time(t: np.ndarray) -> np.ndarray:
+    return (np.sqrt(VP_BETA_MIN**2 + 2 * VP_BETA_D * np.log1p(t**2)) - VP_BETA_MIN) / VP_BETA_D
+
+
+def deis(velocity: Velocity, x: Tensor, t0: Tensor, t1: Tensor, history: History) -> tuple[Tensor, History]:
+    """DEIS, tAB (Zhang and Chen 2022, arXiv 2204.13902, section 3): Adams-Bashforth 3 in a variance-preserving time.
+
+    Its first step is Euler's, and the last one onto t = 0, as in ComfyUI's sampler of this name.
+    """
+    _, history = _evaluate(velocity, x, t0, history, DEIS_ORDER)
+    known = history if float(t1) else history[-1:]
+    times = _vp_time(np.array([float(t) for t, _ in known]))
+    nodes, shares = np.polynomial.legendre.leggauss(DEIS_NODES)
+    length = float(t1) - float(t0)
+    at = _vp_time(float(t0) + length * (nodes + 1) / 2)
+    for j, (_, v) in enumerate(known):
+        others = np.delete(times, j)
+        polynomial = np.prod((at[:, None] - others) / (times[j] - others), axis=1)
+        x = torch.add(x, v, alpha=float(length / 2 * shares @ polynomial))
+    return x, history
+
+
+def dpm_2(velocity: Velocity, x: Tensor, t0: Tensor, t1: Tensor, history: History) -> tuple[Tensor, History]:
+    """DPM-Solver-2 (Lu et al. 2022; k-diffusion's `sample_dpm_2`): the midpoint in log t, order 2. Cannot step to 0."""
+    v, history = _evaluate(velocity, x, t0, history, 1)
+    between = (t0 * t1).sqrt()
+    return x + (t1 - t0) * velocity(x + (between - t0) * v, between), history
+
+
+def res_multistep(velocity: Velocity, x: Tensor, t0: Tensor, t1: Tensor, history: History) -> tuple[Tensor, History]:
+    """Refined exponential solver, multistep, order 2 (Zhang et al. 2023, arXiv 2308.02157): exponential in -log t.
+
+    The first step, and the last one onto t = 0, are Euler's, as in ComfyUI's sampler of this name.
+    """
+    if float(t0) == 0:
+        raise ValueError("The exponential solver predicts the data and cannot leave t = 0; start the grid above 0.")
+    v = velocity(x, t0)
+    data = velocity_to_x0(x, v, t0)
+    kept = ((t0, data),)
+    if not history or float(t1) == 0:
+        return x + (t1 - t0) * v, kept
+    earlier, previous = history[-1]
+    step = torch.log(t0.double() / t1.double())
+    phi1 = -torch.expm1(-step) / step
+    phi2 = (1 - phi1) / step
+    share = phi2 / (torch.log(earlier.double() / t0.double()) / step)
+    guess = step * ((phi1 + share) * data - share * previous)
+    return (t1 / t0) * x + guess.to(x.dtype), kept
+
+
 def _half_log_snr(t: Tensor) -> Tensor:
     """log((1 - t) / t), kept finite at the ends."""
     # 1e-4 from either end, as ComfyUI offsets the first sigma of flow models.
@@ -187,6 +260,10 @@ BASELINES: dict[str, Baseline] = {
         Baseline("adams_pec", "Adams PEC", 4, 1, adams_pec),
         Baseline("predictor_corrector", "AB2 + trapezoid", 2, 1, None),
         Baseline("dpmpp_2m", "DPM-Solver++(2M)", 2, 1, dpmpp_2m),
+        Baseline("deis", "DEIS", 3, 1, deis),
+        Baseline("dpm_2", "DPM-Solver-2", 2, 2, dpm_2),
+        Baseline("ipndm", "iPNDM", 1, 1, ipndm),
+        Baseline("res_multistep", "RES multistep", 2, 1, res_multistep),
     )
 }
 

@@ -47,7 +47,14 @@ from ..training.demo.assets import (
     load_demo,
 )
 from ..training.measuring.reference import reference_paths
-from ..training.measuring.rivals import converged_reference, line_up, measure, rivals, with_first_call_saved
+from ..training.measuring.rivals import (
+    converged_reference,
+    line_up,
+    measure,
+    more_rivals,
+    rivals,
+    with_first_call_saved,
+)
 from ..training.measuring.score import search_shapes
 from ..training.progress import progress
 from ..training.runs.samplers import Sampler, endpoint_errors, sidenet_sampler
@@ -307,7 +314,7 @@ def run_benchmark(settings: BenchmarkSettings) -> dict[str, Any]:
     """Measure everything, and write it as JSON and Markdown."""
     device = torch.device(settings.device)
     demo = load_demo(device)
-    others = [*rivals(), *told_the_mean(demo.sidenet)]
+    others = [*rivals(), *more_rivals(), *told_the_mean(demo.sidenet)]
     if settings.search:
         demo = search_grids(settings, demo, [*others, sidenet_sampler(demo.sidenet)])
     samplers = [*others, sidenet_sampler(demo.sidenet)]

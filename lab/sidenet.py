@@ -30,7 +30,7 @@ from ..training.backbones import Backbone, open_backbone
 from ..training.demo.assets import DEMO_CFG, SIT_FILE, demo_noise, load_grids
 from ..training.make import MakeSettings
 from ..training.measuring.reference import draw_paths
-from ..training.measuring.rivals import converged_reference, rivals
+from ..training.measuring.rivals import converged_reference, more_rivals, rivals
 from ..training.measuring.score import learned_multistep
 from ..training.network.published import CHAIN_STEPS
 from ..training.progress import progress, say
@@ -225,7 +225,7 @@ def rival_errors(chains: Path, report: Measured, search: Measured) -> dict[str, 
     backbone = report.backbone
     paths = draw_paths(backbone, lambda rows: backbone.field(rows, DEMO_CFG), SEARCH_SEED, 1, 64)
     multistep = learned_multistep((chains,), backbone, paths, DEMO_CFG, "guided")
-    samplers = [*rivals(), *([multistep] if multistep else [])]
+    samplers = [*rivals(), *more_rivals(), *([multistep] if multistep else [])]
     grids = load_grids()
     errors: dict[str, dict[int, float]] = {}
     for calls in progress(CALLS, "rivals"):

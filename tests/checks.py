@@ -55,7 +55,7 @@ def check_baseline_order(solver: Baseline, ends: tuple[float, float] = (1.0, 0.0
     """Multistep methods above order 2 are given their history, for a first step of order 1 limits them to 2."""
 
     def run(x: Tensor, times: Tensor) -> Tensor:
-        if solver.order > 2 and solver.name.startswith("adams"):
+        if solver.order > 2 and solver.calls_per_step == 1:
             return seeded_multistep(solver.step, solver.order, x, times)
         return run_baseline(solver, exact_field(), x, times)
 

@@ -80,6 +80,22 @@ def test_errors_are_those_of_the_core_and_of_stock_sampling(demo):
     assert errors["BA-Solver"] < 0.6 * errors["euler"]
 
 
+@pytest.mark.parametrize("name", ["ipndm", "deis", "res_multistep", "dpm_2"])
+def test_rivals_of_the_core_are_comfyuis(demo, name):
+    """So that figures outside ComfyUI are those of its samplers: the same sigmas lead to the same end."""
+    star, null = ClassLabel.execute(demo, "demo 4: star").result
+    guider, sigmas = guider_for(demo, star, null, 2.0), torch.tensor([1.0, 0.9, 0.75, 0.5, 0.3, 0.1, 0.0])
+    noise, latent = torch.randn(2, 3, 32, 32, generator=torch.manual_seed(7)), torch.zeros(2, 3, 32, 32)
+    theirs = guider.sample(noise, latent, comfy.samplers.sampler_object(name), sigmas, disable_pbar=True, seed=7)
+    sit, labels = load_sit(SITS.demo), torch.full((2,), 4)
+    field = model_field(sit, labels, torch.full_like(labels, sit.null_class), Guidance(2.0), "guided")
+    if name == "dpm_2":  # ends by Euler's step
+        ours = run_baseline("euler", field, run_baseline(name, field, noise, sigmas[:-1]), sigmas[-2:])
+    else:
+        ours = run_baseline(name, field, noise, sigmas)
+    torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-4)
+
+
 def test_node_shows_table_plot_pictures_and_csv(demo):
     star, null = ClassLabel.execute(demo, "demo 4: star").result
     heart, _ = ClassLabel.execute(demo, "demo 6: heart").result

@@ -64,6 +64,11 @@ def rivals(start: float = 1.0) -> list[Sampler]:
     ]
 
 
+def more_rivals(start: float = 1.0) -> list[Sampler]:
+    """What ComfyUI's core has beside them, for this project's own figures; none of them was the best anywhere."""
+    return [baseline_sampler(name, start) for name in ("ipndm", "deis", "res_multistep", "dpm_2")]
+
+
 def line_up(samplers: Sequence[Sampler], calls: Sequence[int]) -> list[tuple[Sampler, int, str]]:
     """What a table compares: every sampler at every number of calls on both grids, and Euler with 100 calls."""
     jobs = [(sampler, n, grid) for n in calls for sampler in samplers for grid in ("uniform", "best")]
