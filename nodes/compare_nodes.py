@@ -5,15 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import comfy.sample
 import comfy.utils
 import folder_paths
 from comfy_api.v0_0_2 import io, ui
 
 from ..bas_core.files import read_user_text
-from .comparing.compare import compare, guider_for, jobs_for, total_calls
+from . import inputs
+from .comparing.compare import compare, jobs_for, total_calls
 from .comparing.show import best_lines, curves, sheet, table, write_csv
 from .report import error_plot
+from .sampling.guider import guider_for
 
 SAMPLERS = "euler, heun, dpm_2, dpmpp_2m, uni_pc, ipndm"
 SCHEDULERS = "simple, beta"
@@ -40,7 +41,7 @@ class CompareSolvers(io.ComfyNode):
                 io.Latent.Input("latent_image", tooltip="An empty latent: its size, and how many pictures a prompt."),
                 *_numbers(),
                 *_rivals(),
-                io.Conditioning.Input("negative", optional=True, tooltip="Only for a cfg other than 1."),
+                inputs.negative(),
                 io.Vae.Input("vae", optional=True, tooltip="To see the pictures too."),
             ],
             outputs=[
@@ -54,11 +55,7 @@ class CompareSolvers(io.ComfyNode):
     def execute(cls, **given: Any) -> io.NodeOutput:
         one = {name: values[0] for name, values in given.items() if values}
         model = one["model"]
-        empty = one["latent_image"]
-        told = empty.get("downscale_ratio_spacial")  # by what the VAE of the node's mind shrinks pictures
-        latent = comfy.sample.fix_empty_latent_channels(model, empty["samples"], *([told] if told else []))
-        if latent.is_nested or latent.ndim not in (4, 5):
-            raise ValueError("Compare Solvers takes images and videos; this latent holds audio.")
+        latent = inputs.empty_latent(model, one["latent_image"], "Compare Solvers")
         calls, reference = numbers(one["calls"]), one.get("reference_calls", 60)
         jobs = jobs_for(model, names(one["samplers"]), names(one["schedulers"]))
         bar = comfy.utils.ProgressBar(10 * total_calls(jobs, calls, reference, len(given["positive"])))
@@ -84,8 +81,8 @@ class CompareSolvers(io.ComfyNode):
 
 def _numbers() -> list[Any]:
     return [
-        io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, tooltip="As in KSampler; FLUX takes 1 here."),
-        io.String.Input("calls", default="5, 7, 10", tooltip="Numbers of model calls, separated by commas."),
+        inputs.cfg(),
+        inputs.numbers_of_calls("Numbers of model calls, separated by commas."),
         io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, tooltip="Of the noise; the next prompt has the "
                      "next seed."),
         io.Int.Input(

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import comfy.sample
 from comfy_api.v0_0_2 import io
+from torch import Tensor
 
 IMAGE_LATENT = "The image, from VAE Encode. A batch, or a video, works too."
 
@@ -75,3 +77,30 @@ def seed() -> Any:
         tooltip="Of the noise that the image is mixed with: very little of it where an inversion starts, all of it "
         "with the method inversion-free.",
     )
+
+
+def cfg() -> Any:
+    return io.Float.Input(
+        "cfg", default=1.0, min=0.0, max=100.0, step=0.1, tooltip="As in KSampler; FLUX takes 1 here."
+    )
+
+
+def numbers_of_calls(tooltip: str) -> Any:
+    return io.String.Input("calls", default="5, 7, 10", tooltip=tooltip)
+
+
+def negative() -> Any:
+    return io.Conditioning.Input("negative", optional=True, tooltip="Only for a cfg other than 1.")
+
+
+def empty_latent(model: Any, given: dict[str, Any], what: str) -> Tensor:
+    """The tensor of an empty LATENT, [B, C, *spatial] as the model takes it.
+
+    Raises:
+        ValueError: it is for audio, which `what` does not take.
+    """
+    told = given.get("downscale_ratio_spacial")  # by what the VAE of the node's mind shrinks pictures
+    latent: Any = comfy.sample.fix_empty_latent_channels(model, given["samples"], *([told] if told else []))
+    if latent.is_nested or latent.ndim not in (4, 5):
+        raise ValueError(f"{what} takes images and videos; this latent holds audio.")
+    return latent

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import comfy.sample
 import comfy.utils
 import folder_paths
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from ..training.efforts import EFFORTS, QUICK
 from ..training.make import MakeSettings
+from . import inputs
 from .folders import SIDENETS
 from .making.make import Told, check_name, in_words, make
 from .models.attach import read_sidenet
@@ -47,7 +47,7 @@ class MakeSideNet(io.ComfyNode):
                 ),
                 io.Latent.Input("latent_image", tooltip="An empty latent: the size of the pictures or of the video."),
                 *_wanted(),
-                io.Conditioning.Input("negative", optional=True, tooltip="Only for a cfg other than 1."),
+                inputs.negative(),
                 *_advanced(),
             ],
             outputs=[
@@ -60,11 +60,8 @@ class MakeSideNet(io.ComfyNode):
     @classmethod
     def execute(cls, **given: Any) -> io.NodeOutput:
         one = {name: values[0] for name, values in given.items() if values}
-        model, empty = one["model"], one["latent_image"]
-        told = empty.get("downscale_ratio_spacial")  # by what the VAE of the node's mind shrinks pictures
-        latent = comfy.sample.fix_empty_latent_channels(model, empty["samples"], *([told] if told else []))
-        if latent.is_nested or latent.ndim not in (4, 5):
-            raise ValueError("SideNets are for images and videos; this latent holds audio.")
+        model = one["model"]
+        latent = inputs.empty_latent(model, one["latent_image"], "Make SideNet")
         settings = settings_of(one)
         bar = comfy.utils.ProgressBar(BAR)
         where = Told(tell, lambda share: bar.update_absolute(round(BAR * share)), lambda history: preview(bar, history))
@@ -138,11 +135,9 @@ def settings_of(one: dict[str, Any]) -> MakeSettings:
 
 def _wanted() -> list[Any]:
     return [
-        io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, tooltip="As in KSampler; FLUX takes 1 here."),
-        io.String.Input(
-            "calls",
-            default="5, 7, 10",
-            tooltip="For which numbers of model calls, separated by commas. BA-Solver Scheduler is asked for the same.",
+        inputs.cfg(),
+        inputs.numbers_of_calls(
+            "For which numbers of model calls, separated by commas. BA-Solver Scheduler is asked for the same."
         ),
         io.Combo.Input(
             "effort",

@@ -16,8 +16,9 @@ import comfy_models as models
 import folder_paths
 from ba_solver.bas_core import Guidance, load_sidenet, load_sit, model_field, run_baseline, solve, time_grid
 from ba_solver.nodes.compare_nodes import CompareSolvers, PromptLines, csv_path
-from ba_solver.nodes.comparing.compare import compare, guider_for, jobs_for
+from ba_solver.nodes.comparing.compare import compare, jobs_for
 from ba_solver.nodes.folders import DEMO, SIDENETS, SITS
+from ba_solver.nodes.sampling.guider import guider_for
 from ba_solver.nodes.sidenet_nodes import ApplySideNet, LoadSideNet
 from ba_solver.nodes.sit_nodes import ClassLabel, LoadSiT
 

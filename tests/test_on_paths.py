@@ -16,6 +16,7 @@ from ba_solver.training.make import MakeSettings, planned_calls
 from ba_solver.training.recording.chains import open_chains
 from ba_solver.training.recording.replay import Replay
 from ba_solver.training.recording.teacher import LAST_TIME
+from ba_solver.training.runs import on_paths
 from ba_solver.training.runs.on_paths import even_enough, learn_on_paths, probe
 from ba_solver.training.runs.search import run_over
 from ba_solver.training.runs.stand_in import StandIn, means_of_others, seen_by, thinned, usual_gain, velocity_at
@@ -87,14 +88,29 @@ def test_a_first_call_is_saved_where_the_mean_says_it_all(capsys):
     known = Replay(backbone, chains, about, Counter())
     runs = learn_on_paths(known, [2], GAUSSIAN_MEAN)
     assert runs[2].skip_first and runs[2].calls == 2 and len(runs[2].times) == 4
-    other = Replay(swirl_backbone(None, None), chains_of(swirl, LABELS, 24), about, Counter())
-    capsys.readouterr()
-    runs = learn_on_paths(other, [3, 4], torch.zeros(2, 4, 4))
-    # What it came to either way is said, and the better is taken.
+
+
+def test_the_better_way_is_taken_and_of_what_was_looked_at_the_best(capsys, monkeypatch):
+    looked_at = []
+
+    def noted(tracks, replay, rows, runs, mean):
+        seen, errors = probe(tracks, replay, rows, runs, mean)
+        looked_at.append((runs, errors))
+        return seen, errors
+
+    monkeypatch.setattr(on_paths, "probe", noted)
+    about = {"guidance": [1.0, 1.0], "guidance_interval": [0.0, 1.0], "velocity": "guided"}
+    replay = Replay(swirl_backbone(None, None), chains_of(swirl, LABELS, 24), about, Counter())
+    found = learn_on_paths(replay, [3, 4], torch.zeros(2, 4, 4))
+    # In each search, what it comes to with the first call saved and without is said, and the better is taken.
     said = re.findall(r"(\d) calls: about (\S+) with the first call saved, (\S+) with it made", capsys.readouterr().out)
-    for calls, saved, made in said[-2:]:
-        run = runs[int(calls)]
+    searched = [runs[calls] for runs, _ in looked_at for calls in (3, 4)]
+    assert len(said) == len(searched) == 2 * on_paths.PROBES
+    for (calls, saved, made), run in zip(said, searched, strict=True):
         assert run.skip_first <= (float(saved) <= float(made)) and run.calls == int(calls)
+    # Of all searches, those times that ended nearest on the model.
+    for calls, run in found.items():
+        assert run is min(looked_at, key=lambda pair: pair[1][calls])[0][calls]
 
 
 def test_steps_that_shrink_too_fast_are_not_trusted():
@@ -105,7 +121,8 @@ def test_steps_that_shrink_too_fast_are_not_trusted():
 def test_probes_see_the_model_beside_the_paths(replay):
     rows = torch.arange(4)
     tracks = thinned(replay.chains, rows, 0)
-    (seen,) = probe(tracks, replay, rows, {5: run_over(time_grid(5))}, None)
+    (seen,), errors = probe(tracks, replay, rows, {5: run_over(time_grid(5))}, None)
+    assert 0 < errors[5] < 1
     assert replay.spent["probes"] >= 4 * 5 and seen.times[0] == 1 and list(seen.times) == sorted(seen.times)[::-1]
     for t, away, change in list(zip(seen.times, seen.away, seen.change, strict=True))[2:]:
         if t > 2 * LAST_TIME:

@@ -113,22 +113,29 @@ def test_no_v1_mappings_anywhere():
     assert not [p for p in SOURCES if "NODE_CLASS_MAPPINGS" in p.read_text()]
 
 
-def test_imports_without_comfyui_or_extras():
-    """The package and the core import where only torch, numpy, einops and safetensors are."""
-    blocked = ["matplotlib", "tyro", "tqdm", "diffusers", "torchdiffeq", "comfy", "comfy_api", "scipy"]
-    code = f"""
+def run_without(blocked, code):
+    """Run code in a process of its own, where some modules cannot be imported."""
+    block = f"""
 import sys
 class Block:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {blocked}:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Block())
+"""
+    return subprocess.run([sys.executable, "-c", block + code], capture_output=True, text=True, cwd="/", check=False)
+
+
+def test_imports_without_comfyui_or_extras():
+    """The package and the core import where only torch, numpy, einops and safetensors are."""
+    blocked = ["matplotlib", "tyro", "tqdm", "diffusers", "torchdiffeq", "comfy", "comfy_api", "scipy"]
+    code = """
 import ba_solver, ba_solver.bas_core, ba_solver.nodes, ba_solver.training
 print(callable(ba_solver.comfy_entrypoint), ba_solver.bas_core.get_rule("lobatto4").exactness)
 from ba_solver.training.cli import main
 sys.exit(main(["demo"]))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=False)
+    done = run_without(blocked, code)
     assert done.stdout.split() == ["True", "5"], done.stderr
     assert done.returncode == 1 and "pip install 'ba-solver[bench]'" in done.stderr
 
@@ -173,17 +180,11 @@ def test_shipped_weights_are_small():
 def test_what_makes_sidenets_in_comfyui_needs_no_more_than_comfyui_has():
     """From the zip's files alone, without the libraries of the command line."""
     blocked = ["accelerate", "tyro", "tomli", "matplotlib", "tensorboard", "diffusers", "torchdiffeq", "scipy"]
-    code = f"""
-import sys
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {blocked}:
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Block())
+    code = """
 import ba_solver.training.make, ba_solver.training.efforts
 print(sorted(name for name in sys.modules if name.startswith("ba_solver.training")))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=False)
+    done = run_without(blocked, code)
     assert done.returncode == 0, done.stderr
     shipped = {
         name.removesuffix(".py").replace("/", ".") for name in packed_files(ROOT) if name.startswith("training/")

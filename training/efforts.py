@@ -15,7 +15,7 @@ S = TypeVar("S")
 QUICK = "quick"
 EFFORTS: Mapping[str, Mapping[str, Any]] = {
     QUICK: {
-        "grid_search": "paths", "steps": 0, "chains": 19, "held_out": 3, "points": 28, "starts": 0, "record_batch": 8,
+        "grid_search": "paths", "steps": 0, "chains": 19, "held_out": 3, "points": 22, "starts": 0, "record_batch": 8,
     },
     "standard": {"grid_search": "paths", "starts": 960},
     "thorough": {"grid_search": "paths", "starts": 960, "tune": 480},

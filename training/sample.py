@@ -26,7 +26,7 @@ from .backbones import Backbone, BackboneChoice, open_backbone
 from .drawing.folder import Folder, write_npz
 from .drawing.scores import MISSING, scores, weights_file
 from .drawing.solvers import PRESETS, parse_rival, solver_named
-from .progress import MAIN_PROCESS, progress, say
+from .progress import MAIN_PROCESS, processes, progress, say
 from .runs.samplers import Sampler
 from .settings import UsageError, check_positive, plain
 
@@ -313,20 +313,20 @@ def what_decides(settings: SampleSettings, backbone: Backbone, drawing: Drawing,
 # --- the work -------------------------------------------------------------------------------------------------------
 
 
-def my_batches(folder: Folder, settings: SampleSettings, device: torch.device) -> tuple[list[list[int]], Any]:
-    """The batches of which an image is missing, this process's share; and the processes, to wait for.
+def my_batches(
+    folder: Folder, settings: SampleSettings, device: torch.device
+) -> tuple[list[list[int]], Callable[[], None]]:
+    """The batches of which an image is missing, this process's share; and what waits for the other processes.
 
     Batches are cut alike whatever is there already, so that an image is drawn among the same others.
     """
-    from accelerate import PartialState
-
-    processes = PartialState(cpu=device.type == "cpu")
+    rank, count, meet = processes(device.type == "cpu")
     missing = folder.missing(settings.count)
     if 0 < len(missing) < settings.count:
         say(f"{settings.count - len(missing)} of {settings.count} images are there already; going on.")
     starts = sorted({index // settings.batch * settings.batch for index in missing})
-    mine = starts[processes.process_index :: processes.num_processes]
-    return [list(range(start, min(start + settings.batch, settings.count))) for start in mine], processes
+    mine = starts[rank::count]
+    return [list(range(start, min(start + settings.batch, settings.count))) for start in mine], meet
 
 
 def drawn_batches(
@@ -344,7 +344,7 @@ def drawn_batches(
 def draw_missing(drawing: Drawing, folder: Folder, settings: SampleSettings) -> dict[str, Any]:
     """Draw what is missing and write it; returns what it cost."""
     device = drawing.backbone.device
-    batches, processes = my_batches(folder, settings, device)
+    batches, meet = my_batches(folder, settings, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     began, drawn, calls = time.perf_counter(), 0, 0.0
@@ -354,7 +354,7 @@ def draw_missing(drawing: Drawing, folder: Folder, settings: SampleSettings) -> 
                 folder.write(index, images[row], None if beside is None else beside[row])
             drawn, calls = drawn + len(indices), calls + cost * len(indices)
     seconds = time.perf_counter() - began
-    processes.wait_for_everyone()
+    meet()
     if not drawn:
         return {"drawn": 0}
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()

@@ -193,23 +193,6 @@ def _distance(x: Tensor, other: Tensor) -> float:
     return float((x - other).square().mean().sqrt())
 
 
-def guider_for(model: Any, positive: Any, negative: Any, cfg: float) -> Any:
-    """ComfyUI's guider.
-
-    Raises:
-        ValueError: CFG without a negative.
-    """
-    guider = comfy.samplers.CFGGuider(model)
-    if cfg == 1:
-        guider.inner_set_conds({"positive": positive})
-    elif negative is None:
-        raise ValueError(f"A CFG of {cfg:g} needs a negative conditioning. Connect 'negative', or set cfg to 1.")
-    else:
-        guider.set_conds(positive, negative)
-    guider.set_cfg(cfg)
-    return guider
-
-
 def compare(
     guider: Any, latent: Tensor, seed: int, jobs: Sequence[Job], calls: Sequence[int], reference: int,
     told: Callable[[float], Any],

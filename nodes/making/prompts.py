@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..models.labels import KEY, conditioning_of
+from ..sampling.guider import set_prompts
 
 Conditions = dict[str, list[dict[str, Any]]]
 
@@ -49,12 +50,8 @@ class Prompts(comfy.samplers.CFGGuider):
 
     def __init__(self, model: Any, positives: Sequence[Any], negative: Any, cfg: float) -> None:
         super().__init__(model)
-        if cfg != 1 and negative is None:
-            raise ValueError(f"A CFG of {cfg:g} needs a negative conditioning. Connect 'negative', or set cfg to 1.")
         self.names = [f"positive {number}" for number in range(len(positives))]
-        given = dict(zip(self.names, positives, strict=True))
-        self.inner_set_conds(given if cfg == 1 else {**given, "negative": negative})
-        self.set_cfg(cfg)
+        set_prompts(self, dict(zip(self.names, positives, strict=True)), negative, cfg)
         self.prepared: list[Conditions] = []
 
     def inner_sample(self, noise: Tensor, latent: Tensor, device: Any, sampler: Any, *rest: Any, **more: Any) -> Tensor:
