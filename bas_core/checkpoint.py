@@ -33,7 +33,7 @@ from .runs import FittedRun
 from .sidenet import SideNet, SideNetConfig
 from .sit import SiT, SiTConfig, sit_config_from_state_dict
 
-SIDENET_FORMAT, SIDENET_VERSION = "ba-solver-sidenet", 2
+SIDENET_FORMAT, SIDENET_VERSION = "ba-solver-sidenet", 3
 SIT_FORMAT, SIT_VERSION = "ba-solver-sit", 1
 OWN_TENSOR = "emb_fusion.0.weight"  # which only SideNets have
 # What sizes and numbers that no network can have end in.

@@ -84,6 +84,7 @@ _r4, _r5 = math.sqrt(6 / 5), math.sqrt(10 / 7)
 RULES: dict[str, Rule] = {
     rule.name: rule
     for rule in (
+        Rule("lobatto2", (0.0, 1.0), (1 / 2, 1 / 2), 1),
         Rule("lobatto3", (0.0, 0.5, 1.0), (1 / 6, 2 / 3, 1 / 6), 3),
         _lobatto4(),
         _lobatto5(),
@@ -119,6 +120,6 @@ def get_rule(rule: Rule | str) -> Rule:
     """
     if isinstance(rule, Rule):
         return rule
-    if rule not in RULES:
+    if not isinstance(rule, str) or rule not in RULES:
         raise ValueError(f"Unknown quadrature rule {rule!r}. Valid rules: {', '.join(RULES)}.")
     return RULES[rule]

@@ -18,6 +18,7 @@ from torch import Tensor
 from .grids import check_grid, same_grid, starts_short
 from .guidance import Field
 from .half_calls import HalfCallField, check_half_calls
+from .quadrature import get_rule
 from .step_weights import add_terms, check_step_weights, plain_numbers, row_of, terms
 from .steps import Proposal
 
@@ -38,6 +39,7 @@ class FittedRun:
             unconditional branch is left out, an empty row where the call is a whole one. Empty: all calls are whole.
         skip_first: the first call is saved, by a SideNet that knows the mean of the model's data. For noise from a
             random generator only: that from an inversion leads to one image and not to the mean.
+        rule: name of the quadrature rule that the step weights were fitted for; one with both ends.
 
     Raises:
         ValueError: the parts do not fit each other; the message says which, what was required and what came.
@@ -47,10 +49,13 @@ class FittedRun:
     step_weights: Sequence[Row] = ()
     half_calls: Sequence[Row] = ()
     skip_first: bool = False
+    rule: str = "lobatto4"
 
     def __post_init__(self) -> None:
         for name in ("times", "step_weights", "half_calls"):
             object.__setattr__(self, name, _frozen(getattr(self, name)))
+        if not get_rule(self.rule).has_both_ends:
+            raise ValueError(f"A run needs a rule whose nodes include 0 and 1, such as lobatto4; got {self.rule}.")
         times = [float(t) for t in check_grid(self._times).detach()]
         if self.skip_first and times[0] != 1:
             raise ValueError(f"Only a run from pure noise, t = 1, saves its first call; this begins at {times[0]:.4g}.")
@@ -101,7 +106,7 @@ class FittedRun:
         """The same run in plain numbers."""
 
         weights, halves = (list(map(plain_numbers, rows)) for rows in (self.step_weights, self.half_calls))
-        return FittedRun(plain_numbers(self.times), weights, halves, self.skip_first)
+        return dataclasses.replace(self, times=plain_numbers(self.times), step_weights=weights, half_calls=halves)
 
     def correct(self, proposal: Proposal) -> Tensor:
         """A proposed state [B, C, *spatial] with its weighted terms added: what steers the solver's steps."""

@@ -33,7 +33,7 @@ from .steps import (
 )
 
 METHODS = ("bi_anchor", "single_anchor")
-DEFAULT_RULES = {"bi_anchor": "lobatto4", "single_anchor": "legendre3"}
+SINGLE_ANCHOR_RULE = "legendre3"
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ def solve(
             ascending (inversion), within [0, 1], for N calls.
         method: "bi_anchor", or "single_anchor" (one call a step at its start; the paper's baseline), which takes plain
             runs only.
-        rule: a quadrature rule or its name. Default: lobatto4 for bi_anchor, legendre3 for single_anchor.
+        rule: a quadrature rule or its name. Default: the run's own for bi_anchor (lobatto4 where nothing is fitted),
+            legendre3 for single_anchor.
         callback: sees every finished `Step`; may raise to stop.
         chunk: largest number of samples in one SideNet call, when memory is short; None = one batch a phase.
 
@@ -108,7 +109,8 @@ def solve(
     if run.fitted and method != "bi_anchor":
         raise ValueError(f"Step weights and half calls were fitted for bi_anchor; got method {method!r}.")
     field = run.field_over(field)
-    plan = make_plan(field, sidenet, rule or DEFAULT_RULES[method], chunk, run.skip_first)
+    usual = run.rule if method == "bi_anchor" else SINGLE_ANCHOR_RULE
+    plan = make_plan(field, sidenet, rule or usual, chunk, run.skip_first)
     if method == "bi_anchor":
         return run_bi_anchor(plan, x, run.grid, run.correct, callback)
     return run_steps(single_anchor_steps(plan), field, x, run.grid, callback)
@@ -117,7 +119,7 @@ def solve(
 def make_plan(
     field: Field,
     sidenet: Predictor | None,
-    rule: Rule | str = DEFAULT_RULES["bi_anchor"],
+    rule: Rule | str = FittedRun.rule,
     chunk: int | None = None,
     skip_first: bool = False,
 ) -> Plan:

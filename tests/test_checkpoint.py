@@ -75,10 +75,10 @@ def test_a_loaded_network_computes_the_same_and_may_be_cast(tmp_path):
 
 def test_the_metadata_are_what_the_design_says(tmp_path):
     _, _, metadata = stored(tmp_path)
-    assert metadata["format"] == "ba-solver-sidenet" and metadata["format_version"] == "2"
+    assert metadata["format"] == "ba-solver-sidenet" and metadata["format_version"] == "3"
     assert metadata["latent_channels"] == "2" and metadata["velocity"] == "guided"
     assert json.loads(metadata["config"])["base_channels"] == 8
-    run = {"times": [1.0, 0.0], "step_weights": [], "half_calls": [], "skip_first": False}
+    run = {"times": [1.0, 0.0], "step_weights": [], "half_calls": [], "skip_first": False, "rule": "lobatto4"}
     assert json.loads(metadata["runs"])["1"] == run
     assert json.loads(metadata["backbone"])["fingerprint"] == "0123abcd" and metadata["licence"] == "MIT"
 
@@ -239,7 +239,7 @@ def test_a_missing_file_is_named(tmp_path, load, name):
         ({"format": None}, "no ba-solver-sidenet file: it has no 'format'"),
         ({"format": "pt"}, "no ba-solver-sidenet file: its format is 'pt'"),
         ({"format": "ba-solver-sit"}, "its format is 'ba-solver-sit'"),
-        ({"format_version": "3"}, "format version '3'; this code reads up to 2. Update ba-solver"),
+        ({"format_version": "4"}, "format version '4'; this code reads up to 3. Update ba-solver"),
         ({"format_version": "one"}, "format version 'one'"),
         ({"format_version": "²"}, "format version '²'"),
         ({"format_version": None}, "format version ''"),

@@ -247,6 +247,26 @@ def test_what_is_recorded_is_what_comfyui_samples_by(rider, demo):
     assert min(others) > 0.1
 
 
+@pytest.mark.parametrize("effort", ["quick", "thorough"])
+def test_a_compiled_model_makes_what_the_model_makes(effort):
+    """`torch.compile` as ComfyUI's node lays it on a MODEL; with gradients through it too."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    compiled, graphs = models.make_model("sd3"), []
+    set_torch_compile_wrapper(compiled, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    texts = [models.text("sd3", seed) for seed in (0, 1)]
+    cards = []
+    for name, model in (("plain", models.make_model("sd3")), ("compiled", compiled)):
+        given = {"negative": models.text("sd3", 2), "cfg": 3.0, "effort": effort, "name": name}
+        cards.append(made(model, texts, torch.zeros(1, 16, 8, 8), **given)[0].card)
+        assert bool(graphs) == (name == "compiled")
+    plain, compiled = (card.runs[4] for card in cards)
+    assert compiled.times == pytest.approx(plain.times, abs=1e-3)
+    torch.testing.assert_close(
+        torch.tensor(sum(compiled.step_weights, ())), torch.tensor(sum(plain.step_weights, ())), atol=0.02, rtol=0.02
+    )
+
+
 def as_fp8(network):
     """Weights that ComfyUI's own layers cast at each call."""
     for parameter in network.parameters():

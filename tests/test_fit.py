@@ -426,7 +426,7 @@ def test_bfloat16_trains_and_float16_needs_a_gpu(folder, tmp_path, capsys):
             ("--objective", "published", "--latents", "x.safetensors", "--backbone", BACKBONE),
             "record with --mode branch",
         ),
-        (("--rule", "legendre3"), "--rule must be one of lobatto3"),
+        (("--rule", "legendre3"), "--rule must be one of lobatto2"),
         (("--nfe-range", "9", "5"), "--nfe-range must be two numbers"),
         (("--held-out", "96"), "leaves none of the 96 recorded runs"),
         (("--base-channels", "12", "--num-heads", "8"), "base_channels must be a multiple of num_heads"),

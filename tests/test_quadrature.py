@@ -20,7 +20,7 @@ def test_exactness_is_as_stated(rule):
 
 @pytest.mark.parametrize(
     ("name", "exactness"),
-    [("lobatto3", 3), ("lobatto4", 5), ("lobatto5", 7), ("simpson38", 3), ("chebyshev4", 3)]
+    [("lobatto2", 1), ("lobatto3", 3), ("lobatto4", 5), ("lobatto5", 7), ("simpson38", 3), ("chebyshev4", 3)]
     + [(f"legendre{k}", 2 * k - 1) for k in range(1, 6)],
 )
 def test_every_promised_rule_is_there(name, exactness):

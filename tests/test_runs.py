@@ -52,6 +52,8 @@ def test_it_is_a_value():
         ({"times": TIMES, "step_weights": [[0.1]]}, "come in rows of"),
         ({"times": TIMES, "half_calls": [[], [0.1]]}, "come in as many rows"),
         ({"times": TIMES, "half_calls": [[], *HALVES], "skip_first": True}, "Half calls for 4 calls"),
+        ({"times": TIMES, "rule": "legendre3"}, "include 0 and 1.*got legendre3"),
+        ({"times": TIMES, "rule": 3}, "Unknown quadrature rule 3"),
     ],
     ids=str,
 )
@@ -73,14 +75,47 @@ def test_times_from_elsewhere_find_their_run():
     assert not run_over(torch.tensor([1.0, 0.5, 0.0]), runs, knows_mean=True).skip_first
 
 
+class Counted:
+    """A SideNet that counts how many samples it is asked for."""
+
+    def __init__(self, sidenet):
+        self.sidenet, self.config, self.anchors, self.asked = sidenet, sidenet.config, 2, 0
+        self.first_velocity = sidenet.first_velocity
+
+    def __call__(self, **inputs):
+        self.asked += len(inputs["x"])
+        return self.sidenet(**inputs)
+
+
+def test_it_is_run_by_the_rule_that_it_was_fitted_for():
+    """The trapezoid asks once a step, lobatto4 three times ahead and twice back; who names a rule gets that one."""
+    x, ends, asked = noise(1, 2, 4, 4, dtype=torch.float32), [], []
+    for run, rule in ((fitted(rule="lobatto2"), None), (fitted(), None), (fitted(rule="lobatto2"), "lobatto4")):
+        sidenet = Counted(small_sidenet(dtype=torch.float32, anchors=2, mean_size=2))
+        ends.append(solve(guided_field(1, Guidance(2.0), "guided"), sidenet, x, run, rule=rule))
+        asked.append(sidenet.asked)
+    assert asked == [5, 5 * 3 + 4 * 2, 5 * 3 + 4 * 2]
+    assert torch.equal(ends[1], ends[2]) and not torch.allclose(ends[0], ends[1], atol=1e-3)
+    run = fitted(rule="lobatto2")
+    assert {run.over(TIMES).rule, run.scaled(0.9).rule, run.detached().rule} == {"lobatto2"}
+
+
 def test_files_of_the_first_version_hold_the_same_runs(tmp_path):
-    """There the parts lay in three tables, and the first call was saved where the grid starts short."""
+    """There the parts lay in three tables, the first call was saved where the grid starts short, and the rule was
+    lobatto4; so it was in the second version, which did not name it."""
     card = SideNetCard("guided", (2.0, 2.0), runs={3: fitted(), 5: FittedRun([1.0, 0.8, 0.6, 0.4, 0.2, 0.0])})
+    trapezoid = SideNetCard(runs={3: fitted(rule="lobatto2")})
+    save_sidenet(tmp_path / "trapezoid.safetensors", small_sidenet(anchors=2, mean_size=2), trapezoid)
+    assert load_sidenet(tmp_path / "trapezoid.safetensors")[1].runs[3].rule == "lobatto2"
     sidenet = small_sidenet(dtype=torch.float32, anchors=2, mean_size=2)
     path = tmp_path / "new.safetensors"
     save_sidenet(path, sidenet, card)
     tensors, metadata = read_safetensors(path)
     runs = {n: run for n, run in json.loads(metadata.pop("runs")).items()}
+    unnamed = {n: {name: part for name, part in run.items() if name != "rule"} for n, run in runs.items()}
+    second = metadata | {"format_version": "2", "runs": json.dumps(unnamed)}
+    write_safetensors(tmp_path / "second.safetensors", tensors, second)
+    assert load_sidenet(tmp_path / "second.safetensors")[1] == card
     metadata |= {
         "format_version": "1",
         "time_grids": json.dumps({n: run["times"] for n, run in runs.items()}),

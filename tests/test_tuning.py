@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ba_solver.bas_core import FittedRun, Guidance, get_rule, solve
+from ba_solver.bas_core import FittedRun, Guidance, solve
 from ba_solver.bas_core.grids import time_grid
 from ba_solver.bas_core.guidance import Field
 from ba_solver.bas_core.step_weights import row_length
@@ -16,7 +16,6 @@ from problems import noise, small_sidenet
 
 GRID = [1.0, 0.93, 0.7, 0.5, 0.25, 0.0]
 SCALE = 2.5
-RULE = get_rule("lobatto4")
 
 
 def begun():
@@ -30,7 +29,7 @@ def begun():
 def check_run_is_the_samplers():
     run, field, x, sidenet = begun()
     with torch.no_grad():
-        ours = run(field, x, sidenet, 1.0, RULE)
+        ours = run(field, x, sidenet, 1.0)
         found = run.run().detached()
         times = torch.tensor(found.times, dtype=torch.float64)
         theirs = solve(field, sidenet, x, found.over(times))
@@ -44,7 +43,7 @@ def check_gradients():
     run, field, x, sidenet = begun()
 
     def error():
-        return run(field, x, sidenet, 1.0, RULE).square().sum()
+        return run(field, x, sidenet, 1.0).square().sum()
 
     error().backward()
     picked = [(run.log_steps, 1), (run.step_weights[0], 0), (run.step_weights[3], 2), (run.half_calls[2], 1)]
@@ -111,7 +110,7 @@ def test_gradients_are_those_of_the_whole_run_at_the_memory_of_its_states():
     kept, gradients = [], []
     for make in (field, lambda: recomputed(field())):
         run = TunedRun(FittedRun(times, [[0.01] * row_length(row) for row in range(11)]))
-        loss = lambda make=make, run=run: run(make(), x, StraightLine(), 1.0, RULE).square().sum()  # noqa: E731
+        loss = lambda make=make, run=run: run(make(), x, StraightLine(), 1.0).square().sum()  # noqa: E731
         kept.append(saved_bytes(loss))
         loss().backward()
         gradients.append([parameter.grad for parameter in run.parameters()])

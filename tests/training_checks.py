@@ -7,7 +7,7 @@ Trained numbers differ from processor to processor. Each effect asked for here i
 from dataclasses import replace
 
 import torch
-from ba_solver.bas_core import FittedRun, get_rule, load_sidenet, solve, time_grid
+from ba_solver.bas_core import FittedRun, load_sidenet, solve, time_grid
 from ba_solver.training.backbones import BackboneChoice, open_backbone
 from ba_solver.training.cli import main
 from ba_solver.training.network.loop import LoopSettings
@@ -108,18 +108,18 @@ def parts_of(folder):
 
 def check_fitted_weights(folder, trained, tmp_path):
     """Weights by least squares are most of what a run gains, of runs that they were not fitted on."""
-    sidenet, parts, rule = load_sidenet(trained)[0], parts_of(folder), get_rule("lobatto4")
-    fitted = fit_weights(sidenet, parts[0], rule, learn_times(sidenet, parts[0], rule, [5], 8, rounds=0))[5]
+    sidenet, parts = load_sidenet(trained)[0], parts_of(folder)
+    fitted = fit_weights(sidenet, parts[0], learn_times(sidenet, parts[0], [5], 8, rounds=0))[5]
     errors = [rollout_error(sidenet, folder, each) for each in (fitted, replace(fitted, step_weights=()))]
     assert errors[0] < 0.4 * errors[1], errors
 
 
 def check_tuning(folder, trained, tmp_path):
     """Gradients through whole runs find weights where there are none: from the published step on."""
-    sidenet, parts, rule = load_sidenet(trained)[0], parts_of(folder), get_rule("lobatto4")
-    fitted = fit_weights(sidenet, parts[0], rule, learn_times(sidenet, parts[0], rule, [5], 8, rounds=0))[5]
+    sidenet, parts = load_sidenet(trained)[0], parts_of(folder)
+    fitted = fit_weights(sidenet, parts[0], learn_times(sidenet, parts[0], [5], 8, rounds=0))[5]
     begun = replace(fitted, step_weights=[[0.0] * len(row) for row in fitted.step_weights])
     loop = tuning_loop(LoopSettings(steps=60, batch=16, learning_rate=1e-3, seed=1))
-    tuned = tune(sidenet, parts, rule, begun, 5, loop, tmp_path)
+    tuned = tune(sidenet, parts, begun, 5, loop, tmp_path)
     errors = [rollout_error(sidenet, folder, each) for each in (begun, tuned)]
     assert errors[1] < 0.4 * errors[0], errors

@@ -159,7 +159,7 @@ def fit(job: Job) -> SideNet:
     if training.grid_nfe and not job.runs:
         # In the family alone if they are tuned later.
         rounds, replay, net = 0 if training.tune else ROUNDS, job.replay(job.chains), sidenet
-        job.runs = times_stage(job, lambda calls: learn_times(net, replay, job.rule, calls, training.grid_runs, rounds))
+        job.runs = times_stage(job, lambda calls: learn_times(net, replay, calls, training.grid_runs, rounds))
     if training.closed_loop:
         begun = sidenet
         sidenet = job.within(lambda: rolled_stage(job, begun, "closed_loop", training.closed_loop, interval_loss))
@@ -174,12 +174,12 @@ def fit(job: Job) -> SideNet:
 
 def finish_runs(job: Job, sidenet: SideNet) -> dict[int, FittedRun]:
     """The runs with their weights, tuned if that is asked for."""
-    runs = fit_weights(sidenet, job.replay(job.chains), job.rule, job.runs)
+    runs = fit_weights(sidenet, job.replay(job.chains), job.runs)
     if not job.training.tune:
         return runs
     loop = tuning_loop(job.training.loop(job.training.tune, job.training.loop_batch))
     parts = job.replay(job.chains), job.replay(job.held_out)
-    return {n: tune(sidenet, parts, job.rule, run, n, loop, job.folder) for n, run in runs.items()}
+    return {n: tune(sidenet, parts, run, n, loop, job.folder) for n, run in runs.items()}
 
 
 def evaluation(job: Job, sidenet: SideNet) -> dict[str, Any]:
@@ -191,7 +191,7 @@ def evaluation(job: Job, sidenet: SideNet) -> dict[str, Any]:
         left = ", ".join(f"{kind} {value:.2f}" for kind, value in table["kind"].items())
         say(f"Held-out residual variance left (1 = a straight line): {left}")
     if job.runs and job.training.grid_search == "paths":
-        rows = job.within(lambda: score_held_out(sidenet, job.runs, job.replay(job.held_out), job.rule))
+        rows = job.within(lambda: score_held_out(sidenet, job.runs, job.replay(job.held_out)))
         say(error_table(rows))
         scale = job.about["guidance"][0]
         found |= {

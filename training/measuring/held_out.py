@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import torch
 
-from ...bas_core.quadrature import Rule
 from ...bas_core.runs import FittedRun
 from ...bas_core.sidenet import SideNet
 from ..progress import progress
@@ -26,11 +25,11 @@ def shifted(sampler: Sampler, calls: Sequence[int], shift: float) -> Sampler:
     return replace(sampler, given={n: sampler.times(n, (shift, 0.0)) for n in calls})
 
 
-def score_held_out(sidenet: SideNet, runs: Mapping[int, FittedRun], replay: Replay, rule: Rule) -> list[Measurement]:
+def score_held_out(sidenet: SideNet, runs: Mapping[int, FittedRun], replay: Replay) -> list[Measurement]:
     """Fitted runs beside multistep solvers, on held-out runs of one CFG scale; the cost is added to `replay.spent`."""
     rows = replay.alike(SCORED)
     ends, noise, start = replay.truth(rows, torch.zeros(())), replay.noise(rows), replay.backbone.start
-    ours = replace(sidenet_sampler(sidenet, start=start, rule=rule), given=runs)
+    ours = replace(sidenet_sampler(sidenet, start=start), given=runs)
     others = [shifted(baseline_sampler(name, start), list(runs), replay.backbone.shift) for name in RIVALS]
     jobs = [(sampler, n, "best" if sampler is ours else "uniform") for n in runs for sampler in (ours, *others)]
     found = []

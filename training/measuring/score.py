@@ -17,7 +17,6 @@ from torch import Tensor
 from ...bas_core.checkpoint import SideNetCard, load_sidenet, save_sidenet
 from ...bas_core.files import CheckpointError, write_text
 from ...bas_core.guidance import Field
-from ...bas_core.quadrature import Rule, get_rule
 from ...bas_core.sidenet import SideNet
 from ..backbones import Backbone, BackboneChoice, open_backbone
 from ..progress import progress, say
@@ -126,10 +125,10 @@ def search_shapes(jobs: Sequence[tuple[Sampler, int]], search: Paths) -> Shapes:
 
 
 def with_more_runs(
-    card: SideNetCard, sidenet: SideNet, calls: Sequence[int], search: Paths, start: float, rule: Rule
+    card: SideNetCard, sidenet: SideNet, calls: Sequence[int], search: Paths, start: float
 ) -> SideNetCard:
     """The card with fitted runs for more numbers of calls, found on the search noises."""
-    fitting = Fitting(sidenet, search.field, search.noise, search.truth, start, rule)
+    fitting = Fitting(sidenet, search.field, search.noise, search.truth, start)
     return dataclasses.replace(card, runs=card.runs | fit_runs(search_times(fitting, calls), fitting))
 
 
@@ -245,7 +244,6 @@ def evaluate(
     scale = guidance_for(choice, card, backbone)
     recorded = card.training.get("recorded", {})
     interval = tuple(recorded.get("guidance_interval", choice.guidance_interval))
-    rule = card.training.get("settings", {}).get("rule", "lobatto4")
 
     def field_of(conditions: Tensor) -> Field:
         return backbone.field(conditions, scale, interval, card.velocity)
@@ -258,8 +256,8 @@ def evaluate(
         if search:
             shapes = search_shapes([(sampler, n) for n in calls for sampler in others], search)
             unknown = [n for n in calls if n not in card.runs]
-            card = with_more_runs(card, sidenet, unknown, search, backbone.start, get_rule(rule))
-        ours = sidenet_sampler(sidenet, start=backbone.start, rule=rule)
+            card = with_more_runs(card, sidenet, unknown, search, backbone.start)
+        ours = sidenet_sampler(sidenet, start=backbone.start)
         rows, states = measure_all(jobs_for(others, ours, calls, card, shapes), paths)
         images = {key: to_images(backbone, x) for key, x in states.items()}
         ends = to_images(backbone, paths[0].ends[:SHOWN])

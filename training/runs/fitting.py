@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ...bas_core.guidance import Field
 from ...bas_core.half_calls import HalfCallField, difference_terms
-from ...bas_core.quadrature import Rule
 from ...bas_core.runs import FittedRun
 from ...bas_core.sidenet import SideNet
 from ...bas_core.solver import make_plan, run_bi_anchor
@@ -30,6 +29,9 @@ WEIGHT_RUNS = 32
 # Half calls, counted from a run's end. Two in a row, or any before the difference of the branches is known well, cost
 # more than they save, and a second pair gained nothing on the demo.
 HALVES = (-1, -3)
+# Of fitted runs: it asks the SideNet once a step, lobatto3 three times and lobatto4 five times, and their weights find
+# what a rule of higher order has beyond it (docs/training.md).
+RULE = "lobatto2"
 # Of the Gram matrix's mean diagonal: velocities of neighbouring times are nearly alike.
 RIDGE = 1e-9
 
@@ -55,7 +57,7 @@ class Fitting:
     """What weights are fitted on, and for which solver.
 
     Attributes:
-        sidenet, rule: of the bi-anchor solver.
+        sidenet: of the bi-anchor solver.
         field: of the runs.
         noise: [B, C, *spatial] where they begin.
         truth: their states at a time.
@@ -67,7 +69,6 @@ class Fitting:
     noise: Tensor
     truth: Truth
     start: float = 1.0
-    rule: Rule | str = "lobatto4"
 
     @property
     def skips(self) -> bool:
@@ -128,16 +129,17 @@ class FitHalfCalls(HalfCallField):
 
 
 def fit_run(fitting: Fitting, run: FittedRun, halved: bool = False) -> tuple[Tensor, FittedRun]:
-    """Go over a run's times once, and fit step weights, and if asked for half calls, on the way.
+    """Go over a run's times once by `RULE`, and fit step weights, and if asked for half calls, on the way.
 
     Returns:
         The ends [B, C, *spatial] that it came to, and the run with its weights.
     """
     steps = FitWeights(fitting.truth)
     halves = FitHalfCalls(fitting.field, run.grid, run.calls) if halved else None
-    plan = make_plan(halves or fitting.field, fitting.sidenet, fitting.rule, skip_first=run.skip_first)
+    plan = make_plan(halves or fitting.field, fitting.sidenet, RULE, skip_first=run.skip_first)
     ends = run_bi_anchor(plan, fitting.noise, run.grid, steps)
-    return ends, dataclasses.replace(run, step_weights=steps.rows, half_calls=halves.found if halves else ())
+    found = halves.found if halves else ()
+    return ends, dataclasses.replace(run, step_weights=steps.rows, half_calls=found, rule=RULE)
 
 
 def fit_runs(runs: Mapping[int, FittedRun], fitting: Fitting) -> Runs:
@@ -145,20 +147,20 @@ def fit_runs(runs: Mapping[int, FittedRun], fitting: Fitting) -> Runs:
     fitted: Runs = {}
     for calls, run in progress(list(runs.items()), "step weights"):
         found = fit_run(fitting, run.scaled(fitting.start), fitting.halves(calls))[1]
-        fitted[calls] = dataclasses.replace(run, step_weights=found.step_weights, half_calls=found.half_calls)
+        fitted[calls] = found.over(run.times)
     return fitted
 
 
-def on_runs(sidenet: SideNet, replay: Replay, rule: Rule, count: int) -> Fitting:
+def on_runs(sidenet: SideNet, replay: Replay, count: int) -> Fitting:
     """What is fitted on so many recorded runs."""
     rows = replay.alike(count)
     field, noise, truth = replay.field_of(rows), replay.noise(rows), partial(replay.truth, rows)
-    return Fitting(sidenet, field, noise, truth, replay.backbone.start, rule)
+    return Fitting(sidenet, field, noise, truth, replay.backbone.start)
 
 
-def fit_weights(sidenet: SideNet, replay: Replay, rule: Rule, runs: Mapping[int, FittedRun]) -> Runs:
+def fit_weights(sidenet: SideNet, replay: Replay, runs: Mapping[int, FittedRun]) -> Runs:
     """`fit_runs` on `WEIGHT_RUNS` recorded runs; what it cost is added to `replay.spent`."""
-    fitting = on_runs(sidenet, replay, rule, WEIGHT_RUNS)
+    fitting = on_runs(sidenet, replay, WEIGHT_RUNS)
     with torch.inference_mode():
         found = fit_runs(runs, fitting)
     replay.spent["step weights"] += fitting.field.calls * len(fitting.noise)

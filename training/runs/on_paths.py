@@ -26,7 +26,7 @@ from .stand_in import MeanLine, Seen, StandIn, Tracks, seen_by, thinned
 
 # How often real runs are looked at, and how many of them for each number of calls. Of the times that were looked at the
 # best are taken: once in a few recordings the stand-in is wrong about the last ones that it finds.
-PROBES, PROBED = 3, 5
+PROBES, PROBED = 3, 6
 ROUNDS = 6
 # No step is shorter than this share of the one before it, but for the last: the stand-in would have two calls at nearly
 # one time, to tell what changes there, and the model does not keep to it so exactly.

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ...bas_core.guidance import Field
-from ...bas_core.quadrature import Rule
 from ...bas_core.runs import run_over
 from ...bas_core.sidenet import SideNet
 from ...bas_core.steps import StraightLine
@@ -96,11 +95,9 @@ def search_times(
     return found
 
 
-def learn_times(
-    sidenet: SideNet, replay: Replay, rule: Rule, calls: Sequence[int], count: int, rounds: int = ROUNDS
-) -> Runs:
+def learn_times(sidenet: SideNet, replay: Replay, calls: Sequence[int], count: int, rounds: int = ROUNDS) -> Runs:
     """The best times found for each number of calls on `count` recorded runs; the cost is added to `replay.spent`."""
-    fitting = on_runs(sidenet, replay, rule, count)
+    fitting = on_runs(sidenet, replay, count)
     with torch.inference_mode():
         found = search_times(fitting, calls, rounds)
     replay.spent["time grids"] += fitting.field.calls * len(fitting.noise)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from ...bas_core.guidance import Field
-from ...bas_core.quadrature import Rule
 from ...bas_core.runs import FittedRun
 from ...bas_core.sidenet import SideNet
 from ...bas_core.solver import solve
@@ -62,7 +61,7 @@ class TunedRun(nn.Module):
     def __init__(self, run: FittedRun) -> None:
         super().__init__()
         times = torch.stack(run.grid)
-        self.first, self.skip_first = float(times[1]), run.skip_first
+        self.first, self.skip_first, self.rule = float(times[1]), run.skip_first, run.rule
         self.log_steps = nn.Parameter(times[1:].diff().neg().log())
         self.step_weights = nn.ParameterList([nn.Parameter(torch.tensor(row)) for row in run.step_weights])
         self.half_calls = nn.ParameterList([nn.Parameter(torch.tensor(row)) for row in run.half_calls])
@@ -75,19 +74,18 @@ class TunedRun(nn.Module):
 
     def run(self) -> FittedRun:
         """The run as it stands, with gradients to the parameters."""
-        return FittedRun(self.times(), list(self.step_weights), list(self.half_calls), self.skip_first)
+        return FittedRun(self.times(), list(self.step_weights), list(self.half_calls), self.skip_first, self.rule)
 
-    def forward(self, field: Field, noise: Tensor, sidenet: SideNet, start: float, rule: Rule) -> Tensor:
+    def forward(self, field: Field, noise: Tensor, sidenet: SideNet, start: float) -> Tensor:
         """The end [B, C, *spatial] of a run from noise at the time `start`."""
         with warnings.catch_warnings():
             # The solver asks times for their value to decide by, which is meant.
             warnings.filterwarnings("ignore", "Converting a tensor with requires_grad=True to a scalar")
-            return solve(field, RecomputedSideNet(sidenet), noise, self.run().scaled(start), rule=rule)
+            return solve(field, RecomputedSideNet(sidenet), noise, self.run().scaled(start))
 
 
 def tune(
-    sidenet: SideNet, parts: tuple[Replay, Replay], rule: Rule, run: FittedRun, calls: int, loop: LoopSettings,
-    folder: Path,
+    sidenet: SideNet, parts: tuple[Replay, Replay], run: FittedRun, calls: int, loop: LoopSettings, folder: Path
 ) -> FittedRun:  # fmt: skip
     """Tune a run; what it cost is added to the replays' `spent`.
 
@@ -95,7 +93,6 @@ def tune(
         sidenet: left as it is.
         parts: the recorded runs to draw from, and those that were held out, on which to choose between what it comes
             to on the way and where it began.
-        rule: quadrature.
         run: where it begins.
         calls: that it costs, for the file names.
         loop: see `tuning_loop`.
@@ -107,7 +104,7 @@ def tune(
 
     def error(tuned: TunedRun, source: Replay, drawn: Tensor, counted: int) -> Tensor:
         field = source.field_of(drawn)
-        ends = tuned(field, source.noise(drawn), sidenet, backbone.start, rule)
+        ends = tuned(field, source.noise(drawn), sidenet, backbone.start)
         source.spent["tuning"] += round(field.cost * counted)
         return endpoint_errors(ends, source.truth(drawn, torch.tensor(0.0))).mean()
 
