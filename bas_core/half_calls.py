@@ -73,7 +73,8 @@ class HalfCallField(Field):
             return self.two.evaluate(x, t, count)
         if not len(self.rows[place]):
             branches = self.two.evaluate(x, t, 2)
-            self.seen.append(Seen(branches[0], branches[0] - branches[1]))
+            # A copy: a view would keep both branches in memory until the run's end.
+            self.seen.append(Seen(branches[0].clone(), branches[0] - branches[1]))
             return branches
         self.halves += 1
         self.whole.halves += 1

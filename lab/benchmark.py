@@ -28,10 +28,10 @@ from ..bas_core.checkpoint import save_sidenet
 from ..bas_core.files import fingerprint, write_text
 from ..bas_core.grids import time_grid
 from ..bas_core.guidance import Field
+from ..bas_core.runs import FittedRun
 from ..bas_core.sidenet import SideNet, SideNetConfig
 from ..bas_core.sit import SiT, SiTConfig
 from ..bas_core.solver import solve
-from ..bas_core.steps import StraightLine
 from ..bas_core.weighting import WeightedSideNet
 from ..training.backbones import BackboneChoice, open_backbone
 from ..training.demo.assets import (
@@ -53,6 +53,7 @@ from ..training.measuring.rivals import (
     measure,
     more_rivals,
     rivals,
+    unipc,
     with_first_call_saved,
 )
 from ..training.measuring.score import search_shapes
@@ -95,10 +96,10 @@ class BenchmarkSettings:
 
 def told_the_mean(sidenet: SideNet) -> list[Sampler]:
     """What the saved first call is worth by itself: the two best rivals, given it too."""
-    unipc = next(sampler for sampler in rivals() if sampler.name == "unipc")
+    best = next(sampler for sampler in rivals() if sampler.name == "unipc")
     line = WeightedSideNet(sidenet, lambda t: 0.0)  # of the SideNet nothing but the mean
     return [
-        with_first_call_saved(unipc, sidenet),
+        with_first_call_saved(best, sidenet),
         sidenet_sampler(line, "predictor_corrector_mean", "AB2 + trapezoid, told the mean"),
     ]
 
@@ -240,24 +241,23 @@ def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
     return peak
 
 
-def cost(field: Field, sidenet: SideNet, noise: Tensor, calls: int = 7) -> dict[str, float]:
-    """Wall time and peak memory of BA-solver beside Euler's, on the same batch."""
-    times, device = time_grid(calls), noise.device
+def cost(field: Field, sidenet: SideNet, noise: Tensor, run: FittedRun) -> dict[str, float]:
+    """Wall time and peak memory of a run beside UniPC's and Euler's on as many calls, for the same batch."""
+    times, device = time_grid(round(run.cost)), noise.device
     with torch.inference_mode():
         euler = median_seconds(lambda: run_baseline("euler", field, noise, times), device)
-        backbone = median_seconds(lambda: [field.velocity(noise, t) for t in times[:-1]], device)
-        ours = median_seconds(lambda: solve(field, sidenet, noise, times), device)
-        bare = median_seconds(lambda: solve(field, StraightLine(), noise, times), device)
+        theirs = median_seconds(lambda: unipc(field, noise, times), device)
+        ours = median_seconds(lambda: solve(field, sidenet, noise, run), device)
         memory_euler = peak_bytes(lambda: run_baseline("euler", field, noise, times), device)
-        memory_ours = peak_bytes(lambda: solve(field, sidenet, noise, times), device)
-        memory_chunked = peak_bytes(lambda: solve(field, sidenet, noise, times, chunk=len(noise)), device)
+        memory_ours = peak_bytes(lambda: solve(field, sidenet, noise, run), device)
+        memory_chunked = peak_bytes(lambda: solve(field, sidenet, noise, run, chunk=len(noise)), device)
     return {
-        "calls": calls,
+        "calls": run.cost,
         "batch": len(noise),
         "seconds_euler": euler,
+        "seconds_unipc": theirs,
         "seconds_ba_solver": ours,
-        "share_of_sidenet_and_integration": 1 - backbone / ours,
-        "share_of_integration_alone": 1 - backbone / bare,
+        "time_over_unipc": ours / theirs,
         "peak_memory_over_euler": memory_ours / memory_euler,
         "peak_memory_over_euler_chunked": memory_chunked / memory_euler,
         "peak_mib_euler": memory_euler / 2**20,
@@ -271,7 +271,7 @@ def large_cost(device: torch.device) -> dict[str, float]:
     batch = 64
     labels = torch.arange(batch, device=device)
     noise = torch.randn(batch, 4, 32, 32, device=device)
-    return cost(guided_field(sit, labels, 1.5), sidenet, noise)
+    return cost(guided_field(sit, labels, 1.5), sidenet, noise, FittedRun(time_grid(7)))
 
 
 def sample_accuracy(demo: Demo, device: torch.device, count: int = 500) -> dict[str, float]:
@@ -323,7 +323,7 @@ def run_benchmark(settings: BenchmarkSettings) -> dict[str, Any]:
         "settings": {k: str(v) for k, v in asdict(settings).items()},
         "tables": error_tables(settings, demo, samplers),
         "size": compute_share(load_demo()),
-        "cost": cost(demo.field(labels), demo.sidenet, noise),
+        "cost": cost(demo.field(labels), demo.sidenet, noise, demo.card.runs[7]),
         "accuracy": sample_accuracy(demo, device),
     }
     if settings.search:

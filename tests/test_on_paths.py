@@ -10,6 +10,7 @@ import torch
 from ba_solver.bas_core.checkpoint import load_sidenet
 from ba_solver.bas_core.files import CheckpointError
 from ba_solver.bas_core.grids import time_grid
+from ba_solver.bas_core.steps import StraightLine
 from ba_solver.training.cli import main
 from ba_solver.training.efforts import EFFORTS, with_effort
 from ba_solver.training.make import MakeSettings, planned_calls
@@ -17,12 +18,13 @@ from ba_solver.training.recording.chains import open_chains
 from ba_solver.training.recording.replay import Replay
 from ba_solver.training.recording.teacher import LAST_TIME
 from ba_solver.training.runs import on_paths
-from ba_solver.training.runs.on_paths import even_enough, learn_on_paths, probe
+from ba_solver.training.runs.fitting import Fitting, fit_run
+from ba_solver.training.runs.on_paths import even_enough, learn_on_paths, probe, refine
 from ba_solver.training.runs.search import run_over
 from ba_solver.training.runs.stand_in import StandIn, means_of_others, seen_by, thinned, usual_gain, velocity_at
 from ba_solver.training.settings import UsageError
 from ba_solver.training.train import FitSettings, run_fit
-from training_problems import BACKBONE, GAUSSIAN_MEAN, chains_of, gaussian_backbone, swirl, swirl_backbone
+from training_problems import BACKBONE, GAUSSIAN_MEAN, chains_of, swirl, swirl_backbone, two_points_backbone
 
 LABELS = torch.arange(12) % 2
 
@@ -82,7 +84,7 @@ def test_whether_a_first_call_is_saved_is_decided_by_other_conditions():
 
 
 def test_a_first_call_is_saved_where_the_mean_says_it_all(capsys):
-    backbone = gaussian_backbone(None, None)
+    backbone = two_points_backbone(None, None)
     about = {"guidance": [1.0, 1.0], "guidance_interval": [0.0, 1.0], "velocity": "guided"}
     chains = chains_of(lambda x, t, y: backbone.velocity(x, t, y, 1.0), LABELS, 48)
     known = Replay(backbone, chains, about, Counter())
@@ -132,6 +134,26 @@ def test_probes_see_the_model_beside_the_paths(replay):
             assert torch.allclose(
                 tracks.thin(v)[..., 0, 0] - velocity_at(tracks.chains, t)[..., 0, 0], change, atol=1e-4
             )
+
+
+def test_times_are_moved_on_the_model(monkeypatch):
+    """Of runs with few calls; they end nearer than before, on the runs that they are moved on."""
+    about = {"guidance": [1.0, 1.0], "guidance_interval": [0.0, 1.0], "velocity": "guided"}
+    replay = Replay(swirl_backbone(None, None), chains_of(swirl, LABELS, 24), about, Counter())
+    monkeypatch.setattr(on_paths, "REFINED", 4)
+    runs = {n: run_over(time_grid(n)) for n in (4, 5)}
+    moved = refine(replay, runs, None, 8, 2)
+    assert moved[5] is runs[5] and len(moved[4].times) == 5
+    rows = torch.arange(8)
+    ends = replay.truth(rows, torch.zeros(()))
+
+    def error(run):
+        fitting = Fitting(StraightLine(), replay.field_of(rows), replay.noise(rows), lambda t: replay.truth(rows, t))
+        return (fit_run(fitting, run)[0] - ends).square().mean().sqrt()
+
+    assert error(moved[4]) < 0.8 * error(runs[4])
+    # Once where it began, and at most two moves of each of three times in each of two rounds; four calls each.
+    assert 8 * 4 * 7 <= replay.spent["time grids"] <= 8 * 4 * 13
 
 
 # --- the efforts ------------------------------------------------------------------------------------------------------

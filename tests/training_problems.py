@@ -52,6 +52,17 @@ def gaussian_backbone(device, dtype):
     )
 
 
+def two_points_backbone(device, dtype):
+    """Every number of the data is one above or below `GAUSSIAN_MEAN`: the same at t = 1, and curved paths after it."""
+
+    def velocity(x, t, y, scale):
+        t = t[:, None, None, None]
+        data = GAUSSIAN_MEAN + torch.tanh((1 - t) * (x - (1 - t) * GAUSSIAN_MEAN) / t**2)
+        return (x - data) / t
+
+    return Backbone(name="two points", kind="python", fingerprint="two-1", shape=SHAPE, velocity=velocity, conditions=2)
+
+
 def broken_backbone(device, dtype):
     """Returns NaN near the data."""
     whole = swirl_backbone(device, dtype)

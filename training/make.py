@@ -15,7 +15,7 @@ from .network.options import Training
 from .progress import say
 from .recording.record import CHECKED_CHAINS, COMPARED_CALLS, Recording, record
 from .runs.fitting import WEIGHT_RUNS
-from .runs.on_paths import PROBED, PROBES
+from .runs.on_paths import PROBED, PROBES, REFINED
 from .runs.tuning import BATCH
 from .settings import UsageError, parse_calls, plain, prepare_folder
 from .train import train_from
@@ -49,6 +49,8 @@ def planned_calls(settings: MakeSettings) -> int:
     calls = settings.chains * settings.points + settings.starts * settings.start_points
     calls += CHECKED * (3 * settings.points + COMPARED_CALLS)
     calls += (PROBES * PROBED + min(WEIGHT_RUNS, settings.chains - held_out)) * made
+    moved = sum((2 * n + 3) * (n + 1) for n in parse_calls(settings.nfe) if n <= REFINED)
+    calls += settings.grid_moves * min(settings.grid_runs, settings.chains - held_out) * moved
     calls += 3 * settings.tune * BATCH * made
     return calls + min(SCORED, held_out) * (1 + len(RIVALS)) * made
 

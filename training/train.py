@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..bas_core.checkpoint import SideNetCard, load_sidenet, save_sidenet
 from ..bas_core.files import CheckpointError, read_pickled_tensors, write_atomically, write_text
@@ -37,7 +38,7 @@ from .progress import MAIN_PROCESS, say
 from .recording.chains import Chains, check_alike, open_chains
 from .recording.record import STARTS
 from .runs.fitting import fit_weights
-from .runs.on_paths import learn_on_paths
+from .runs.on_paths import learn_on_paths, refine
 from .runs.search import ROUNDS, learn_times
 from .runs.tuning import tune, tuning_loop
 from .settings import UsageError, check_device, parse_calls, plain, prepare_folder, shareable
@@ -141,13 +142,20 @@ def begin(job: Job) -> SideNet:
     tolerance = {"tolerance": math.inf} if on_paths else {}
     mean = data_mean(job.chains, job.about["start"], training.mean_size, **tolerance)
     if on_paths:
-        job.runs = times_stage(
-            job, lambda calls: job.within(lambda: learn_on_paths(job.replay(job.chains), calls, mean))
-        )
+        job.runs = times_stage(job, lambda calls: job.within(lambda: on_paths_found(job, calls, mean)))
         mean = mean if any(run.skip_first for run in job.runs.values()) else None
     sidenet = make_sidenet(training, job.about, mean)
     job.mean = mean_in(sidenet, job.about["shape"])
     return sidenet.to(job.device)
+
+
+def on_paths_found(job: Job, calls: Sequence[int], mean: Tensor | None) -> dict[int, FittedRun]:
+    """Times found on the recorded paths, and moved on the model if that is asked for."""
+    replay, training = job.replay(job.chains), job.training
+    found = learn_on_paths(replay, calls, mean)
+    if not training.grid_moves:
+        return found
+    return refine(replay, found, mean, training.grid_runs, training.grid_moves)
 
 
 def fit(job: Job) -> SideNet:

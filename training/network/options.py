@@ -54,6 +54,8 @@ class Training:
             A few runs find the grid that suits those few.
         grid_search: calls (on the model) or paths (on the recorded paths, with a few runs on the model to learn from,
             for a twentieth of the calls, and up to a quarter less exact).
+        grid_moves: rounds over times found on paths that move them on the model, one after another, over grid_runs
+            recorded runs; for up to 7 calls.
         tune: steps that tune each number of calls' times and weights by gradients through whole runs (needs --grid-nfe,
             and the memory of --end-point); the grids are then searched in the family alone. A few hundred; where it
             does not help runs that were held out, it is undone.
@@ -94,6 +96,7 @@ class Training:
     grid_nfe: str = ""
     grid_runs: int = 24
     grid_search: str = "calls"
+    grid_moves: int = 0
     tune: int = 0
     closed_loop: int = 0
     end_point: int = 0
@@ -142,7 +145,7 @@ class Training:
             raise UsageError(f"--nfe-range must be two numbers from 2 to 100, the lower first; got {self.nfe_range}.")
         if self.tune and not self.grid_nfe:
             raise UsageError("--tune tunes learned grids: give --grid-nfe too, such as --grid-nfe 5,7,10.")
-        for name in ("steps", "tune", "closed_loop", "end_point", "held_out", "patience", "accumulate"):
+        for name in ("steps", "grid_moves", "tune", "closed_loop", "end_point", "held_out", "patience", "accumulate"):
             if getattr(self, name) < 0:
                 raise UsageError(f"--{name.replace('_', '-')} must not be negative; got {getattr(self, name)}.")
         if self.grid_nfe:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...bas_core.guidance import Field
-from ...bas_core.runs import run_over
+from ...bas_core.runs import FittedRun, run_over
 from ...bas_core.sidenet import SideNet
 from ...bas_core.steps import StraightLine
 from ..progress import progress
@@ -68,10 +68,8 @@ def search_times(
     Returns:
         Runs from 1 to 0 without weights, by number of calls, half ones counted as half.
     """
-    plain, ends = (
-        sidenet_sampler(fitting.sidenet or StraightLine(), start=fitting.start),
-        fitting.truth(torch.zeros(())),
-    )
+    plain = sidenet_sampler(fitting.sidenet or StraightLine(), start=fitting.start)
+    ends = fitting.truth(torch.zeros(()))
     found: Runs = {}
     shape: GridShape | None = None
     for n in progress(sorted(calls), "time grids"):
@@ -83,16 +81,23 @@ def search_times(
 
         sampler = dataclasses.replace(plain, run=run)
         shape = search_grid(sampler, fitting.field, fitting.noise, ends, made, shape)
-
-        def error(grid: Tensor, made: int = made, halved: bool = halved) -> float:
-            candidate = run_over(grid, knows_mean=fitting.skips)
-            if candidate.calls != made or not allowed(grid):
-                return math.inf  # a first time may have moved to where its call is, or is no longer, to be made
-            return endpoint_errors(fit_run(fitting, candidate.scaled(fitting.start), halved)[0], ends).mean().item()
-
-        best = coordinate_search(error, sampler.times(made, shape), rounds)
-        found[n] = run_over(best.tolist(), knows_mean=fitting.skips)
+        found[n] = moved_times(fitting, n, sampler.times(made, shape), rounds, allowed)
     return found
+
+
+def moved_times(
+    fitting: Fitting, calls: int, times: Tensor, rounds: int, allowed: Callable[[Tensor], bool] = lambda times: True
+) -> FittedRun:
+    """The run that a coordinate search comes to from some times, which are from 1 to 0; without weights."""
+    halved, ends = fitting.halves(calls), fitting.truth(torch.zeros(()))
+
+    def error(grid: Tensor) -> float:
+        candidate = run_over(grid, knows_mean=fitting.skips)
+        if candidate.calls != calls + halved or not allowed(grid):
+            return math.inf  # a first time may have moved to where its call is, or is no longer, to be made
+        return endpoint_errors(fit_run(fitting, candidate.scaled(fitting.start), halved)[0], ends).mean().item()
+
+    return run_over(coordinate_search(error, times, rounds).tolist(), knows_mean=fitting.skips)
 
 
 def learn_times(sidenet: SideNet, replay: Replay, calls: Sequence[int], count: int, rounds: int = ROUNDS) -> Runs:
