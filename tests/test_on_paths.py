@@ -83,7 +83,7 @@ def test_whether_a_first_call_is_saved_is_decided_by_other_conditions():
     assert alike[0][0, 0, 0] == 2 and means_of_others(firsts[:1], torch.zeros(1))[0][0, 0, 0] == 0
 
 
-def test_a_first_call_is_saved_where_the_mean_says_it_all(capsys):
+def test_a_first_call_is_saved_where_the_mean_says_it_all():
     backbone = two_points_backbone(None, None)
     about = {"guidance": [1.0, 1.0], "guidance_interval": [0.0, 1.0], "velocity": "guided"}
     chains = chains_of(lambda x, t, y: backbone.velocity(x, t, y, 1.0), LABELS, 48)
