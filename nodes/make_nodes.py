@@ -144,8 +144,8 @@ def _wanted() -> list[Any]:
             options=list(EFFORTS),
             default=QUICK,
             tooltip="quick: the times of the calls and how their results are weighed, without a network; about 1,500 "
-            "model calls. standard: a network too, for when you keep a scheduler of ComfyUI's; about 20,000 model calls, "
-            "and its training. "
+            "model calls. standard: a network too, for when you keep a scheduler of ComfyUI's; about 20,000 model "
+            "calls, and its training. "
             "thorough: tuned by gradients through the model as well; as much work again four times over.",
         ),
         io.String.Input("name", default="my_sidenet", tooltip="Of the file in output/sidenets."),

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from ba_solver.bas_core import get_rule, load_sidenet, save_sidenet, time_grid
+from ba_solver.bas_core import get_rule, load_sidenet, model_field, save_sidenet, solve, time_grid
 from ba_solver.bas_core.files import read_pickled_tensors, read_safetensors, write_safetensors
 from ba_solver.training import train as training
 from ba_solver.training.backbones import BackboneChoice, open_backbone
@@ -39,7 +39,7 @@ from training_checks import (
     run,
     train_on_pairs,
 )
-from training_problems import BACKBONE, GAUSSIAN_MEAN, SHAPE, environment, in_two_processes
+from training_problems import BACKBONE, GAUSSIAN_MEAN, SHAPE, environment, in_two_processes, swirl
 
 torch.set_num_threads(1)
 
@@ -129,10 +129,13 @@ def test_two_processes_equal_one(folder, tmp_path):
     assert max((one[name] - start[name]).abs().max() for name in one) > 0.02
     assert "Written:" in said[0] and not said[1]
     assert "did not help" not in said[0]
-    again = load_sidenet(tmp_path / "two.safetensors")[1]
+    sidenet, again = load_sidenet(tmp_path / "two.safetensors")
     assert again.training["backbone_calls"] == card.training["backbone_calls"]
-    for row, same in zip(card.runs[4].step_weights, again.runs[4].step_weights, strict=True):
-        assert same == pytest.approx(row, rel=1e-2, abs=1e-2)
+    # By where the runs lead, for weights of terms that are nearly alike may differ and say the same.
+    labels, noise = torch.arange(8) % 2, torch.randn(8, *SHAPE, generator=torch.Generator().manual_seed(5))
+    with torch.inference_mode():
+        ends = [solve(model_field(swirl, labels), sidenet, noise, each.runs[4]) for each in (card, again)]
+    torch.testing.assert_close(ends[1], ends[0], rtol=0, atol=0.02)
 
 
 def tensors_of_untrained(folder, tmp_path):
