@@ -35,7 +35,7 @@ SHORTEST = 0.6
 
 
 # Numbers of calls up to which times gain by being moved on the model, which takes a sampling of every run for each of
-# 2 N moves: on the demo 11 and 4 % at 5 and 7 calls by 24 runs. A dozen runs find times that suit those few.
+# 2 N moves: on the demo 4 to 11 % at 5 calls by 24 runs. A dozen runs find times that suit those few.
 REFINED = 7
 
 
