@@ -6,7 +6,7 @@ UniPC, and the converged reference, are taken from `diffusers` and `torchdiffeq`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,8 +93,13 @@ def adams_weights(times: list[float], t0: float, t1: float) -> list[float]:
 def _adams_step(x: Tensor, history: History, t0: Tensor, t1: Tensor, sign: int = 1) -> Tensor:
     """x moved by the integral over [t0, t1] of the polynomial through all velocities of the history; or back."""
     weights = adams_weights([float(t) for t, _ in history], float(t0), float(t1))
+    return _weighted(x, history, [sign * weight for weight in weights])
+
+
+def _weighted(x: Tensor, history: History, weights: Sequence[float]) -> Tensor:
+    """x plus the weighted velocities of the history."""
     for weight, (_, v) in zip(weights, history, strict=True):
-        x = torch.add(x, v, alpha=sign * weight)
+        x = torch.add(x, v, alpha=weight)
     return x
 
 
@@ -135,9 +140,8 @@ def ipndm(velocity: Velocity, x: Tensor, t0: Tensor, t1: Tensor, history: Histor
     """
     _, history = _evaluate(velocity, x, t0, history, IPNDM_ORDER)
     known = history if float(t1) else history[-1:]
-    for weight, (_, v) in zip(adams_weights(list(range(1 - len(known), 1)), 0, 1), known, strict=True):
-        x = torch.add(x, v, alpha=weight * float(t1 - t0))
-    return x, history
+    equal = adams_weights(list(range(1 - len(known), 1)), 0, 1)
+    return _weighted(x, known, [weight * float(t1 - t0) for weight in equal]), history
 
 
 DEIS_ORDER = 3
@@ -163,11 +167,12 @@ def deis(velocity: Velocity, x: Tensor, t0: Tensor, t1: Tensor, history: History
     nodes, shares = np.polynomial.legendre.leggauss(DEIS_NODES)
     length = float(t1) - float(t0)
     at = _vp_time(float(t0) + length * (nodes + 1) / 2)
-    for j, (_, v) in enumerate(known):
+    weights = []
+    for j, time in enumerate(times):
         others = np.delete(times, j)
-        polynomial = np.prod((at[:, None] - others) / (times[j] - others), axis=1)
-        x = torch.add(x, v, alpha=float(length / 2 * shares @ polynomial))
-    return x, history
+        polynomial = np.prod((at[:, None] - others) / (time - others), axis=1)
+        weights.append(float(length / 2 * shares @ polynomial))
+    return _weighted(x, known, weights), history
 
 
 def dpm_2(velocity: Velocity, x: Tensor, t0: Tensor, t1: Tensor, history: History) -> tuple[Tensor, History]:

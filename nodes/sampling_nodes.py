@@ -43,9 +43,9 @@ class BASampler(io.ComfyNode):
                     "quadrature",
                     [AUTO, *RULES],
                     AUTO,
-                    "Where in each step velocities are predicted, and how they are added up. auto = "
-                    "lobatto4 for bi_anchor and multistep, legendre3 for single_anchor. The legendre rules do not "
-                    "hold both ends and go with single_anchor only.",
+                    "Where in each step velocities are predicted, and how they are added up. auto = the SideNet's own "
+                    "rule on a grid of its own; else lobatto4 for bi_anchor and multistep, legendre3 for "
+                    "single_anchor. The legendre rules do not hold both ends and go with single_anchor only.",
                 ),
                 inputs.fraction(
                     "cfg_from",

@@ -38,7 +38,7 @@ class Training:
         save_every: steps between reports and saves.
         held_out: runs to validate on; 0 = an eighth, at most 64.
         nfe_range: fewest and most backbone calls it will be used with.
-        rule: quadrature.
+        rule: quadrature that the network is trained for; fitted runs have one of their own.
         anchors: 2, or 1 (the paper).
         body: of the SideNet: tokens (transformer blocks) or convolution (the paper).
         mean_size: it keeps the mean of the model's data on a grid of this side, which saves each run's first backbone

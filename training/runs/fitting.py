@@ -20,7 +20,7 @@ from ...bas_core.runs import FittedRun
 from ...bas_core.sidenet import SideNet
 from ...bas_core.solver import make_plan, run_bi_anchor
 from ...bas_core.step_weights import add_terms, terms
-from ...bas_core.steps import Proposal, knows_mean
+from ...bas_core.steps import Predictor, Proposal, knows_mean
 from ..progress import progress
 from ..recording.replay import Replay
 
@@ -57,14 +57,14 @@ class Fitting:
     """What weights are fitted on, and for which solver.
 
     Attributes:
-        sidenet: of the bi-anchor solver.
+        sidenet: of the bi-anchor solver, or what stands in for one.
         field: of the runs.
         noise: [B, C, *spatial] where they begin.
         truth: their states at a time.
         start: the time that they begin at.
     """
 
-    sidenet: SideNet | None
+    sidenet: Predictor | None
     field: Field
     noise: Tensor
     truth: Truth
@@ -151,7 +151,7 @@ def fit_runs(runs: Mapping[int, FittedRun], fitting: Fitting) -> Runs:
     return fitted
 
 
-def on_runs(sidenet: SideNet, replay: Replay, count: int) -> Fitting:
+def on_runs(sidenet: Predictor, replay: Replay, count: int) -> Fitting:
     """What is fitted on so many recorded runs."""
     rows = replay.alike(count)
     field, noise, truth = replay.field_of(rows), replay.noise(rows), partial(replay.truth, rows)

@@ -7,7 +7,6 @@ next search knows that. What ends nearest on the model is weighted on more runs,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -20,7 +19,7 @@ from ...bas_core.sidenet import spread_mean
 from ...bas_core.steps import Predictor, StraightLine
 from ..progress import progress, say
 from ..recording.replay import Replay
-from .fitting import WEIGHT_RUNS, Fitting, Runs, fit_run, takes_halves
+from .fitting import WEIGHT_RUNS, Fitting, Runs, fit_run, on_runs, takes_halves
 from .samplers import endpoint_errors
 from .search import moved_times, search_times
 from .stand_in import MeanLine, Seen, StandIn, Tracks, seen_by, thinned
@@ -32,8 +31,6 @@ ROUNDS = 6
 # No step is shorter than this share of the one before it, but for the last: the stand-in would have two calls at nearly
 # one time, to tell what changes there, and the model does not keep to it so exactly.
 SHORTEST = 0.6
-
-
 # Numbers of calls up to which times gain by being moved on the model, which takes a sampling of every run for each of
 # 2 N moves: on the demo 4 to 11 % at 5 calls by 24 runs. A dozen runs find times that suit those few.
 REFINED = 7
@@ -45,11 +42,16 @@ def even_enough(times: Tensor) -> bool:
     return bool((steps[1:] >= SHORTEST * steps[:-1]).all())
 
 
+def line_through(mean: Tensor | None) -> Predictor:
+    """What takes a SideNet's place where there is none: it saves a first call where the mean of the data is given."""
+    return StraightLine() if mean is None else MeanLine(mean)
+
+
 def on_stand_in(tracks: Tracks, seen: Sequence[Seen], start: float, saves: bool) -> Fitting:
     """What is fitted on a stand-in, with or without the first call saved."""
-    line = MeanLine(tracks.means) if saves and tracks.means is not None else StraightLine()
+    line = line_through(tracks.means if saves else None)
     noise = tracks.chains.states[torch.arange(len(tracks)), torch.zeros(len(tracks), dtype=torch.long)]
-    return Fitting(line, StandIn(tracks, seen).field(), noise, tracks.truth, start)  # type: ignore[arg-type]
+    return Fitting(line, StandIn(tracks, seen).field(), noise, tracks.truth, start)
 
 
 def search_stand_in(tracks: Tracks, seen: Sequence[Seen], start: float, made: Mapping[int, int]) -> Runs:
@@ -94,13 +96,13 @@ def probe(
     Returns:
         What each saw, and how far from the recorded ends it came, by number of calls.
     """
-    line: Predictor = StraightLine() if mean is None else MeanLine(mean)
+    line, start = line_through(mean), replay.backbone.start
     seen, errors = [], {}
     for number, run in runs.items():
         calls: list[tuple[float, Tensor, Tensor]] = []
         field = watched(replay.field_of(rows), tracks, calls)
-        fitting = Fitting(line, field, replay.noise(rows), lambda t: replay.truth(rows, t), replay.backbone.start)  # type: ignore[arg-type]
-        ends = fit_run(fitting, run.scaled(replay.backbone.start))[0]
+        fitting = Fitting(line, field, replay.noise(rows), partial(replay.truth, rows), start)
+        ends = fit_run(fitting, run.scaled(start))[0]
         replay.spent["probes"] += field.calls * len(rows)
         seen.append(seen_by(tracks, calls))
         errors[number] = endpoint_errors(ends, fitting.truth(torch.zeros(()))).mean().item()
@@ -122,16 +124,20 @@ def learn_on_paths(replay: Replay, calls: Sequence[int], mean: Tensor | None) ->
     few = tracks.first(PROBED)
     with torch.inference_mode():
         found = search_stand_in(tracks, (), start, made)
-        spread = None if mean is None else spread_mean(mean, replay.backbone.shape).to(replay.backbone.device)
+        spread = mean_for(replay, mean)
         seen: list[Seen] = []
-        best: dict[int, tuple[float, FittedRun]] = {}
+        looked_at: list[tuple[Runs, dict[int, float]]] = []
         for index in range(PROBES):
             found = search_stand_in(few, seen, start, made) if index else found
             saw, errors = probe(few, replay, rows[:PROBED], found, spread)
             seen += saw
-            for n, error in errors.items():
-                best[n] = min(best.get(n, (math.inf, found[n])), (error, found[n]), key=lambda pair: pair[0])
-        return {n: run for n, (_, run) in best.items()}
+            looked_at.append((found, errors))
+    return {n: min(looked_at, key=lambda pair: pair[1][n])[0][n] for n in calls}
+
+
+def mean_for(replay: Replay, mean: Tensor | None) -> Tensor | None:
+    """The mean of the data [C, S, S] as the model's states are, and where they are."""
+    return None if mean is None else spread_mean(mean, replay.backbone.shape).to(replay.backbone.device)
 
 
 def refine(replay: Replay, runs: Runs, mean: Tensor | None, count: int, rounds: int) -> Runs:
@@ -144,13 +150,10 @@ def refine(replay: Replay, runs: Runs, mean: Tensor | None, count: int, rounds: 
         count: on so many recorded runs.
         rounds: of `search.coordinate_search`.
     """
-    rows, start = replay.alike(count), replay.backbone.start
-    spread = None if mean is None else spread_mean(mean, replay.backbone.shape).to(replay.backbone.device)
-    better = dict(runs)
+    spread, better = mean_for(replay, mean), dict(runs)
     with torch.inference_mode():
         for calls, run in progress([pair for pair in runs.items() if pair[0] <= REFINED], "move times"):
-            line: Predictor = MeanLine(spread) if run.skip_first and spread is not None else StraightLine()
-            fitting = Fitting(line, replay.field_of(rows), replay.noise(rows), partial(replay.truth, rows), start)  # type: ignore[arg-type]
+            fitting = on_runs(line_through(spread if run.skip_first else None), replay, count)
             better[calls] = moved_times(fitting, calls, torch.stack(run.grid), rounds)
-            replay.spent["time grids"] += fitting.field.calls * len(rows)
+            replay.spent["time grids"] += fitting.field.calls * len(fitting.noise)
     return better
