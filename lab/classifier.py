@@ -53,6 +53,22 @@ def accuracy(classifier: nn.Module, images: Tensor, labels: Tensor) -> float:
     return (guesses == labels).float().mean().item()
 
 
+def feature_distances(classifier: Classifier, images: Tensor, others: Tensor) -> Tensor:
+    """[B] how different a pair of images is to the classifier: 0 for the same, about 1.4 for two of nothing in common.
+
+    After each block, the features at every place are brought to length 1, and the root mean square of the differences'
+    lengths is taken; the result is the mean over the blocks (as Zhang et al. 2018, arXiv 1801.03924, without weights).
+    """
+    found = []
+    one, other = images.clamp(-1, 1), others.clamp(-1, 1)
+    for layer in classifier:
+        one, other = layer(one), layer(other)
+        if isinstance(layer, nn.MaxPool2d):
+            difference = F.normalize(one, dim=1) - F.normalize(other, dim=1)
+            found.append(difference.square().sum(1).flatten(1).mean(1).sqrt())
+    return torch.stack(found).mean(0)
+
+
 def train_classifier(settings: ClassifierSettings) -> Path:
     """Train the classifier on drawn shapes with a little noise; returns the path of the weights."""
     torch.manual_seed(settings.loop.seed)

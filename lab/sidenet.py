@@ -1,11 +1,13 @@
 """SideNets for the demo backbone by the trainer's own recipe: its figures over several seeds, and what each part gives.
 
-    python -m ba_solver.lab.sidenet --out runs/demo_sidenet             # about an hour and a half, two cores
+    python -m ba_solver.lab.sidenet --out runs/demo_sidenet             # about two hours, two cores
     python -m ba_solver.lab.sidenet --out runs/demo_sidenet --levers    # half an hour more
 
-For every seed it records chains, trains a SideNet on them, and trains another by the published objective with twice the
-backbone calls. All of them, the solvers without a SideNet on their best grids and the learned multistep solver are then
-measured on noises that none of them has seen. What is finished is not done again when the same command goes on.
+For every seed it records chains and makes a SideNet from them, one whose network adds nothing but whose times and
+weights are found and tuned alike, and one by the published objective with twice the backbone calls. All of them, the
+solvers without a SideNet on their best grids and the learned multistep solver are then measured on noises that none of
+them has seen, by the distance of pixels and by that of a classifier's features. What is finished is not done again when
+the same command goes on.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from ..bas_core.checkpoint import SideNetCard, load_sidenet
 from ..bas_core.files import write_safetensors, write_text
 from ..bas_core.guidance import Field
 from ..training.backbones import Backbone, open_backbone
-from ..training.demo.assets import DEMO_CFG, SIT_FILE, demo_noise, load_grids
+from ..training.demo.assets import CLASSIFIER_FILE, DEMO_CFG, SIT_FILE, demo_noise, load_grids
+from ..training.efforts import with_effort
 from ..training.make import MakeSettings
 from ..training.measuring.reference import draw_paths
 from ..training.measuring.rivals import converged_reference, more_rivals, rivals
@@ -38,10 +41,16 @@ from ..training.recording.record import record
 from ..training.runs.samplers import GridShape, Sampler, endpoint_errors, search_grid, sidenet_sampler
 from ..training.runs.search import coordinate_search
 from ..training.train import train_from
+from .classifier import feature_distances, load_classifier
 from .kept import kept
 from .shapes import draw_shapes
 
 CALLS = (5, 7, 10)
+# What a measurement holds, in this order.
+DISTANCES = ("pixels", "a classifier's features")
+Row = dict[int, list[float]]
+OURS, WITHOUT, PUBLISHED = "BA-solver", "the same without its network", "the paper's objective, twice the calls"
+MADE = (OURS, WITHOUT, PUBLISHED)
 # Rivals whose grids are searched further: those within this factor of the best.
 NEAR_BEST = 1.5
 REPORT_SEED, SEARCH_SEED = 8_000_000, 9_000_000
@@ -65,9 +74,7 @@ class FigureSettings:
         out: folder for recordings, SideNets, `training.json` and `training.md`.
         seeds: training seeds.
         steps: of each training.
-        chains, starts: recorded runs, and starts of more.
-        grid_runs: recorded runs on which the family of grids is searched.
-        tune: steps that tune times and weights for each number of calls.
+        effort: of `ba-solver make`; its chains, starts, search and tuning.
         noises: held-out noises of the report.
         search_noises: on which the grids of what has no learned grids are searched.
         levers: also train the variants in `LEVERS`, from the first seed's chains.
@@ -76,30 +83,24 @@ class FigureSettings:
     out: Path = Path("runs/demo_sidenet")
     seeds: tuple[int, ...] = (1, 2, 3)
     steps: int = 2200
-    chains: int = 256
-    starts: int = 1024
-    grid_runs: int = 12
-    tune: int = 480
+    effort: str = "thorough"
     noises: int = 96
     search_noises: int = 20
     levers: bool = False
 
 
 def recipe(settings: FigureSettings, out: Path, seed: int, **changes: Any) -> MakeSettings:
-    """What `ba-solver make` is told: defaults, but for the SideNet's size, under a tenth of the demo backbone's."""
+    """What `ba-solver make` is told: an effort, and the SideNet's size, under a tenth of the demo backbone's."""
     usual: dict[str, Any] = {
         "steps": settings.steps,
-        "chains": settings.chains,
-        "starts": settings.starts,
         "patch_size": 4,
         "num_layers": 2,
         "embedding_dim": 48,
         "grid_nfe": ",".join(map(str, CALLS)),
-        "grid_runs": settings.grid_runs,
-        "tune": settings.tune,
         "resume": True,
     }
-    return MakeSettings(backbone=f"sit:{SIT_FILE}", guidance=(DEMO_CFG,), out=out, seed=seed, **{**usual, **changes})
+    told = MakeSettings(backbone=f"sit:{SIT_FILE}", guidance=(DEMO_CFG,), out=out, seed=seed, **{**usual, **changes})
+    return with_effort(told, settings.effort)
 
 
 def trained(settings: MakeSettings, chains: Path, backbone: Backbone) -> SideNetCard:
@@ -135,11 +136,9 @@ def published(settings: FigureSettings, seed: int, backbone: Backbone) -> Path:
         batch=PUBLISHED_BATCH,
         steps=steps,
         save_every=max(1, steps // 4),
-        chains=32,
-        starts=0,
         grid_nfe="",
-        tune=0,
     )
+    job = dataclasses.replace(job, chains=32, starts=0, tune=0)  # whatever the effort says
     if not job.out.exists():
         record(job, dataclasses.replace(job, seed=1), few, backbone)  # to validate on
     trained(job, few, backbone)
@@ -172,8 +171,8 @@ class Measured:
     def field(self, mode: Any = "guided") -> Field:
         return self.backbone.field(self.labels, DEMO_CFG, mode=mode)
 
-    def error(self, sampler: Sampler, calls: int, shape: tuple[float, float], mode: str = "guided") -> float:
-        """Mean end-point error.
+    def errors(self, sampler: Sampler, calls: int, shape: GridShape, mode: str = "guided") -> list[float]:
+        """Mean distance from the exact ends: of pixels, and of a classifier's features.
 
         Raises:
             RuntimeError: the sampler spent another number of calls than it was given.
@@ -182,27 +181,32 @@ class Measured:
         x = sampler.sample(field, self.noise, calls, shape)
         if field.cost != calls:
             raise RuntimeError(f"{sampler.label} was given {calls} calls and spent {field.cost:g}.")
-        return endpoint_errors(x, self.reference).mean().item()
+        features = feature_distances(load_classifier(CLASSIFIER_FILE), x, self.reference)
+        return [endpoint_errors(x, self.reference).mean().item(), features.mean().item()]
 
 
-def sidenet_errors(path: Path, report: Measured, search: Measured) -> dict[int, float]:
+def by_calls(found: Mapping[str, list[float]]) -> Row:
+    """A row of a table, as it was before it was kept in a file."""
+    return {int(calls): errors for calls, errors in found.items()}
+
+
+def sidenet_errors(path: Path, report: Measured, search: Measured) -> Row:
     """A SideNet's end-point errors, on its learned grids or else on those searched for it here; kept beside it."""
-    key = [hashlib.sha256(path.read_bytes()).hexdigest(), len(report.noise), len(search.noise)]
-    found = kept(path.with_suffix(".errors.json"), key, partial(_sidenet_errors, path, report, search))
-    return {int(calls): error for calls, error in found.items()}
+    key = [hashlib.sha256(path.read_bytes()).hexdigest(), len(report.noise), len(search.noise), DISTANCES]
+    return by_calls(kept(path.with_suffix(".errors.json"), key, partial(_sidenet_errors, path, report, search)))
 
 
-def _sidenet_errors(path: Path, report: Measured, search: Measured) -> dict[int, float]:
+def _sidenet_errors(path: Path, report: Measured, search: Measured) -> Row:
     sidenet, card = load_sidenet(path)
     sampler = sidenet_sampler(sidenet)
     errors = {}
     for calls in CALLS:
         if calls in card.runs:
-            errors[calls] = report.error(dataclasses.replace(sampler, given=card.runs), calls, (1.0, 0.0))
+            errors[calls] = report.errors(dataclasses.replace(sampler, given=card.runs), calls, (1.0, 0.0))
         else:
             shape = search_grid(sampler, search.field(card.velocity), search.noise, search.reference, calls)
             best = best_times(sampler, search, calls, shape, card.velocity)
-            errors[calls] = report.error(best, calls, shape, card.velocity)
+            errors[calls] = report.errors(best, calls, shape, card.velocity)
     return errors
 
 
@@ -217,7 +221,7 @@ def best_times(sampler: Sampler, search: Measured, calls: int, shape: GridShape,
     return dataclasses.replace(sampler, given={calls: times})
 
 
-def rival_errors(chains: Path, report: Measured, search: Measured) -> dict[str, dict[int, float]]:
+def rival_errors(chains: Path, report: Measured, search: Measured) -> dict[str, Row]:
     """Solvers without a SideNet, each on its best grid; the learned multistep solver is fitted on chains.
 
     All grids are of the family (shift, cosine); those that come near the best of them there are searched further.
@@ -227,7 +231,7 @@ def rival_errors(chains: Path, report: Measured, search: Measured) -> dict[str, 
     multistep = learned_multistep((chains,), backbone, paths, DEMO_CFG, "guided")
     samplers = [*rivals(), *more_rivals(), *([multistep] if multistep else [])]
     grids = load_grids()
-    errors: dict[str, dict[int, float]] = {}
+    errors: dict[str, Row] = {}
     for calls in progress(CALLS, "rivals"):
         shapes = {
             sampler.label: grids[sampler.name][calls]
@@ -235,12 +239,12 @@ def rival_errors(chains: Path, report: Measured, search: Measured) -> dict[str, 
             else search_grid(sampler, search.field(), search.noise, search.reference, calls)
             for sampler in samplers
         }
-        found = {sampler.label: search.error(sampler, calls, shapes[sampler.label]) for sampler in samplers}
+        found = {sampler.label: search.errors(sampler, calls, shapes[sampler.label])[0] for sampler in samplers}
         for sampler in samplers:
             best = sampler
             if sampler.calls_per_step == 1 and found[sampler.label] <= NEAR_BEST * min(found.values()):
                 best = best_times(sampler, search, calls, shapes[sampler.label])
-            errors.setdefault(sampler.label, {})[calls] = report.error(best, calls, shapes[sampler.label])
+            errors.setdefault(sampler.label, {})[calls] = report.errors(best, calls, shapes[sampler.label])
     return errors
 
 
@@ -257,27 +261,47 @@ def table(title: str, rows: Mapping[str, Sequence[Mapping[int, float]]]) -> list
     return lines
 
 
+def tables(rows: Mapping[str, Sequence[Row]]) -> list[str]:
+    """Lines of Markdown: the errors by every distance, and how many times ours the others' are."""
+    lines: list[str] = []
+    for place, distance in enumerate(DISTANCES):
+        one = {name: [{calls: run[calls][place] for calls in CALLS} for run in runs] for name, runs in rows.items()}
+        rivals_only = [runs[0] for name, runs in one.items() if name not in MADE]
+        best = {calls: min(row[calls] for row in rivals_only) for calls in CALLS}
+        against = {"best rival / ours": [best] * len(one[OURS]), "without network / ours": one[WITHOUT]}
+        ratios = {
+            name: [
+                {calls: other[calls] / ours[calls] for calls in CALLS}
+                for other, ours in zip(others, one[OURS], strict=True)
+            ]
+            for name, others in {**against, "published / ours": one[PUBLISHED]}.items()
+        }
+        lines += [*table(f"Distance of {distance}", one), *table(f"Ratios, {distance}", ratios)]
+    return lines
+
+
+def made_of_seed(settings: FigureSettings, seed: int, backbone: Backbone) -> tuple[dict[str, Path], dict[str, Any]]:
+    """Record and train for one seed; the files by what they are, and what they cost."""
+    job = recipe(settings, settings.out / f"seed{seed}.safetensors", seed)
+    without = dataclasses.replace(job, out=settings.out / f"without{seed}.safetensors", steps=0)
+    chains = settings.out / f"chains{seed}"
+    record(job, job, chains, backbone)
+    cards = {name: trained(each, chains, backbone) for name, each in ((OURS, job), (WITHOUT, without))}
+    costs = {
+        "guided calls": {name: spent(card) for name, card in cards.items()},
+        "training seconds": cards[OURS].training["seconds"],
+        "residual": cards[OURS].evaluation["residual_variance"]["kind"],
+    }
+    theirs = published(settings, seed, backbone)
+    costs["guided calls"][PUBLISHED] = spent(load_sidenet(theirs)[1])
+    return {OURS: job.out, WITHOUT: without.out, PUBLISHED: theirs}, costs
+
+
 def run_figures(settings: FigureSettings) -> dict[str, Any]:
     """Train and measure everything; write it as JSON and Markdown."""
     first = recipe(settings, settings.out / "seed1.safetensors", settings.seeds[0])
     backbone = open_backbone(first)
-    ours: list[Path] = []
-    theirs: list[Path] = []
-    costs: dict[str, Any] = {}
-    for seed in settings.seeds:
-        job = recipe(settings, settings.out / f"seed{seed}.safetensors", seed)
-        chains = settings.out / f"chains{seed}"
-        record(job, job, chains, backbone)
-        card = trained(job, chains, backbone)
-        ours.append(job.out)
-        costs[f"seed {seed}"] = {
-            "guided calls": spent(card),
-            "training seconds": card.training["seconds"],
-            "residual": card.evaluation["residual_variance"]["kind"],
-        }
-    for seed in settings.seeds:
-        theirs.append(published(settings, seed, backbone))
-        costs[f"seed {seed}"]["published, guided calls"] = spent(load_sidenet(theirs[-1])[1])
+    made, costs = zip(*(made_of_seed(settings, seed, backbone) for seed in settings.seeds), strict=True)
     chains = settings.out / f"chains{settings.seeds[0]}"
     levers: dict[str, Path] = {}
     for name, changes in LEVERS.items() if settings.levers else ():
@@ -287,31 +311,21 @@ def run_figures(settings: FigureSettings) -> dict[str, Any]:
     with torch.inference_mode():
         report = Measured.draw(backbone, REPORT_SEED, settings.noises)
         search = Measured.draw(backbone, SEARCH_SEED, settings.search_noises)
-        key = [settings.noises, settings.search_noises, settings.chains, settings.seeds[0], load_grids()]
+        key = [settings.noises, settings.search_noises, first.chains, settings.seeds[0], load_grids(), DISTANCES]
         found = kept(settings.out / "rivals.json", key, partial(rival_errors, chains, report, search))
-        without = {name: {int(calls): error for calls, error in row.items()} for name, row in found.items()}
-        errors = {
-            "ours": [sidenet_errors(path, report, search) for path in progress(ours, "ours")],
-            "published objective, twice the calls": [
-                sidenet_errors(path, report, search) for path in progress(theirs, "published")
-            ],
-        }
-        parts = {name: [sidenet_errors(path, report, search)] for name, path in levers.items()}
-    best = {calls: min(row[calls] for row in without.values()) for calls in CALLS}
-    ratios = {
-        name: [{calls: run[calls] / measure[calls] for calls in CALLS} for run, measure in pairs]
-        for name, pairs in {
-            "ours / best rival": [(run, best) for run in errors["ours"]],
-            "ours / published objective": list(zip(*errors.values(), strict=True)),
-        }.items()
+        errors = {name: [by_calls(row)] for name, row in found.items()}
+        for kind in MADE:
+            errors[kind] = [sidenet_errors(paths[kind], report, search) for paths in progress(made, kind)]
+        parts = {name: sidenet_errors(path, report, search) for name, path in levers.items()}
+    changed = {
+        name: [{calls: row[calls][0] for calls in CALLS}] for name, row in {OURS: errors[OURS][0], **parts}.items()
     }
     lines = [
-        *table("End-point error", {**{name: [row] for name, row in without.items()}, **errors}),
-        *table("Ratios", ratios),
-        *(table("One part exchanged (first seed)", {"as it is": errors["ours"][:1], **parts}) if parts else []),
+        *tables(errors),
+        *(table("One part exchanged (first seed)", changed) if parts else []),
         f"\n```json\n{json.dumps(costs, indent=1)}\n```",
     ]
-    result = {"rivals": without, "errors": errors, "levers": parts, "ratios": ratios, "costs": costs}
+    result = {"errors": errors, "levers": parts, "costs": costs}
     write_text(settings.out / "training.json", json.dumps(result, indent=1))
     write_text(settings.out / "training.md", "\n".join(lines) + "\n")
     say("\n".join(lines))
