@@ -36,6 +36,8 @@ from .sit import SiT, SiTConfig, sit_config_from_state_dict
 SIDENET_FORMAT, SIDENET_VERSION = "ba-solver-sidenet", 3
 SIT_FORMAT, SIT_VERSION = "ba-solver-sit", 1
 OWN_TENSOR = "emb_fusion.0.weight"  # which only SideNets have
+# Runs that were fitted at a CFG scale are as good as any from this to that multiple of it (docs/training.md).
+SERVED = (0.5, 1.5)
 # What sizes and numbers that no network can have end in.
 IMPOSSIBLE = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError)
 
@@ -125,26 +127,59 @@ class SideNetCard:
         guidance_range: lowest and highest CFG scale it was trained for.
         backbone: name, kind and fingerprint of the model it belongs to.
         runs: the fitted run that costs a number of backbone calls.
+        more_runs: others for other CFG scales, by the scale; see `runs_at`.
         training: objective, chains, calls, steps, seconds, seed, versions.
         evaluation: the error table.
         licence: of the weights.
 
     Raises:
-        ValueError: a run costs another number of calls than it is listed under.
+        ValueError: a run costs another number of calls than it is listed under, or a scale is none.
     """
 
     velocity: Mode = "branch"
     guidance_range: tuple[float, float] = (1.0, 1.0)
     backbone: dict[str, str] = field(default_factory=dict)
     runs: dict[int, FittedRun] = field(default_factory=dict)
+    more_runs: dict[float, dict[int, FittedRun]] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
     licence: str = ""
 
     def __post_init__(self) -> None:
-        for calls, run in self.runs.items():
-            if run.cost != calls:
-                raise ValueError(f"The run listed under {calls} calls costs {run.cost:g}.")
+        for scale in self.more_runs:
+            if not 0 < scale < math.inf:
+                raise ValueError(f"Runs are for a CFG scale above 0; some are listed under {scale:g}.")
+        for runs in (self.runs, *self.more_runs.values()):
+            for calls, run in runs.items():
+                if run.cost != calls:
+                    raise ValueError(f"The run listed under {calls} calls costs {run.cost:g}.")
+
+    @property
+    def guidance(self) -> float:
+        """The CFG scale that it is for, or the middle of their range."""
+        return sum(self.guidance_range) / 2
+
+    def serves(self, scale: float) -> bool:
+        """Whether it has been trained for a CFG scale, or has runs that suit it."""
+        low, high = self.guidance_range
+        fitted = [*([self.guidance] if self.runs else []), *self.more_runs]
+        return low - 1e-3 <= scale <= high + 1e-3 or any(_misfit(own, scale) <= 1 for own in fitted)
+
+    def scales(self) -> str:
+        """The CFG scales that it was made for in words, such as "2", "1 to 2" or "2 and 4"."""
+        low, high = self.guidance_range
+        own = f"{low:g}{'' if low == high else f' to {high:g}'}"
+        return " and ".join([own, *(f"{scale:g}" for scale in sorted(self.more_runs))])
+
+    def runs_at(self, scale: float) -> dict[int, FittedRun]:
+        """The fitted runs for a CFG scale: those of the nearest, where nearer is rather a smaller one (`SERVED`)."""
+        return min({self.guidance: self.runs, **self.more_runs}.items(), key=lambda pair: _misfit(pair[0], scale))[1]
+
+
+def _misfit(own: float, scale: float) -> float:
+    """How far a CFG scale is from one that runs were fitted for: 1 at the ends of what they serve."""
+    ratio = math.log(max(scale, 1e-9) / max(own, 1e-9))
+    return max(ratio / math.log(SERVED[1]), ratio / math.log(SERVED[0]))
 
 
 def save_sidenet(path: Path | str, sidenet: SideNet, card: SideNetCard | None = None) -> None:
@@ -206,12 +241,14 @@ def _read_card(metadata: Mapping[str, str], config: SideNetConfig, path: Path | 
     if velocity not in ("branch", "guided"):
         raise CheckpointError(f"{path}: velocity must be 'branch' or 'guided'; got {velocity!r}.")
     low, high = parse_json(metadata, "guidance_range", path)
+    more = parse_object(metadata, "more_runs", path) if "more_runs" in metadata else {}
     if {type(low), type(high)} - {int, float} or not 0 <= low <= high < math.inf:
         raise ValueError(f"guidance_range must be two scales, the lower first; got {low!r:.60} and {high!r:.60}")
     return SideNetCard(
         velocity=velocity,
         guidance_range=(float(low), float(high)),
         runs=_read_runs(metadata, config, path),
+        more_runs={float(scale): _runs(each) for scale, each in more.items()},
         licence=metadata.get("licence", ""),
         **values,
     )
@@ -221,10 +258,7 @@ def _read_runs(metadata: Mapping[str, str], config: SideNetConfig, path: Path | 
     """The fitted runs of a file, by number of calls. Version 1 kept their parts apart, and left it to the reader to
     see whether a run saves its first call."""
     if "time_grids" not in metadata:
-        runs = parse_object(metadata, "runs", path)
-        if not all(isinstance(parts.get("skip_first", False), bool) for parts in runs.values()):
-            raise ValueError("skip_first of a run must be true or false")
-        return {int(calls): FittedRun(**parts) for calls, parts in runs.items()}
+        return _runs(parse_object(metadata, "runs", path))
     grids = parse_json(metadata, "time_grids", path)
     weights, halves = (
         parse_json(metadata, name, path) if name in metadata else {} for name in ("step_weights", "half_calls")
@@ -241,6 +275,12 @@ def _read_runs(metadata: Mapping[str, str], config: SideNetConfig, path: Path | 
         )
         for calls, times in grids.items()
     }
+
+
+def _runs(found: Mapping[str, Any]) -> dict[int, FittedRun]:
+    if not all(isinstance(parts.get("skip_first", False), bool) for parts in found.values()):
+        raise ValueError("skip_first of a run must be true or false")
+    return {int(calls): FittedRun(**parts) for calls, parts in found.items()}
 
 
 def load_official_sidenet(path: Path | str) -> SideNet:

@@ -129,8 +129,21 @@ def settings_of(one: dict[str, Any]) -> MakeSettings:
         effort=one["effort"],
         seed=one.get("recording_seed", 1),
         record_batch=one.get("batch", 4),
+        more_guidance=more_scales(one.get("more_cfg", "")),
         **changed,
     )
+
+
+def more_scales(text: str) -> tuple[float, ...]:
+    """CFG scales of a text such as "4, 6".
+
+    Raises:
+        ValueError: something in it is no number.
+    """
+    try:
+        return tuple(float(part) for part in text.replace(";", ",").split(",") if part.strip())
+    except ValueError:
+        raise ValueError(f"more_cfg must be numbers separated by commas, such as 4, 6; got {text!r}.") from None
 
 
 def _wanted() -> list[Any]:
@@ -165,6 +178,15 @@ def _advanced() -> list[Any]:
             optional=True,
             advanced=True,
             tooltip="Where the recordings go, such as a disk with room; empty = beside the SideNet.",
+        ),
+        io.String.Input(
+            "more_cfg",
+            default="",
+            optional=True,
+            advanced=True,
+            tooltip="Other CFG scales to find times and weights for, separated by commas; a quick SideNet's work each. "
+            "Those for one scale serve from half to one and a half times of it: cfg 2 and more_cfg 4 are good for 1 "
+            "to 6.",
         ),
         number("batch", 4, 256, "How many samples go through the model at once, as for a batch of pictures."),
         number("runs", 0, 100_000, "How many runs are recorded; 0 = what the effort says."),

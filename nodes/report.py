@@ -24,14 +24,13 @@ COLOURS = ("#d1495b", "#00798c", "#edae49", "#66a182", "#2e4057", "#8d96a3", "#9
 
 def report(name: str, config: SideNetConfig, card: SideNetCard) -> str:
     """A few lines on what the SideNet is for, how it was made, and how good it is."""
-    low, high = card.guidance_range
     trained = card.training
     lines = [
         f"SideNet: {name}",
         f"Made for: {card.backbone.get('name') or 'not stated'} (kind: {card.backbone.get('kind') or 'not stated'})",
         f"Latents: {config.in_channels} channels; classes: {config.num_classes or 'none'}",
         f"Predicts: {'each branch of CFG' if card.velocity == 'branch' else 'the guided velocity'}, "
-        f"CFG {low:g}{'' if low == high else f' to {high:g}'}; anchors: {config.anchors}",
+        f"CFG {card.scales()}; anchors: {config.anchors}",
         f"Fitted runs: {describe_runs(card.runs)}",
         *(f"Training {key.replace('_', ' ')}: {_short(trained[key])}" for key in trained if key != "settings"),
         *(f"{series} error: {_row(errors)}" for series, errors in error_curves(card.evaluation).items()),

@@ -15,7 +15,7 @@ import comfy.sample
 import comfy.samplers
 import comfy_models as models
 import folder_paths
-from ba_solver.bas_core import load_sidenet
+from ba_solver.bas_core import Guidance, load_sidenet, load_sit, model_field, solve
 from ba_solver.nodes.folders import DEMO, SIDENETS, SITS
 from ba_solver.nodes.make_nodes import MakeSideNet
 from ba_solver.nodes.making import backbone as opening
@@ -129,8 +129,43 @@ def test_its_sidenet_samples_nearer_than_multistep(demo):
     assert ours < 0.7 * multistep
 
 
+def test_runs_for_another_cfg_are_made_and_taken(demo):
+    """The scheduler knows no CFG: its sigmas are those of the SideNet's own, and the sampler takes the nearer run."""
+    from ba_solver.nodes.sampling_nodes import BAScheduler
+
+    sidenet = made_on_demo(demo, more_cfg="6")[0]
+    assert list(sidenet.card.more_runs) == [6.0]
+    positive, null = classes(demo)
+    model = ApplySideNet.execute(demo, sidenet).result[0]
+    grid = BAScheduler.execute(model, 4, 1.0).result[0]
+    latent = torch.zeros(10, 3, 32, 32)
+    noise = comfy.sample.prepare_noise(latent, 3)
+    sampler = comfy.samplers.sampler_object("ba_solver")
+    own, more = sidenet.card.runs[4], sidenet.card.more_runs[6.0][4]
+    for cfg, run, other in ((2.0, own, more), (5.0, more, own)):
+        drawn = comfy.sample.sample_custom(model, noise, cfg, sampler, grid, positive, null, latent, disable_pbar=True)
+        network, card = load_sidenet(sidenet_file())
+        sit = load_sit(SITS.demo)
+        null_class = torch.full((10,), sit.null_class)
+        field = model_field(sit, torch.arange(10), null_class, Guidance(cfg), mode="guided")
+        near, far = ((drawn - solve(field, network, noise, one)).square().mean().sqrt() for one in (run, other))
+        assert near < 1e-3 < 0.01 < far
+        assert card.runs_at(cfg)[4] == run
+
+
+def test_a_cfg_that_was_forgotten_is_added_by_the_same_name(demo):
+    first = made_on_demo(demo)[0]
+    with pytest.raises(ValueError, match="made with other settings"):
+        made_on_demo(demo, runs=7)
+    assert not first.card.more_runs
+    more = made_on_demo(demo, more_cfg="6")[0]
+    assert more.card.runs == first.card.runs and list(more.card.more_runs) == [6.0]
+    with pytest.raises(ValueError, match="more_cfg must be numbers"):
+        made_on_demo(demo, more_cfg="six")
+
+
 def test_recordings_are_not_listed_as_sidenets(demo, monkeypatch):
-    made_on_demo(demo)
+    made_on_demo(demo, more_cfg="4")
     monkeypatch.setitem(
         folder_paths.folder_names_and_paths, "sidenets", ([str(sidenet_file().parent)], {".safetensors"})
     )

@@ -892,7 +892,7 @@ def test_cfg_outside_the_trained_range_is_said(model, tmp_path, caplog):
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             run(applied, "sd3", sampler(), sigmas_of(applied), cfg)
-        assert ("was trained for CFG 1 to 2; at 5 it is less accurate" in caplog.text) == said
+        assert ("was made for CFG 1 to 2; at 5 it is less accurate" in caplog.text) == said
 
 
 def test_flux_guidance_outside_the_trained_range_is_said(model, tmp_path, caplog):

@@ -232,7 +232,7 @@ def test_warnings_are_written_on_the_node_that_gives_them(server):
     entry, texts = written_on_nodes(server, parts)
     assert entry["status"]["status_str"] == "success"
     assert "this MODEL has other weights" in " ".join(texts[ids["BASolverApplySideNet"]])
-    assert "was trained for CFG 2; at 5 it is less accurate" in " ".join(texts[ids["KSampler"]])
+    assert "was made for CFG 2; at 5 it is less accurate" in " ".join(texts[ids["KSampler"]])
     assert "was trained" not in " ".join(texts[ids["BASolverApplySideNet"]])
 
 

@@ -145,7 +145,7 @@ def test_evaluate_alone_fits_the_rival_on_noises_of_its_own(made, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--guidance 5", "trained for guidance 2 to 2"),
+        ("--guidance 5", "made for guidance 2;"),
         ("--backbone python:training_problems:other_backbone", "belongs to 'swirl'; 'other' is asked for"),
         ("--nfe 5,x", "--nfe must be whole numbers"),
         ("--reference 10", "--reference must be at least four times"),

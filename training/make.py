@@ -11,6 +11,7 @@ from .efforts import CHECKED, QUICK, with_effort
 from .measuring.held_out import RIVALS, SCORED
 from .measuring.rivals import Measurement
 from .measuring.score import Scoring, evaluate
+from .more_scales import add_scales, calls_for_scale, check_scales
 from .network.options import Training
 from .progress import say
 from .recording.record import CHECKED_CHAINS, COMPARED_CALLS, Recording, record
@@ -30,12 +31,15 @@ class MakeSettings(BackboneChoice, Recording, Training, Scoring):
         effort: quick (no network: times and weights alone, in some 1,500 calls), standard (some 20,000 calls), thorough
             (tuned by gradients too); other flags change what it says. Left out: as standard, with times searched on the
             model, which takes some 5,000 to 40,000 calls more.
+        more_guidance: further CFG scales to find times and weights for, a quick SideNet's work each; what is found for
+            one scale serves from half to one and a half times of it.
         seed: of noises, weights and batches.
         chains: how many sampling runs to record.
     """
 
     out: Path
     effort: str = ""
+    more_guidance: tuple[float, ...] = ()
     seed: int = 1
 
 
@@ -52,6 +56,7 @@ def planned_calls(settings: MakeSettings) -> int:
     moved = sum((2 * n + 3) * (n + 1) for n in parse_calls(settings.nfe) if n <= REFINED)
     calls += settings.grid_moves * min(settings.grid_runs, settings.chains - held_out) * moved
     calls += 3 * settings.tune * BATCH * made
+    calls += len(settings.more_guidance) * calls_for_scale(settings)
     return calls + min(SCORED, held_out) * (1 + len(RIVALS)) * made
 
 
@@ -65,6 +70,7 @@ def run_make(settings: MakeSettings) -> list[Measurement]:
     training = settings if settings.grid_nfe else dataclasses.replace(settings, grid_nfe=settings.nfe)
     training.check()
     parse_calls(settings.nfe)
+    check_scales(settings.more_guidance, settings, training)
     if settings.out.suffix != ".safetensors":
         raise UsageError(f"--out must end in .safetensors; got {settings.out}.")
     chains, report = settings.out.with_suffix(".chains"), settings.out.with_suffix(".report")
@@ -78,6 +84,7 @@ def run_make(settings: MakeSettings) -> list[Measurement]:
         say(f"{settings.out} is trained already.")
     else:
         train_from(training, training, (chains,), settings.out, settings, backbone)
+    add_scales(settings, settings.more_guidance, chains, lambda scale: backbone)
     if quick:
         say("3 of 3: evaluated on held-out runs. `ba-solver evaluate` measures more.")
         return []

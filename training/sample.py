@@ -215,16 +215,16 @@ def prepare(settings: SampleSettings, backbone: Backbone, sidenet: SideNet | Non
     Raises:
         UsageError: a setting cannot be used.
     """
-    low, high = card.guidance_range
-    scale = settings.guidance[0] if settings.guidance else (low + high) / 2
+    scale = settings.guidance[0] if settings.guidance else card.guidance
     asked = dataclasses.replace(settings, guidance=(scale,))
     asked.check_guidance(backbone)
     if len(settings.guidance) > 1:
         raise UsageError(f"--guidance takes one scale here; got {settings.guidance}.")
-    if sidenet is not None and not low <= scale <= high and not settings.preset:
-        say(f"Note: the SideNet was made for guidance {low:g} to {high:g}; at {scale:g} it is less accurate.")
+    if sidenet is not None and not card.serves(scale) and not settings.preset:
+        say(f"Note: the SideNet was made for guidance {card.scales()}; at {scale:g} it is less accurate.")
     published = bool(settings.preset)
-    runs = {} if published or settings.nfe not in card.runs else card.runs
+    runs = card.runs_at(scale)
+    runs = {} if published or settings.nfe not in runs else runs
     rival = None
     if settings.compare:
         name, calls = parse_rival(settings.compare)

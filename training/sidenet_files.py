@@ -60,14 +60,13 @@ def describe_sidenet(sidenet: SideNet, card: SideNetCard) -> str:
     """A SideNet's card in words."""
     config, training, recorded = sidenet.config, card.training, card.training.get("recorded", {})
     earlier = training.get("started_from", {})
-    low, high = card.guidance_range
     parameters = sum(p.numel() for p in sidenet.parameters())
     facts = {
         "for": f"{card.backbone.get('name', 'a model it does not name')} ({card.backbone.get('kind', '?')}, "
         f"fingerprint {card.backbone.get('fingerprint', 'unknown')})",
         "network": f"{config.anchors} anchor(s), {parameters:,} parameters, {config.in_channels} latent channels"
         + (f", {config.num_classes} classes" if config.num_classes else ""),
-        "velocity": f"{card.velocity}, guidance {low:g}" + (f" to {high:g}" if high != low else ""),
+        "velocity": f"{card.velocity}, guidance {card.scales()}",
         "runs": describe_runs(card.runs),
         "trained": str(training.get("objective", "not said")),
         "recorded": _told(

@@ -17,6 +17,7 @@ from ...bas_core.checkpoint import SideNetCard, load_sidenet
 from ...bas_core.files import write_text
 from ...training.efforts import CHECKED, with_effort
 from ...training.make import MakeSettings, planned_calls
+from ...training.more_scales import add_scales, calls_for_scale, check_scales
 from ...training.progress import Listener, listening, say
 from ...training.recording.record import check_recording, record
 from ...training.recording.shards import shard_bytes
@@ -24,8 +25,8 @@ from ...training.settings import UsageError, plain, prepare_folder, shareable
 from ...training.train import train_from
 from .backbone import ComfyBackbone, open_model
 
-# What may be another when a making is gone on with: it does not change what is computed.
-MAY_CHANGE = ("device",)
+# What may be another when a making is gone on with: it does not change what was computed.
+MAY_CHANGE = ("device", "more_guidance")
 
 
 @dataclass(frozen=True)
@@ -162,19 +163,28 @@ def make(
     """
     settings = replace(with_effort(settings, settings.effort), grid_nfe=settings.nfe, accumulate=0)
     card = finished(settings.out, settings)
-    if card is not None:
+    missing = len(set(settings.more_guidance) - set(card.more_runs if card else ()))
+    if card is not None and not missing:
         told.line("This SideNet is there already; nothing was to be done.")
         return card
     settings.check()
+    check_scales(settings.more_guidance, settings, settings)
     prepare_folder(settings.out.parent, "The folder")
-    clock = Clock(planned_calls(settings), told)
+    clock = Clock(planned_calls(settings) if card is None else missing * calls_for_scale(settings), told)
     # Nodes run in inference mode, and what is made there cannot be trained on.
     with torch.inference_mode(False), torch.enable_grad(), listening(clock.listener()):
-        backbone = open_model(model, *prompts, settings.guidance[0], latent, clock.called)
+
+        def opened(scale: float) -> ComfyBackbone:
+            return open_model(model, *prompts, scale, latent, clock.called)
+
+        backbone = opened(settings.guidance[0])
         check_recording(settings, backbone)
         remember(settings.out, settings)
         say(plan_text(settings, clock.planned, backbone))
-        return work(settings, backbone, chains or settings.out.with_suffix(".chains"))
+        folder = chains or settings.out.with_suffix(".chains")
+        if card is None:
+            work(settings, backbone, folder)
+        return add_scales(replace(settings, device=str(backbone.device)), settings.more_guidance, folder, opened)
 
 
 def plan_text(settings: MakeSettings, calls: int, backbone: ComfyBackbone) -> str:

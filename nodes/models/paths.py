@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,6 +115,13 @@ class Schedule:
                 "this MODEL, such as BA-Solver Scheduler or BasicScheduler."
             )
         return Schedule(path, sigmas, path.times(sigmas))
+
+    def over(self, times: Sequence[Tensor]) -> Schedule:
+        """The same ends, and other times between them."""
+        if torch.equal(torch.stack(list(times)).float(), self.times):
+            return self
+        inner = self.path.sigmas(torch.stack(list(times[1:-1])).double()).float()
+        return Schedule.of(self.path, torch.cat([self.sigmas[:1], inner, self.sigmas[-1:]]))
 
     def sigma_at(self, time: float) -> Tensor:
         """The very sigma (0-d) that one of the times stands for; no rounding on the way there and back."""

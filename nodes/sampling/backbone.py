@@ -51,15 +51,13 @@ class Backbone:
 
     @property
     def scale(self) -> float:
-        """The CFG scale; 1 for guiders without one."""
-        scale = float(getattr(self.guider, "cfg", 1.0))
-        return 1.0 if math.isclose(scale, 1.0) else scale  # as ComfyUI decides whether to skip the negative
+        """See `cfg_of`."""
+        return cfg_of(self.guider)
 
     @property
     def told_scale(self) -> float:
-        """The guidance that SideNets with such an input are told: the model's own where it takes one."""
-        embedded = embedded_guidance(self.guider)
-        return self.scale if embedded is None else embedded
+        """See `guidance_of`."""
+        return guidance_of(self.guider)
 
     @property
     def plain(self) -> bool:
@@ -196,6 +194,18 @@ def _asks_for_branches(patch: Any) -> bool:
 def _mentions(code: CodeType, word: str) -> bool:
     inner = (part for part in code.co_consts if isinstance(part, CodeType))
     return word in code.co_consts or any(_mentions(part, word) for part in inner)
+
+
+def cfg_of(guider: Any) -> float:
+    """The CFG scale; 1 for guiders without one."""
+    scale = float(getattr(guider, "cfg", 1.0))
+    return 1.0 if math.isclose(scale, 1.0) else scale  # as ComfyUI decides whether to skip the negative
+
+
+def guidance_of(guider: Any) -> float:
+    """The guidance that a SideNet is made for, and told if it has such an input: the model's own where it takes one."""
+    embedded = embedded_guidance(guider)
+    return cfg_of(guider) if embedded is None else embedded
 
 
 def embedded_guidance(guider: Any) -> float | None:

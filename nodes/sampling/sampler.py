@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ...bas_core.grids import same_grid
 from ...bas_core.guidance import Field, Guidance
 from ...bas_core.runs import FittedRun, run_over
 from ...bas_core.solver import Step, solve
@@ -18,7 +19,7 @@ from ...bas_core.steps import Predictor
 from ..models.attach import LoadedSideNet
 from ..models.paths import Schedule, path_of
 from ..say import warn
-from .backbone import Backbone
+from .backbone import Backbone, guidance_of
 from .field import WHOLE_RANGE, field_of
 from .sidenet import check_latent, guidance_doubts, predictor_of, sidenet_chunk, sidenet_for
 
@@ -76,10 +77,12 @@ def sample_ba_solver(
         NonFiniteError: the model returned NaN or infinity; the message says where.
     """
     options = options or Options()
-    schedule = Schedule.of(path_of(model.inner_model.inner_model.model_sampling), sigmas)
+    guider = model.inner_model
+    asked = Schedule.of(path_of(guider.inner_model.model_sampling), sigmas)
+    run = run_for(options, sidenet_of(options, guider), asked.times, guidance_of(guider))
+    schedule = asked.over(run.grid)
     with opened(model, extra_args or {}, schedule, x, options, disable) as on:
         on.say_doubts()
-        run = run_for(options, on.sidenet, schedule.times)
         on.progress.reset(run.calls)
         if run.halves and on.backbone.scale != 1 and not on.backbone.separable:
             warn(
@@ -140,8 +143,7 @@ def opened(
     Raises:
         ValueError: see `sample_ba_solver`.
     """
-    guider = model.inner_model
-    sidenet = None if options.method in WITHOUT_SIDENET else sidenet_for(guider)
+    sidenet = sidenet_of(options, model.inner_model)
     if sidenet is not None:
         check_latent(sidenet, x)
     with tqdm(total=len(schedule.times) - 1, disable=disable, desc="backbone calls") as progress:
@@ -151,12 +153,26 @@ def opened(
         yield Opened(backbone, field, sidenet, predictor_of(backbone, sidenet), chunk, progress)
 
 
-def run_for(options: Options, sidenet: LoadedSideNet | None, times: Tensor) -> FittedRun:
-    """The run over a schedule's times: one of the SideNet's own where it is as they were fitted, with the defaults."""
+def sidenet_of(options: Options, guider: Any) -> LoadedSideNet | None:
+    """The SideNet on a guider's MODEL, if the method uses one; see `sidenet_for`."""
+    return None if options.method in WITHOUT_SIDENET else sidenet_for(guider)
+
+
+def run_for(options: Options, sidenet: LoadedSideNet | None, times: Tensor, scale: float) -> FittedRun:
+    """The run over a schedule's times: one of the SideNet's own where it is as they were fitted, with the defaults.
+
+    The times of a run of its own ask for as many calls. A scheduler knows no CFG scale, and so, where the file holds
+    a run of as many for a scale that is nearer to this one, that is taken, with its times.
+    """
     if sidenet is None:
         return FittedRun(times)
+    card = sidenet.card
     usual = sidenet.strength == 1 and options == Options(skip_first=options.skip_first)
-    run = run_over(times, sidenet.card.runs if usual else {}, sidenet.knows_mean)
+    run = run_over(times, card.runs if usual else {}, sidenet.knows_mean)
+    if run.fitted:
+        nearer = card.runs_at(scale).get(round(run.cost))
+        if nearer is not None and not same_grid(times, nearer.times):
+            run = nearer.scaled(float(times[0]))
     return run if options.skip_first else replace(run, skip_first=False)
 
 

@@ -37,15 +37,13 @@ def guidance_doubts(sidenet: LoadedSideNet, guider: Any) -> list[str]:
     A model that takes its guidance as an input (FLUX.1-dev) was recorded with that and without CFG.
     """
     cfg, embedded = float(getattr(guider, "cfg", 1.0)), embedded_guidance(guider)
-    trained = sidenet.card.guidance_range
-    wanted = [("CFG", cfg, trained)]
-    if embedded is not None:
-        wanted = [("guidance", embedded, trained), ("CFG", cfg, (1.0, 1.0))]
+    card, taken = sidenet.card, cfg if embedded is None else embedded
+    doubts = [] if card.serves(taken) else [("CFG" if embedded is None else "guidance", card.scales(), taken)]
+    if embedded is not None and not math.isclose(cfg, 1.0):
+        doubts.append(("CFG", "1", cfg))
     return [
-        f"the SideNet {sidenet.name!r} was trained for {what} {low:g}{'' if low == high else f' to {high:g}'}; at "
-        f"{scale:g} it is less accurate."
-        for what, scale, (low, high) in wanted
-        if not low - 1e-3 <= scale <= high + 1e-3
+        f"the SideNet {sidenet.name!r} was made for {what} {scales}; at {scale:g} it is less accurate."
+        for what, scales, scale in doubts
     ]
 
 

@@ -173,14 +173,13 @@ def guidance_for(choice: BackboneChoice, card: SideNetCard, backbone: Backbone) 
         raise CheckpointError(
             f"The SideNet belongs to {card.backbone.get('name')!r}; {backbone.name!r} is asked for. Train one for it."
         )
-    low, high = card.guidance_range
     if not choice.guidance:
-        return (low + high) / 2
+        return card.guidance
     scale = choice.scales[0]
-    if len(choice.guidance) > 1 or not low <= scale <= high:
+    if len(choice.guidance) > 1 or not card.serves(scale):
         raise CheckpointError(
-            f"The SideNet was trained for guidance {low:g} to {high:g}; {choice.guidance} is asked for. Give one scale "
-            "within that, or leave --guidance out."
+            f"The SideNet was made for guidance {card.scales()}; {choice.guidance} is asked for. Give one scale "
+            "near that, or leave --guidance out."
         )
     return scale
 
@@ -242,6 +241,7 @@ def evaluate(
     prepare_folder(out)
     sidenet, card = load_sidenet(path, backbone.device, torch.float32)
     scale = guidance_for(choice, card, backbone)
+    stored, card = card, dataclasses.replace(card, runs=card.runs_at(scale))
     recorded = card.training.get("recorded", {})
     interval = tuple(recorded.get("guidance_interval", choice.guidance_interval))
 
@@ -271,7 +271,9 @@ def evaluate(
         "batched_backbone_calls": dict(spent),
     }
     write_report(out, rows, calls, images, ends, {"settings": more["settings"], "sidenet": str(path), **found})
-    card = dataclasses.replace(card, evaluation={**card.evaluation, **found})
+    # Runs that were found for want of others are kept with those of the scale that they were found at.
+    own = card.runs if scale == stored.guidance else stored.runs
+    card = dataclasses.replace(stored, runs=own, evaluation={**card.evaluation, **found})
     save_sidenet(path, load_sidenet(path)[0], card)
     say(f"Written: {out} (results.json, results.csv, errors.png, images.png); the table is in {path} too.")
     return rows
