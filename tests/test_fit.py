@@ -16,7 +16,9 @@ from ba_solver.training.backbones import BackboneChoice, open_backbone
 from ba_solver.training.cli import main
 from ba_solver.training.network import published, stages
 from ba_solver.training.network.closed_loop import Rollout, end_point_loss, interval_loss
+from ba_solver.training.network.fresh import make_sidenet
 from ba_solver.training.network.loop import LoopSettings, Share, train
+from ba_solver.training.network.options import Training
 from ba_solver.training.network.published import load_latents, published_loss, signed_steps
 from ba_solver.training.recording.chains import open_chains
 from ba_solver.training.recording.record import STARTS
@@ -268,6 +270,30 @@ def test_tuning_that_does_not_help_is_undone(folder, trained, tmp_path, monkeypa
     tuned = run(folder / "guided", tmp_path / "tuned.safetensors", *options, "--tune", "4")[1]
     assert "did not help" in capsys.readouterr().out
     assert tuned.runs == fitted.runs
+
+
+def test_without_the_memory_for_gradients_the_runs_stay_as_they_were(folder, trained, tmp_path, monkeypatch, capsys):
+    """Of one number of calls; the other is tuned."""
+    options = ("--steps", "0", "--start-from", trained[0], "--backbone", BACKBONE, "--grid-nfe", "4,5", *QUICK)
+    monkeypatch.setattr(training, "ROUNDS", 0)  # as where the grids are tuned
+    fitted = run(folder / "guided", tmp_path / "fitted.safetensors", *options)[1]
+
+    def too_large(sidenet, parts, begun, calls, *rest):
+        if calls == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return replace(begun, rule="lobatto3")
+
+    monkeypatch.setattr(training, "tune", too_large)
+    tuned = run(folder / "guided", tmp_path / "tuned.safetensors", *options, "--tune", "4")[1]
+    assert "not enough memory for a call with gradients" in capsys.readouterr().out
+    assert tuned.runs[5] == fitted.runs[5] and tuned.runs[4] == replace(fitted.runs[4], rule="lobatto3")
+
+
+@pytest.mark.parametrize(("said", "patch_size"), [({"patch_size": 4}, 4), ({}, 2)])
+def test_the_network_works_as_coarsely_as_its_model(said, patch_size):
+    about = {"shape": [4, 8, 8], "guidance": [1.0, 1.0], "num_classes": 0, **said}
+    assert make_sidenet(Training(), about).config.patch_size == patch_size
+    assert make_sidenet(Training(patch_size=1), about).config.patch_size == 1
 
 
 def test_an_interrupted_tuning_goes_on_to_the_same_numbers(folder, trained, tmp_path, monkeypatch, capsys):

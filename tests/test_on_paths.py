@@ -162,6 +162,7 @@ def test_times_are_moved_on_the_model(monkeypatch):
 def test_efforts_change_what_was_left_as_it_is():
     usual = MakeSettings(backbone="x", out=Path("x.safetensors"), points=30)
     quick = with_effort(usual, "quick")
+    assert usual.tune == 480 and quick.tune == with_effort(usual, "standard").tune == 0
     assert quick.steps == 0 and quick.points == 30 and quick.chains == EFFORTS["quick"]["chains"]
     assert with_effort(usual, "thorough").tune == 480 and with_effort(usual, "standard").steps == usual.steps
     with pytest.raises(UsageError, match="one of quick, standard, thorough"):

@@ -17,8 +17,9 @@ QUICK = "quick"
 EFFORTS: Mapping[str, Mapping[str, Any]] = {
     QUICK: {
         "grid_search": "paths", "steps": 0, "chains": 19, "held_out": 3, "points": 22, "starts": 0, "record_batch": 8,
+        "tune": 0,
     },
-    "standard": {"grid_search": "paths", "grid_moves": 1, "starts": 320},
+    "standard": {"grid_search": "paths", "grid_moves": 1, "starts": 320, "tune": 0},
     "thorough": {"grid_search": "paths", "grid_moves": 1, "starts": 320, "tune": 480},
 }  # fmt: skip
 # On so many chains a recording's exactness is measured: to learn that it is not far off costs a fifteenth of quick.

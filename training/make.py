@@ -35,12 +35,16 @@ class MakeSettings(BackboneChoice, Recording, Training, Scoring):
             one scale serves from half to one and a half times of it.
         seed: of noises, weights and batches.
         chains: how many sampling runs to record.
+        tune: steps that tune each number of calls' times and weights by gradients through whole runs; 0 = none, where
+            the memory of a call with gradients is not there. Where it does not help runs that were held out, it is
+            undone.
     """
 
     out: Path
     effort: str = ""
     more_guidance: tuple[float, ...] = ()
     seed: int = 1
+    tune: int = 480
 
 
 def planned_calls(settings: MakeSettings) -> int:

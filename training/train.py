@@ -187,7 +187,15 @@ def finish_runs(job: Job, sidenet: SideNet) -> dict[int, FittedRun]:
         return runs
     loop = tuning_loop(job.training.loop(job.training.tune, job.training.loop_batch))
     parts = job.replay(job.chains), job.replay(job.held_out)
-    return {n: tune(sidenet, parts, run, n, loop, job.folder) for n, run in runs.items()}
+    for n, run in list(runs.items()):
+        try:
+            runs[n] = tune(sidenet, parts, run, n, loop, job.folder)
+        except torch.OutOfMemoryError:
+            say(
+                f"There is not enough memory for a call with gradients, which tuning takes: times and weights of {n} "
+                "calls stay as they were found. With --tune 0 it is not tried."
+            )
+    return runs
 
 
 def evaluation(job: Job, sidenet: SideNet) -> dict[str, Any]:

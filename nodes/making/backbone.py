@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...bas_core.guidance import NO_GUIDANCE, Field, Guidance, Mode
+from ...bas_core.sit import SiTConfig
 from ...training.backbones.base import Backbone
 from ..models.identity import Identity, identity_of
 from ..models.paths import AnyTime, path_of
@@ -178,7 +179,8 @@ def open_model(
     sampling = model.get_model_object("model_sampling")
     path = path_of(sampling)
     highest = torch.as_tensor(float(sampling.sigma_max), dtype=torch.float64)
-    labels, known = class_labels(alone), _classes(model)
+    labels, sit = class_labels(alone), _sit_config(model)
+    known = sit.num_classes if sit else 0
     told = labels is not None and labels == list(range(known))
     on: list[Sampling] = []
     weights = identity_of(model)
@@ -205,6 +207,7 @@ def open_model(
         conditions=len(alone),
         num_classes=known if told else 0,
         embedded_guidance=True,
+        patch_size=sit.patch_size if sit else Backbone.patch_size,
         shift=usual_shift(sampling),
         start=float(path.times(highest)) if path.exploding else 1.0,
         device=comfy.model_management.get_torch_device(),
@@ -269,8 +272,8 @@ def guider_only(*_: Any) -> Tensor:
     raise RuntimeError("A MODEL is called through its guider: use `field`.")
 
 
-def _classes(model: Any) -> int:
+def _sit_config(model: Any) -> SiTConfig | None:
     try:
-        return sit_config(model).num_classes
+        return sit_config(model)
     except ValueError:
-        return 0
+        return None

@@ -45,6 +45,7 @@ class Backbone:
         null: index of the unconditional branch; None where there is none.
         num_classes: how many classes a SideNet can be told of; 0 where conditions are texts.
         embedded_guidance: the model takes the CFG scale as an input instead of being combined from two branches.
+        patch_size: how much coarser than its states the grid is that its network works on.
         shift: the time shift that the model is usually sampled with.
         start: the time that sampling starts from; below 1 for diffusion models, whose last noise level is finite.
         combine: other guidance than CFG, `(conditional, unconditional, scale) -> velocity`; guided mode only.
@@ -67,6 +68,7 @@ class Backbone:
     null: int | None = None
     num_classes: int = 0
     embedded_guidance: bool = False
+    patch_size: int = 2
     shift: float = 1.0
     start: float = 1.0
     combine: Combine | None = None

@@ -63,6 +63,8 @@ def pooled(mean: Tensor, size: int) -> Tensor:
     return F.adaptive_avg_pool2d(mean.mean(1) if mean.ndim == 4 else mean, size)
 
 
+# Where chains do not say how coarsely their model works.
+PATCH_SIZE = 2
 # Of a network that is not trained, and adds nothing.
 SMALLEST = {
     "base_channels": 4, "embedding_dim": 4, "num_layers": 1, "num_heads": 1, "patch_size": 8, "kernel_size": 1,
@@ -88,6 +90,7 @@ def make_sidenet(training: Training, about: dict[str, Any], mean: Tensor | None 
             "num_classes": about["num_classes"],
             "guidance_input": low != high,
             "mean_size": 0 if mean is None else training.mean_size,
+            "patch_size": training.patch_size or about.get("patch_size", PATCH_SIZE),
         }
         config = SideNetConfig(**(sizes if training.trains or training.start_from else sizes | SMALLEST))
     except ValueError as error:

@@ -47,7 +47,7 @@ class Training:
         embedding_dim: width of its time, step and class embeddings.
         num_layers: its blocks.
         num_heads: of its attention block.
-        patch_size: it works on a grid this much coarser.
+        patch_size: it works on a grid this much coarser; 0 = as the model does, or 2 where that is not known.
         kernel_size: of its first and last convolution.
         grid_nfe: learn time grids for these numbers of calls, such as 5,7,10 (needs --backbone).
         grid_runs: recorded runs that they are learned on; each number of calls takes 30 to 60 times so many samplings.
@@ -91,7 +91,7 @@ class Training:
     embedding_dim: int = 64
     num_layers: int = 4
     num_heads: int = 4
-    patch_size: int = 2
+    patch_size: int = 0
     kernel_size: int = 1
     grid_nfe: str = ""
     grid_runs: int = 24

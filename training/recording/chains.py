@@ -119,6 +119,7 @@ MAY_DIFFER = (
     "seed",
     "shard",
     "chains",
+    "patch_size",
     "record_batch",
     "prompts",
     "conditions",
