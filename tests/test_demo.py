@@ -1,14 +1,16 @@
 """The shipped demo: a good little model, a SideNet that earns its calls, and the command that shows both."""
 
 import csv
+import itertools
 
 import pytest
 import torch
 from ba_solver.bas_core import run_baseline, solve, time_grid
 from ba_solver.bas_core.files import fingerprint
 from ba_solver.lab.benchmark import compute_share, told_the_mean
-from ba_solver.lab.classifier import accuracy, load_classifier
+from ba_solver.lab.classifier import accuracy, feature_distances, load_classifier
 from ba_solver.lab.kept import kept
+from ba_solver.lab.scale import share_of_a_call
 from ba_solver.lab.shapes import CLASS_NAMES, draw_shapes
 from ba_solver.training.cli import main
 from ba_solver.training.demo import show
@@ -46,6 +48,42 @@ def test_the_saved_first_call_is_given_to_rivals_too(demo, run):
         assert [field.calls for field in fields] == [5, 5, 5]
         errors = [endpoint_errors(x, reference).mean() for x in (saved, whole)]
         assert errors[0] < 0.95 * errors[1]
+
+
+def test_richer_pictures_have_the_same_shapes_before_others():
+    """Of the same seed: alike inside the discs, another ground, and more of it than a picture without shapes there."""
+    plain, rich = (
+        draw_shapes(torch.Generator().manual_seed(3), 20, torch.zeros(20, dtype=torch.long), size=64, behind=behind)
+        for behind in (0, 3)
+    )
+    places = (torch.arange(64) + 0.5) / 32 - 1
+    across, down = (
+        places[None, None, :] - plain.centres[:, 0, None, None],
+        places[:, None] - plain.centres[:, 1, None, None],
+    )
+    inside = (torch.hypot(across, down) < 0.4)[:, None].expand_as(plain.images)
+    assert torch.equal(plain.images[inside], rich.images[inside])
+    changed = ((plain.behind - rich.behind).abs().amax(1) > 0.1).flatten(1).float().mean(1)
+    assert (changed > 0.02).all() and changed.mean() < 0.6
+
+
+def test_distances_of_features_grow_with_those_of_pixels():
+    classifier = load_classifier(CLASSIFIER_FILE)
+    images = draw_shapes(torch.Generator().manual_seed(4), 20).images
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(5))
+    found = [feature_distances(classifier, images, images + size * noise) for size in (0.0, 0.02, 0.1, 0.5)]
+    assert found[0].max() == 0
+    assert all((less < more).all() for less, more in itertools.pairwise(found))
+    # A classifier sees a shape of another class where pixels see the same ground.
+    others = draw_shapes(torch.Generator().manual_seed(4), 20, (torch.arange(20) + 1) % 10).images
+    same = draw_shapes(torch.Generator().manual_seed(4), 20, torch.arange(20) % 10).images
+    assert (feature_distances(classifier, same, others) > found[1]).all()
+
+
+def test_the_cost_beside_other_models_is_counted_as_beside_the_demo(demo):
+    """But for attention, which is counted where nothing runs, and not in every kernel of a CPU."""
+    known = compute_share(demo)["one_sidenet_call_over_one_guided_call"]
+    assert share_of_a_call(demo.sit.config, demo.sidenet.config) == pytest.approx(known, rel=0.15)
 
 
 def test_shapes_are_drawn_alike_everywhere_and_differ():
