@@ -179,15 +179,6 @@ def _advanced() -> list[Any]:
             advanced=True,
             tooltip="Where the recordings go, such as a disk with room; empty = beside the SideNet.",
         ),
-        io.String.Input(
-            "more_cfg",
-            default="",
-            optional=True,
-            advanced=True,
-            tooltip="Other CFG scales to find times and weights for, separated by commas; a quick SideNet's work each. "
-            "Those for one scale serve from half to one and a half times of it: cfg 2 and more_cfg 4 are good for 1 "
-            "to 6.",
-        ),
         number("batch", 4, 256, "How many samples go through the model at once, as for a batch of pictures."),
         number("runs", 0, 100_000, "How many runs are recorded; 0 = what the effort says."),
         number("points", 0, 1000, "Model calls of a recorded run, 0 or at least 8; 0 = what the effort says."),
@@ -201,5 +192,15 @@ def _advanced() -> list[Any]:
             optional=True,
             advanced=True,
             tooltip="Of the network. Unused by quick.",
+        ),
+        # Behind the others, for graphs keep the values of inputs by their order.
+        io.String.Input(
+            "more_cfg",
+            default="",
+            optional=True,
+            advanced=True,
+            tooltip="Other CFG scales to find times and weights for, separated by commas; a quick SideNet's work each. "
+            "Those for one scale serve from half to one and a half times of it: cfg 2 and more_cfg 4 are good for 1 "
+            "to 6.",
         ),
     ]

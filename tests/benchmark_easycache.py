@@ -81,8 +81,11 @@ def main():
             for n in CALLS:
                 if calls <= n and error < found.get((n, cache), (math.inf,))[0]:
                     found[n, cache] = error, setting
-        for (n, cache), (_, setting) in sorted(found.items()):
-            _, sampler, steps, shift, threshold = setting
+        for n, cache in itertools.product(CALLS, CACHES):
+            if (n, cache) not in found:
+                print(f"{n:2d} calls  {cache}  no setting spends so few")
+                continue
+            _, sampler, steps, shift, threshold = found[n, cache][1]
             error, calls = tried(rig.cached(cache, threshold), sampler, steps, shift, REPORT_SEED)
             where = f"{sampler}, {steps} steps, shift {shift:g}, threshold {threshold:g}"
             print(f"{n:2d} calls  {cache}  {error:.4f}  ({where}: {calls:.2f} calls)", flush=True)

@@ -26,7 +26,7 @@ from ...training.train import train_from
 from .backbone import ComfyBackbone, open_model
 
 # What may be another when a making is gone on with: it does not change what was computed.
-MAY_CHANGE = ("device", "more_guidance")
+MAY_CHANGE = ("device", "more_guidance", "patch_size")
 
 
 @dataclass(frozen=True)
