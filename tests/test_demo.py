@@ -12,6 +12,7 @@ from ba_solver.lab.classifier import accuracy, feature_distances, load_classifie
 from ba_solver.lab.kept import kept
 from ba_solver.lab.scale import share_of_a_call
 from ba_solver.lab.shapes import CLASS_NAMES, draw_shapes
+from ba_solver.lab.sidenet import CALLS, OURS, PUBLISHED, WITHOUT, tables
 from ba_solver.training.cli import main
 from ba_solver.training.demo import show
 from ba_solver.training.demo.assets import CLASSIFIER_FILE, demo_noise, load_demo
@@ -65,6 +66,27 @@ def test_richer_pictures_have_the_same_shapes_before_others():
     assert torch.equal(plain.images[inside], rich.images[inside])
     changed = ((plain.behind - rich.behind).abs().amax(1) > 0.1).flatten(1).float().mean(1)
     assert (changed > 0.02).all() and changed.mean() < 0.6
+
+
+def test_tables_hold_every_distance_and_set_each_seed_against_its_own():
+    def row(pixels, features):
+        return {calls: [pixels, features] for calls in CALLS}
+
+    text = "\n".join(
+        tables(
+            {
+                "slow": [row(0.5, 0.3)],
+                "fast": [row(0.4, 0.6)],
+                OURS: [row(0.2, 0.1), row(0.1, 0.1)],
+                WITHOUT: [row(0.3, 0.1), row(0.2, 0.1)],
+                PUBLISHED: [row(0.4, 0.2), row(0.2, 0.2)],
+            }
+        )
+    )
+    pixels, features = text.split("### Distance of a classifier's features")
+    assert "| BA-solver | 0.1500 ± 0.0707" in pixels and "| BA-solver | 0.1000 ± 0.0000" in features
+    assert "| best rival / ours | 3.0000 ± 1.4142" in pixels and "| best rival / ours | 3.0000 ± 0.0000" in features
+    assert "| without network / ours | 1.7500 ± 0.3536" in pixels and "| published / ours | 2.0000 ± 0.0000" in pixels
 
 
 def test_distances_of_features_grow_with_those_of_pixels():
