@@ -5,8 +5,9 @@
 
 No noise is seen twice: of each the teacher says where it ends, and the runs of 5, 7 and 10 calls, times, weights, half
 calls and network together, follow the gradient of their distance from there, through all their calls. Every width
-begins with the shipped times, weights by least squares, and a network of that width with zero output; 0 = none. Errors
-are those of averaged weights on noises of their own. Ctrl-C loses what came after the last mark.
+begins with the shipped times, weights by least squares, and a network: the shipped one for its own width, and for others
+one with zero output; 0 = none. Errors are those of averaged weights on noises of their own. Ctrl-C loses what came after
+the last mark.
 """
 
 from __future__ import annotations
@@ -81,9 +82,12 @@ class Whole(nn.Module):
             yield calls, run(backbone.field(labels, DEMO_CFG), noise, self.network, backbone.start)
 
 
-def fresh_network(width: int) -> SideNet:
-    """A network with zero output that knows the shipped mean; without width, one that is not to be trained."""
+def network_of(width: int) -> SideNet:
+    """The shipped network for its own width, and for another a fresh one with zero output that knows the mean; without
+    width one that is not to be trained."""
     shipped = load_sidenet(SIDENET_FILE, dtype=torch.float32)[0]
+    if width == shipped.config.base_channels:
+        return shipped.requires_grad_(True)
     sizes = SMALLEST if not width else {"base_channels": width}
     config: Any = {**vars(shipped.config), **sizes}
     torch.manual_seed(0)
@@ -104,7 +108,7 @@ def teacher_ends(backbone: Backbone, generator: torch.Generator, count: int) -> 
 
 def begun(backbone: Backbone, width: int) -> Whole:
     """The shipped times, with weights by least squares for this network."""
-    network = fresh_network(width).to(backbone.device)
+    network = network_of(width).to(backbone.device)
     noise, labels, chains = teacher_ends(backbone, torch.Generator().manual_seed(NOISE_SEED - 1), WEIGHT_RUNS)
     truth = partial(chains.truth, torch.arange(WEIGHT_RUNS))
     fitting = Fitting(network, backbone.field(labels, DEMO_CFG), noise, truth)
@@ -176,7 +180,7 @@ def run_budget(settings: BudgetSettings) -> dict[str, Any]:
     result: dict[str, Any] = {}
     lines = ["| width | parameters | guided calls | " + " | ".join(map(str, CALLS)) + " |", "|---" * 6 + "|"]
     for width in settings.widths:
-        size = sum(p.numel() for p in fresh_network(width).parameters()) if width else 0
+        size = sum(p.numel() for p in network_of(width).parameters()) if width else 0
         rows = train_width(settings, backbone, width)
         result[str(width)] = {"parameters": size, "rows": rows}
         for row in rows:
