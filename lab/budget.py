@@ -5,9 +5,9 @@
 
 No noise is seen twice: of each the teacher says where it ends, and the runs of 5, 7 and 10 calls, times, weights, half
 calls and network together, follow the gradient of their distance from there, through all their calls. Every width
-begins with the shipped times, weights by least squares, and a network: the shipped one for its own width, and for others
-one with zero output; 0 = none. Errors are those of averaged weights on noises of their own. Ctrl-C loses what came after
-the last mark.
+begins with the shipped times, weights by least squares, and a network: the shipped one for its own width, for others
+one with zero output; 0 = none. Errors are those of averaged weights on noises of their own. Ctrl-C loses what came
+after the last mark.
 """
 
 from __future__ import annotations
