@@ -221,7 +221,7 @@ def test_what_cannot_be_drawn_is_refused_in_words(options, said, tmp_path, capsy
 def test_a_sidenet_of_another_model_is_refused(official, tmp_path, capsys):
     folder, _ = official
     draw(tmp_path / "a", "--sit", folder / "sit.pt", "--sidenet", SIDENET_FILE, "--latents", status=1)
-    assert "belongs to 'demo_sit'" in capsys.readouterr().err
+    assert "belongs to 'demo SiT'" in capsys.readouterr().err
     draw(tmp_path / "b", "--sit", SIT_FILE, "--sidenet", folder / "sidenet.pt", status=1)
     assert "4 channels and 5 classes; 'demo_sit' has 3 and 10" in capsys.readouterr().err
 
