@@ -60,7 +60,7 @@ from ..training.measuring.score import search_shapes
 from ..training.progress import progress
 from ..training.runs.samplers import Sampler, endpoint_errors, sidenet_sampler
 from .classifier import accuracy, load_classifier
-from .kept import kept
+from .kept import kept, write_report
 
 SEARCH_SEED = 2_000_000
 REPORT_SEED = 4_000_000
@@ -184,10 +184,10 @@ def compute_share(demo: Demo) -> dict[str, float]:
     noise, labels = demo_noise(0, 8)
     field = guided_field(demo.sit, labels)
     with torch.inference_mode():
-        call = _flops(lambda: field.velocity(noise, 0.5))
+        call = flops(lambda: field.velocity(noise, 0.5))
         t = torch.full((8,), 0.5)
-        one = _flops(lambda: demo.sidenet(noise, noise, t, t / 5, labels))
-        run = _flops(lambda: solve(field, demo.sidenet, noise, time_grid(7)))
+        one = flops(lambda: demo.sidenet(noise, noise, t, t / 5, labels))
+        run = flops(lambda: solve(field, demo.sidenet, noise, time_grid(7)))
     return {
         "parameters": count_parameters(demo.sidenet) / count_parameters(demo.sit),
         "backbone_parameters": count_parameters(demo.sit),
@@ -202,7 +202,8 @@ def count_parameters(module: torch.nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _flops(work: Callable[[], Any]) -> int:
+def flops(work: Callable[[], Any]) -> int:
+    """Floating-point operations of some work, which may be on the meta device."""
     with FlopCounterMode(display=False) as counter:
         work()
     return counter.get_total_flops()
@@ -331,9 +332,7 @@ def run_benchmark(settings: BenchmarkSettings) -> dict[str, Any]:
     if settings.large:
         result["cost_sit_xl_2"] = large_cost(device)
     text = markdown(result, settings)
-    write_text(settings.out / "benchmark.json", json.dumps(result, indent=1))
-    write_text(settings.out / "benchmark.md", text)
-    print(text)
+    write_report(settings.out / "benchmark", result, text)
     return result
 
 

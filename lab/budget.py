@@ -13,7 +13,6 @@ after the last mark.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -24,12 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from ..bas_core.checkpoint import load_sidenet
-from ..bas_core.files import read_pickled_tensors, write_atomically, write_text
+from ..bas_core.files import read_pickled_tensors, write_atomically
 from ..bas_core.runs import run_over
 from ..bas_core.sidenet import SideNet, SideNetConfig
 from ..training.backbones import Backbone, BackboneChoice, open_backbone
 from ..training.demo.assets import DEMO_CFG, SIDENET_FILE, SIT_FILE
-from ..training.measuring.reference import draw_paths
+from ..training.measuring.reference import Paths, draw_paths
 from ..training.network.fresh import SMALLEST
 from ..training.network.loop import averaged
 from ..training.progress import say
@@ -38,6 +37,8 @@ from ..training.recording.teacher import random_times, record_chain
 from ..training.runs.fitting import WEIGHT_RUNS, Fitting, fit_runs
 from ..training.runs.samplers import endpoint_errors
 from ..training.runs.tuning import TunedRun
+from .benchmark import count_parameters
+from .kept import write_report
 from .sidenet import CALLS
 
 REPORT_SEED, NOISE_SEED = 8_500_000, 31_337
@@ -118,10 +119,8 @@ def begun(backbone: Backbone, width: int) -> Whole:
     return Whole(network, {str(n): TunedRun(run) for n, run in runs.items()}).to(backbone.device)
 
 
-def train_width(settings: BudgetSettings, backbone: Backbone, width: int) -> list[dict[str, Any]]:
-    """A row a mark: calls spent, and the errors by number of calls."""
-    with torch.inference_mode():
-        paths = draw_paths(backbone, lambda rows: backbone.field(rows, DEMO_CFG), REPORT_SEED, settings.noises, 192)
+def train_width(settings: BudgetSettings, backbone: Backbone, paths: Paths, width: int) -> list[dict[str, Any]]:
+    """A row a mark: calls spent, and the errors by number of calls, measured on `paths`."""
     labels = torch.arange(settings.noises) % backbone.conditions
     whole = begun(backbone, width)
     average = averaged(whole, 0.99)
@@ -177,18 +176,18 @@ def advance(whole: Whole, optimizer: torch.optim.Optimizer, backbone: Backbone, 
 def run_budget(settings: BudgetSettings) -> dict[str, Any]:
     """All widths; written as JSON and Markdown."""
     backbone = open_backbone(BackboneChoice(backbone=f"sit:{SIT_FILE}", guidance=(DEMO_CFG,), device=settings.device))
+    with torch.inference_mode():
+        paths = draw_paths(backbone, lambda rows: backbone.field(rows, DEMO_CFG), REPORT_SEED, settings.noises, 192)
     result: dict[str, Any] = {}
     lines = ["| width | parameters | guided calls | " + " | ".join(map(str, CALLS)) + " |", "|---" * 6 + "|"]
     for width in settings.widths:
-        size = sum(p.numel() for p in network_of(width).parameters()) if width else 0
-        rows = train_width(settings, backbone, width)
+        size = count_parameters(network_of(width)) if width else 0
+        rows = train_width(settings, backbone, paths, width)
         result[str(width)] = {"parameters": size, "rows": rows}
         for row in rows:
             errors = " | ".join(f"{error:.4f}" for error in row["errors"].values())
             lines.append(f"| {width} | {size:,} | {row['calls']:,} | {errors} |")
-    write_text(settings.out / "budget.json", json.dumps(result, indent=1))
-    write_text(settings.out / "budget.md", "\n".join(lines) + "\n")
-    say("\n".join(lines))
+    write_report(settings.out / "budget", result, "\n".join(lines))
     return result
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bas_core.files import write_text
+from ..training.progress import say
 
 
 def kept(path: Path, key: Any, work: Callable[[], Any]) -> Any:
@@ -26,3 +27,10 @@ def kept(path: Path, key: Any, work: Callable[[], Any]) -> Any:
     result = json.loads(json.dumps(work()))
     write_text(path, json.dumps({"key": wanted, "result": result}, indent=1))
     return result
+
+
+def write_report(path: Path, result: Any, text: str) -> None:
+    """Write a result as JSON and its tables as Markdown, to `path` with these suffixes, and say the tables."""
+    write_text(path.with_suffix(".json"), json.dumps(result, indent=1))
+    write_text(path.with_suffix(".md"), text.rstrip("\n") + "\n")
+    say(text)

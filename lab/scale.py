@@ -13,15 +13,12 @@ What is finished is not done again. At the end: the network's share of a guided 
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..bas_core.checkpoint import load_sidenet, load_sit
 from ..bas_core.files import write_text
@@ -35,12 +32,13 @@ from ..training.measuring.reference import Paths, draw_paths
 from ..training.measuring.rivals import rivals
 from ..training.measuring.score import learned_multistep
 from ..training.network.loop import LoopSettings
-from ..training.progress import progress, say
+from ..training.progress import progress
 from ..training.recording.record import record
 from ..training.runs.samplers import Sampler, endpoint_errors, search_grid, sidenet_sampler
 from ..training.train import train_from
+from .benchmark import count_parameters, flops
 from .demo_backbone import BackboneSettings, train_backbone
-from .kept import kept
+from .kept import kept, write_report
 from .shapes import CLASS_NAMES, draw_shapes
 
 CALLS = (5, 7, 10)
@@ -176,20 +174,13 @@ def one_size(settings: ScaleSettings, size: str) -> dict[str, Any]:
     errors = measured(settings, backbone, chains, {label: job.out for label, job in jobs.items()})
     best = {n: min(row[n] for label, row in errors.items() if label not in jobs) for n in CALLS}
     return {
-        "parameters": sum(p.numel() for p in load_sit(sit).parameters()),
+        "parameters": count_parameters(load_sit(sit)),
         "residual variance left": card.evaluation["residual_variance"]["kind"],
         "errors": errors,
         "best rival / ours": {n: best[n] / errors[WITH][n] for n in CALLS},
         "the network's share": {n: 1 - errors[WITH][n] / errors[WITHOUT][n] for n in CALLS},
         "a step's SideNet over a guided call": share_of_a_call(load_sit(sit).config, sidenet.config),
     }
-
-
-def flops(work: Callable[[], Any]) -> int:
-    """Multiply-adds, twice, of what runs on the meta device too."""
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops()
 
 
 def share_of_a_call(sit: SiTConfig, sidenet: SideNetConfig, asked: int = 1) -> float:
@@ -244,9 +235,7 @@ def run_scale(settings: ScaleSettings) -> dict[str, Any]:
         for size in settings.sizes
     }
     result = {"sizes": sizes, "SiT-XL/2": paper_shares()}
-    write_text(settings.out / "scale.json", json.dumps(result, indent=1))
-    write_text(settings.out / "scale.md", markdown(result))
-    say(markdown(result))
+    write_report(settings.out / "scale", result, markdown(result))
     return result
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..bas_core.checkpoint import SideNetCard, load_sidenet
-from ..bas_core.files import write_safetensors, write_text
+from ..bas_core.files import write_safetensors
 from ..bas_core.guidance import Field
 from ..training.backbones import Backbone, open_backbone
 from ..training.demo.assets import CLASSIFIER_FILE, DEMO_CFG, SIT_FILE, demo_noise, load_grids
@@ -36,13 +36,13 @@ from ..training.measuring.reference import draw_paths
 from ..training.measuring.rivals import converged_reference, more_rivals, rivals
 from ..training.measuring.score import learned_multistep
 from ..training.network.published import CHAIN_STEPS
-from ..training.progress import progress, say
+from ..training.progress import progress
 from ..training.recording.record import record
 from ..training.runs.samplers import GridShape, Sampler, endpoint_errors, search_grid, sidenet_sampler
 from ..training.runs.search import coordinate_search
 from ..training.train import train_from
 from .classifier import feature_distances, load_classifier
-from .kept import kept
+from .kept import kept, write_report
 from .shapes import draw_shapes
 
 CALLS = (5, 7, 10)
@@ -326,9 +326,7 @@ def run_figures(settings: FigureSettings) -> dict[str, Any]:
         f"\n```json\n{json.dumps(costs, indent=1)}\n```",
     ]
     result = {"errors": errors, "levers": parts, "costs": costs}
-    write_text(settings.out / "training.json", json.dumps(result, indent=1))
-    write_text(settings.out / "training.md", "\n".join(lines) + "\n")
-    say("\n".join(lines))
+    write_report(settings.out / "training", result, "\n".join(lines))
     return result
 
 

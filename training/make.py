@@ -88,7 +88,7 @@ def run_make(settings: MakeSettings) -> list[Measurement]:
         say(f"{settings.out} is trained already.")
     else:
         train_from(training, training, (chains,), settings.out, settings, backbone)
-    add_scales(settings, settings.more_guidance, chains, lambda scale: backbone)
+    add_scales(settings, chains, lambda scale: backbone)
     if quick:
         say("3 of 3: evaluated on held-out runs. `ba-solver evaluate` measures more.")
         return []

@@ -66,19 +66,16 @@ def runs_at_scale(
     return backbone.within(lambda: fit_weights(sidenet, replay, learn_on_paths(replay, calls, mean)))
 
 
-def add_scales(
-    settings: Any, more: tuple[float, ...], chains: Path, opened: Callable[[float], Backbone]
-) -> SideNetCard:
-    """Add runs for each of these CFG scales to the SideNet's file, unless it has them; returns what the file says.
+def add_scales(settings: Any, chains: Path, opened: Callable[[float], Backbone]) -> SideNetCard:
+    """Add runs for each scale of `more_guidance` to the SideNet's file, unless it has them; returns what the file says.
 
     Args:
         settings: of `ba-solver make`; `out` is the file.
-        more: scales.
         chains: folder of the recordings; each scale has one of its own beside it.
         opened: the model at a CFG scale.
     """
-    card = load_sidenet(settings.out)[1]
-    for scale in more:
+    stored, card = load_sidenet(settings.out)
+    for scale in settings.more_guidance:
         if scale in card.more_runs:
             continue
         say(f"Runs for CFG {scale:g}")
@@ -92,5 +89,5 @@ def add_scales(
         card = dataclasses.replace(
             card, more_runs=card.more_runs | {scale: runs}, training=card.training | {"backbone_calls": calls}
         )
-        save_sidenet(settings.out, load_sidenet(settings.out)[0], card)
+        save_sidenet(settings.out, stored, card)
     return card

@@ -184,7 +184,7 @@ def make(
         folder = chains or settings.out.with_suffix(".chains")
         if card is None:
             work(settings, backbone, folder)
-        return add_scales(replace(settings, device=str(backbone.device)), settings.more_guidance, folder, opened)
+        return add_scales(replace(settings, device=str(backbone.device)), folder, opened)
 
 
 def plan_text(settings: MakeSettings, calls: int, backbone: ComfyBackbone) -> str:

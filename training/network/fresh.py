@@ -13,6 +13,7 @@ from torch import Tensor
 from ...bas_core.checkpoint import load_sidenet
 from ...bas_core.files import CheckpointError
 from ...bas_core.sidenet import SideNet, SideNetConfig
+from ..backbones import Backbone
 from ..progress import say
 from ..recording.chains import Chains
 from ..settings import UsageError
@@ -63,8 +64,6 @@ def pooled(mean: Tensor, size: int) -> Tensor:
     return F.adaptive_avg_pool2d(mean.mean(1) if mean.ndim == 4 else mean, size)
 
 
-# Where chains do not say how coarsely their model works.
-PATCH_SIZE = 2
 # Of a network that is not trained, and adds nothing.
 SMALLEST = {
     "base_channels": 4, "embedding_dim": 4, "num_layers": 1, "num_heads": 1, "patch_size": 8, "kernel_size": 1,
@@ -90,7 +89,7 @@ def make_sidenet(training: Training, about: dict[str, Any], mean: Tensor | None 
             "num_classes": about["num_classes"],
             "guidance_input": low != high,
             "mean_size": 0 if mean is None else training.mean_size,
-            "patch_size": training.patch_size or about.get("patch_size", PATCH_SIZE),
+            "patch_size": training.patch_size or about.get("patch_size", Backbone.patch_size),
         }
         config = SideNetConfig(**(sizes if training.trains or training.start_from else sizes | SMALLEST))
     except ValueError as error:
