@@ -8,7 +8,7 @@ from .flow import interpolate, velocity_to_noise, velocity_to_x0
 from .grids import resample_grid, time_grid, time_shift
 from .guidance import Field, Guidance, NonFiniteError, model_field
 from .quadrature import RULES, Rule, get_rule, symmetric_four_point
-from .runs import FittedRun, run_over
+from .runs import FittedRun, Inversion, run_over
 from .sidenet import SideNet, SideNetConfig
 from .sit import SiT, SiTConfig
 from .solver import Step, solve
@@ -25,6 +25,7 @@ __all__ = [
     "Field",
     "FittedRun",
     "Guidance",
+    "Inversion",
     "NonFiniteError",
     "Proposal",
     "Rule",

@@ -29,7 +29,7 @@ from .files import (
 )
 from .grids import starts_short
 from .guidance import Mode
-from .runs import FittedRun
+from .runs import FittedRun, Inversion
 from .sidenet import SideNet, SideNetConfig
 from .sit import SiT, SiTConfig, sit_config_from_state_dict
 
@@ -128,12 +128,13 @@ class SideNetCard:
         backbone: name, kind and fingerprint of the model it belongs to.
         runs: the fitted run that costs a number of backbone calls.
         more_runs: others for other CFG scales, by the scale; see `runs_at`.
+        inversions: runs to the noise and back without guidance, by the calls of each way.
         training: objective, chains, calls, steps, seconds, seed, versions.
         evaluation: the error table.
         licence: of the weights.
 
     Raises:
-        ValueError: a run costs another number of calls than it is listed under, or a scale is none.
+        ValueError: a run or an inversion costs another number of calls than it is listed under, or a scale is none.
     """
 
     velocity: Mode = "branch"
@@ -141,6 +142,7 @@ class SideNetCard:
     backbone: dict[str, str] = field(default_factory=dict)
     runs: dict[int, FittedRun] = field(default_factory=dict)
     more_runs: dict[float, dict[int, FittedRun]] = field(default_factory=dict)
+    inversions: dict[int, Inversion] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
     licence: str = ""
@@ -149,7 +151,8 @@ class SideNetCard:
         for scale in self.more_runs:
             if not 0 < scale < math.inf:
                 raise ValueError(f"Runs are for a CFG scale above 0; some are listed under {scale:g}.")
-        for runs in (self.runs, *self.more_runs.values()):
+        ways = {calls: inversion.up for calls, inversion in self.inversions.items()}
+        for runs in (self.runs, *self.more_runs.values(), ways):
             for calls, run in runs.items():
                 if run.cost != calls:
                     raise ValueError(f"The run listed under {calls} calls costs {run.cost:g}.")
@@ -241,7 +244,9 @@ def _read_card(metadata: Mapping[str, str], config: SideNetConfig, path: Path | 
     if velocity not in ("branch", "guided"):
         raise CheckpointError(f"{path}: velocity must be 'branch' or 'guided'; got {velocity!r}.")
     low, high = parse_json(metadata, "guidance_range", path)
-    more = parse_object(metadata, "more_runs", path) if "more_runs" in metadata else {}
+    more, inversions = (
+        parse_object(metadata, name, path) if name in metadata else {} for name in ("more_runs", "inversions")
+    )
     if {type(low), type(high)} - {int, float} or not 0 <= low <= high < math.inf:
         raise ValueError(f"guidance_range must be two scales, the lower first; got {low!r:.60} and {high!r:.60}")
     return SideNetCard(
@@ -249,6 +254,7 @@ def _read_card(metadata: Mapping[str, str], config: SideNetConfig, path: Path | 
         guidance_range=(float(low), float(high)),
         runs=_read_runs(metadata, config, path),
         more_runs={float(scale): _runs(each) for scale, each in more.items()},
+        inversions={int(calls): Inversion(**_named_runs(ways)) for calls, ways in inversions.items()},
         licence=metadata.get("licence", ""),
         **values,
     )
@@ -278,9 +284,13 @@ def _read_runs(metadata: Mapping[str, str], config: SideNetConfig, path: Path | 
 
 
 def _runs(found: Mapping[str, Any]) -> dict[int, FittedRun]:
+    return {int(calls): run for calls, run in _named_runs(found).items()}
+
+
+def _named_runs(found: Mapping[str, Any]) -> dict[str, FittedRun]:
     if not all(isinstance(parts.get("skip_first", False), bool) for parts in found.values()):
         raise ValueError("skip_first of a run must be true or false")
-    return {int(calls): FittedRun(**parts) for calls, parts in found.items()}
+    return {name: FittedRun(**parts) for name, parts in found.items()}
 
 
 def load_official_sidenet(path: Path | str) -> SideNet:

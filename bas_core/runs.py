@@ -121,6 +121,36 @@ class FittedRun:
         return HalfCallField(field, self._times, self.half_calls)
 
 
+@dataclass(frozen=True)
+class Inversion:
+    """Two fitted runs over the same times: an image to its noise, and the noise to the image.
+
+    Attributes:
+        up: ascending, from a small time at which the image is left (`editing.START`).
+        down: the way back, over the same times.
+
+    Raises:
+        ValueError: they are no such two runs; the message says why.
+    """
+
+    up: FittedRun
+    down: FittedRun
+
+    def __post_init__(self) -> None:
+        times, back = (torch.stack(run.grid).detach().tolist() for run in (self.up, self.down))
+        if times[0] > times[-1] or times[::-1] != back:
+            raise ValueError(
+                f"An inversion goes up its times and comes down the same ones; got {times} for the way up."
+            )
+        if self.up.halves or self.down.halves or self.down.skip_first:
+            raise ValueError("An inversion's calls are whole ones, and all are made: its noise is one image's.")
+
+    @property
+    def calls(self) -> int:
+        """Backbone calls each way."""
+        return self.up.calls
+
+
 def _frozen(values: Sequence[float] | Sequence[Row] | Tensor) -> Sequence[float] | Sequence[Row] | Tensor:
     if isinstance(values, Tensor):
         return values

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from dataclasses import field as attribute
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from ..bas_core.editing import START, edit, editing_grid, invert
 from ..bas_core.flow import interpolate
 from ..bas_core.grids import time_grid
 from ..bas_core.guidance import Field
+from ..bas_core.runs import Inversion
 from ..bas_core.solver import solve
 from ..training.demo.assets import DEMO_CFG, Demo
 from ..training.progress import progress
@@ -101,6 +103,27 @@ class RoundTrip(Sampler):
         return self.back(field, self.there(field, noise, calls, shape), calls, shape)
 
 
+@dataclass(frozen=True)
+class FittedTrip(RoundTrip):
+    """One that the SideNet's file holds runs for; for other numbers of calls it is the solver without them.
+
+    Attributes:
+        inversions: by calls each way.
+    """
+
+    inversions: Mapping[int, Inversion] = attribute(default_factory=dict)
+
+    def there(self, field: Field, images: Tensor, calls: int, shape: GridShape = (1.0, 0.0)) -> Tensor:
+        """The images' noise."""
+        fitted = self.inversions.get(calls)
+        return super().there(field, images, calls, shape) if fitted is None else self.run(field, images, fitted.up)
+
+    def back(self, field: Field, noise: Tensor, calls: int, shape: GridShape = (1.0, 0.0)) -> Tensor:
+        """The noise's images."""
+        fitted = self.inversions.get(calls)
+        return super().back(field, noise, calls, shape) if fitted is None else self.run(field, noise, fitted.down)
+
+
 def round_trip(baseline: Baseline) -> RoundTrip:
     """A training-free solver's."""
     run: Run = lambda field, x, t: run_baseline(baseline, field, x, t)  # noqa: E731
@@ -112,6 +135,15 @@ def round_trips(demo: Demo) -> list[RoundTrip]:
     ours: Run = lambda field, x, t: solve(field, demo.sidenet, x, t)  # noqa: E731
     rivals = ("euler", "heun", "rf_solver", "fireflow", "predictor_corrector")
     return [*(round_trip(BASELINES[name]) for name in rivals), RoundTrip("ba_solver", "BA-solver", ours)]
+
+
+def all_round_trips(demo: Demo) -> list[RoundTrip]:
+    """The same, and ours by the runs in its SideNet's file, which need no search for a grid."""
+    trips = round_trips(demo)
+    return [
+        *trips,
+        FittedTrip("ba_solver", "BA-solver, fitted both ways", trips[-1].run, inversions=demo.card.inversions),
+    ]
 
 
 def decibels(x: Tensor, reference: Tensor) -> Tensor:
@@ -159,7 +191,7 @@ def reconstructions(
         field = demo.field(batch.labels.to(settings.device), case.cfg)
         with torch.inference_mode():
             truth = converged_noise(field, starts)
-            jobs = [(trip, calls) for trip in round_trips(demo) for calls in case.calls]
+            jobs = [(trip, calls) for trip in all_round_trips(demo) for calls in case.calls]
             for trip, calls in progress(jobs, f"reconstruct, {case.title}, seed {seed}"):
                 before, shape = field.calls, grids[trip.name][calls]
                 noise = trip.there(field, starts, calls, shape)

@@ -18,7 +18,7 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from ..training.recording.record import record
 from ..training.runs.samplers import GridShape, Sampler, endpoint_errors, search_grid, sidenet_sampler
 from ..training.runs.search import coordinate_search
 from ..training.train import train_from
-from .classifier import feature_distances, load_classifier
+from .classifier import Classifier, feature_distances, load_classifier
 from .kept import kept, write_report
 from .shapes import draw_shapes
 
@@ -148,6 +148,12 @@ def published(settings: FigureSettings, seed: int, backbone: Backbone) -> Path:
 # --- measuring ------------------------------------------------------------------------------------------------------
 
 
+@cache
+def shipped_classifier() -> Classifier:
+    """Whose features the pictures are compared by."""
+    return load_classifier(CLASSIFIER_FILE)
+
+
 @dataclass(frozen=True)
 class Measured:
     """Noises, and the exact ends of their paths.
@@ -171,8 +177,8 @@ class Measured:
     def field(self, mode: Any = "guided") -> Field:
         return self.backbone.field(self.labels, DEMO_CFG, mode=mode)
 
-    def errors(self, sampler: Sampler, calls: int, shape: GridShape, mode: str = "guided") -> list[float]:
-        """Mean distance from the exact ends: of pixels, and of a classifier's features.
+    def ends(self, sampler: Sampler, calls: int, shape: GridShape, mode: str = "guided") -> Tensor:
+        """[B, C, H, W] where a sampler leads.
 
         Raises:
             RuntimeError: the sampler spent another number of calls than it was given.
@@ -181,7 +187,16 @@ class Measured:
         x = sampler.sample(field, self.noise, calls, shape)
         if field.cost != calls:
             raise RuntimeError(f"{sampler.label} was given {calls} calls and spent {field.cost:g}.")
-        features = feature_distances(load_classifier(CLASSIFIER_FILE), x, self.reference)
+        return x
+
+    def pixels(self, sampler: Sampler, calls: int, shape: GridShape) -> float:
+        """Mean distance of pixels from the exact ends, which grids are searched by."""
+        return endpoint_errors(self.ends(sampler, calls, shape), self.reference).mean().item()
+
+    def errors(self, sampler: Sampler, calls: int, shape: GridShape, mode: str = "guided") -> list[float]:
+        """Mean distance from the exact ends: of pixels, and of a classifier's features."""
+        x = self.ends(sampler, calls, shape, mode)
+        features = feature_distances(shipped_classifier(), x, self.reference)
         return [endpoint_errors(x, self.reference).mean().item(), features.mean().item()]
 
 
@@ -239,7 +254,7 @@ def rival_errors(chains: Path, report: Measured, search: Measured) -> dict[str, 
             else search_grid(sampler, search.field(), search.noise, search.reference, calls)
             for sampler in samplers
         }
-        found = {sampler.label: search.errors(sampler, calls, shapes[sampler.label])[0] for sampler in samplers}
+        found = {sampler.label: search.pixels(sampler, calls, shapes[sampler.label]) for sampler in samplers}
         for sampler in samplers:
             best = sampler
             if sampler.calls_per_step == 1 and found[sampler.label] <= NEAR_BEST * min(found.values()):

@@ -75,7 +75,7 @@ ORDERS = {
         ("network",),
         ("runs",),
         ("measuring", "drawing"),
-        ("demo", "train", "efforts", "more_scales", "make", "sample"),
+        ("demo", "train", "efforts", "more_scales", "add_inversions", "make", "sample"),
         ("cli",),
     ),
     "nodes": (

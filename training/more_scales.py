@@ -17,8 +17,8 @@ from .progress import say
 from .recording.chains import open_chains
 from .recording.record import Recording, record
 from .recording.replay import Replay
-from .runs.fitting import WEIGHT_RUNS, Runs, fit_weights
-from .runs.on_paths import PROBED, PROBES, learn_on_paths
+from .runs.fitting import Runs, fit_weights
+from .runs.on_paths import calls_on_paths, learn_on_paths
 from .settings import UsageError, parse_calls
 
 # What a scale's recording takes of the settings' own: no more runs and points than a quick SideNet is made of.
@@ -34,8 +34,7 @@ def recording_for(settings: Any) -> Any:
 def calls_for_scale(settings: Any) -> int:
     """About how many backbone calls one scale more costs."""
     few = recording_for(settings)
-    made = sum(n + 1 for n in parse_calls(settings.nfe))
-    return int(few.chains * few.points + (PROBES * PROBED + min(WEIGHT_RUNS, few.chains)) * made)
+    return int(few.chains * few.points + calls_on_paths(few.chains, parse_calls(settings.nfe)))
 
 
 def check_scales(more: tuple[float, ...], recording: Recording, training: Training) -> None:

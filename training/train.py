@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from .recording.record import STARTS
 from .runs.fitting import fit_weights
 from .runs.on_paths import learn_on_paths, refine
 from .runs.search import ROUNDS, learn_times
-from .runs.tuning import tune, tuning_loop
+from .runs.tuning import tune, tuned_or_kept, tuning_loop
 from .settings import UsageError, check_device, parse_calls, plain, prepare_folder, shareable
 
 # The objective of a SideNet whose network is not trained.
@@ -188,13 +189,7 @@ def finish_runs(job: Job, sidenet: SideNet) -> dict[int, FittedRun]:
     loop = tuning_loop(job.training.loop(job.training.tune, job.training.loop_batch))
     parts = job.replay(job.chains), job.replay(job.held_out)
     for n, run in list(runs.items()):
-        try:
-            runs[n] = tune(sidenet, parts, run, n, loop, job.folder)
-        except torch.OutOfMemoryError:
-            say(
-                f"There is not enough memory for a call with gradients, which tuning takes: times and weights of {n} "
-                "calls stay as they were found. With --tune 0 it is not tried."
-            )
+        runs[n] = tuned_or_kept(partial(tune, sidenet, parts, run, n, loop, job.folder), run, f"{n} calls")
     return runs
 
 

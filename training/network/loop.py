@@ -315,10 +315,12 @@ def plot_history(path: Path, what: str, history: list[Numbers]) -> None:
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     panel = figure.subplots()
-    for name in [name for name in history[-1] if name != "step"]:
+    names = [name for name in history[-1] if name != "step"]
+    for name in names:
         known = [row for row in history if name in row]
         panel.plot([row["step"] for row in known], [row[name] for row in known], label=name, marker=".")
-    panel.set(yscale="log", xlabel="step", title=what)
+    positive = all(row.get(name, 1) > 0 for row in history for name in names)  # logarithms of errors are not
+    panel.set(yscale="log" if positive else "linear", xlabel="step", title=what)
     panel.grid(alpha=0.3, which="both")
     panel.legend(fontsize=8)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))

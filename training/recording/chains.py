@@ -59,7 +59,7 @@ class Chains:
 
     Attributes:
         times: [M, N + 1], descending from 1 to `LAST_TIME`, or to an earlier end; each batch of chains has times of
-            its own.
+            its own. Those of inversions ascend.
         states, velocities: [M, N + 1, C, *spatial]. The velocity is the guided one, or that of one branch.
         labels: [M] indices of the conditions (classes, prompts); the null class for an unconditional branch.
         scales: [M] CFG scales; None = all alike.
@@ -92,7 +92,8 @@ class Chains:
     def at(self, rows: Tensor, t: float | Tensor) -> Tensor:
         """[B, C, *spatial] states of chains `rows` at time t, by the cubic through states and velocities around it."""
         times = self.times[rows]
-        after = (times >= t).sum(1).clamp(1, times.shape[1] - 1)
+        rising = bool(times[0, -1] > times[0, 0])
+        after = (times <= t if rising else times >= t).sum(1).clamp(1, times.shape[1] - 1)
         before = after - 1
         t0, t1 = (times.gather(1, i[:, None])[:, 0] for i in (before, after))
         x0, x1 = self.states[rows, before], self.states[rows, after]

@@ -27,7 +27,7 @@ CHECKED_CHAINS = 8
 COMPARED_CALLS = 10
 MODES = ("guided", "branch")
 # What an unfinished recording may be gone on with although it differs: older ones do not tell the patch size.
-MAY_DIFFER = ("chains", "patch_size")
+MAY_HAVE_CHANGED = ("chains", "patch_size")
 # Shards of the starts lie in this folder of the chains'. They end where the first two intervals of few-step grids do.
 STARTS = "starts"
 STARTS_UNTIL = 0.69
@@ -254,7 +254,7 @@ def shards_there(out: Path, about: dict[str, Any]) -> set[str]:
     there = sorted(out.glob("*.safetensors"))
     for path in there:
         said = open_shard(path)[1]
-        differing = [key for key in about if key not in MAY_DIFFER and said.get(key) != about[key]]
+        differing = [key for key in about if key not in MAY_HAVE_CHANGED and said.get(key) != about[key]]
         if differing:
             was = "; ".join(f"{key} was {said.get(key)!r}, now {about[key]!r}" for key in differing)
             raise CheckpointError(

@@ -36,6 +36,12 @@ SHORTEST = 0.6
 REFINED = 7
 
 
+def calls_on_paths(runs: int, calls: Sequence[int]) -> int:
+    """How many calls `learn_on_paths` and the weights make, on so many runs; with half calls a run makes one more than
+    it costs."""
+    return (PROBES * PROBED + min(WEIGHT_RUNS, runs)) * sum(n + 1 for n in calls)
+
+
 def even_enough(times: Tensor) -> bool:
     """Whether steps shrink no faster than the stand-in can be trusted with."""
     steps = times.diff().abs()[:-1]

@@ -11,7 +11,10 @@ import copy
 import dataclasses
 import math
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +27,8 @@ from ..network.loop import LoopSettings, Numbers, Share, train
 from ..progress import PROCESSES, say
 from ..recording.replay import SCORED_RUNS, RecomputedSideNet, Replay
 from .samplers import endpoint_errors
+
+Found = TypeVar("Found")
 
 # Runs a step: the fewer, the more steps the same calls buy. On the demo 640 runs of 7 calls come to an error of
 # .0237 by eights, .0231 by fours, .0227 by twos.
@@ -49,28 +54,49 @@ def tuning_loop(usual: LoopSettings) -> LoopSettings:
     )
 
 
+def tuned_or_kept(tuning: Callable[[], Found], found: Found, what: str) -> Found:
+    """What tuning comes to; what was found before, where the memory for it is not there."""
+    try:
+        return tuning()
+    except torch.OutOfMemoryError:
+        say(
+            f"There is not enough memory for a call with gradients, which tuning takes: times and weights of {what} "
+            "stay as they were found. With --tune 0 it is not tried."
+        )
+        return found
+
+
+@contextmanager
+def times_as_parameters() -> Iterator[None]:
+    """The solver asks times for their value to decide by, which is meant: torch need not warn of it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Converting a tensor with requires_grad=True to a scalar")
+        yield
+
+
 class TunedRun(nn.Module):
     """A fitted run whose numbers are parameters.
 
-    The first time stays: whether its call is saved depends on it, and so what the run costs.
-
     Args:
         run: where they begin.
+        held: how many of its times stay, from the first on, beside the last one. In sampling the first step does:
+            whether its call is saved depends on it, and so what the run costs.
     """
 
-    def __init__(self, run: FittedRun) -> None:
+    def __init__(self, run: FittedRun, held: int = 2) -> None:
         super().__init__()
         times = torch.stack(run.grid)
-        self.first, self.skip_first, self.rule = float(times[1]), run.skip_first, run.rule
-        self.log_steps = nn.Parameter(times[1:].diff().neg().log())
+        self.held, self.last = times[:held].tolist(), float(times[-1])
+        self.skip_first, self.rule = run.skip_first, run.rule
+        self.log_steps = nn.Parameter(times[held - 1 :].diff().abs().log())
         self.step_weights = nn.ParameterList([nn.Parameter(torch.tensor(row)) for row in run.step_weights])
         self.half_calls = nn.ParameterList([nn.Parameter(torch.tensor(row)) for row in run.half_calls])
 
     def times(self) -> Tensor:
-        """[N + 1] from 1 to 0."""
+        """[N + 1] of them, in the direction of the run that it began with."""
         left = 1 - torch.softmax(self.log_steps, 0).cumsum(0)
-        first = self.log_steps.new_tensor([1.0, self.first])
-        return torch.cat([first, self.first * left[:-1], first.new_zeros(1)])
+        held, last = self.log_steps.new_tensor(self.held), self.log_steps.new_tensor([self.last])
+        return torch.cat([held, last + (held[-1] - last) * left[:-1], last])
 
     def run(self) -> FittedRun:
         """The run as it stands, with gradients to the parameters."""
@@ -78,9 +104,7 @@ class TunedRun(nn.Module):
 
     def forward(self, field: Field, noise: Tensor, sidenet: SideNet, start: float) -> Tensor:
         """The end [B, C, *spatial] of a run from noise at the time `start`."""
-        with warnings.catch_warnings():
-            # The solver asks times for their value to decide by, which is meant.
-            warnings.filterwarnings("ignore", "Converting a tensor with requires_grad=True to a scalar")
+        with times_as_parameters():
             return solve(field, RecomputedSideNet(sidenet), noise, self.run().scaled(start))
 
 
