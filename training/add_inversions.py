@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def add_inversions(settings: Any, chains: Path, backbone: Backbone) -> SideNetCa
 
     Args:
         settings: of `ba-solver make`; `out` is the file, `nfe` the calls each way, `tune` the steps of tuning.
-        chains: folder of the recordings, whose ends are the images.
+        chains: folder of the recordings, whose ends are the images; the paths from there to the noise lie beside it.
         backbone: the model.
     """
     stored, card = load_sidenet(settings.out)
@@ -52,7 +53,8 @@ def add_inversions(settings: Any, chains: Path, backbone: Backbone) -> SideNetCa
     replay = Replay(backbone, found, about, Counter())
     sidenet = load_sidenet(settings.out, backbone.device)[0]
     usual = settings.loop(settings.tune, settings.loop_batch)
-    learn = lambda: learn_inversions(sidenet, replay, calls, settings.tune, usual, folder)  # noqa: E731
+    paths = chains.with_name(f"{settings.out.stem}.up.chains")
+    learn = partial(learn_inversions, sidenet, replay, calls, usual, paths, folder)
     inversions = card.inversions | backbone.within(learn, gradients=bool(settings.tune))
     spent = card.training.get("backbone_calls", {}) | dict(replay.spent)
     card = dataclasses.replace(card, inversions=inversions, training=card.training | {"backbone_calls": spent})

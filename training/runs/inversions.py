@@ -26,9 +26,10 @@ from ...bas_core.sidenet import SideNet
 from ...bas_core.solver import Step, solve
 from ..network.loop import LoopSettings, Numbers, Share, train
 from ..progress import PROCESSES, progress, say
-from ..recording.chains import Chains
+from ..recording.chains import check_alike, open_chains
 from ..recording.replay import RecomputedSideNet, Replay
-from ..recording.teacher import random_times, record_chain
+from ..recording.shards import save_shard
+from ..recording.teacher import batch_generator, random_times, record_chain
 from .fitting import Fitting, fit_run, on_runs
 from .tuning import TunedRun, times_as_parameters, tuned_or_kept, tuning_loop
 
@@ -44,32 +45,42 @@ NOISE_SHARE = 0.3
 START_SEED = 424_242
 
 
-def paths_up(replay: Replay, count: int) -> Replay:
+def paths_up(replay: Replay, count: int, folder: Path) -> Replay:
     """Exact paths from the ends of recorded runs to their noise, without guidance; the cost is added to `spent`.
 
     Every other image is mixed with a little noise first, as `editing.invert` mixes it: runs serve either.
+
+    Args:
+        replay: recorded runs.
+        count: of how many.
+        folder: for the paths, in shards; those that are there are not made again.
     """
-    backbone, chains = replay.backbone, replay.chains
-    rows = replay.runs()[0][:count]
+    backbone = replay.backbone
     # A model that takes the scale as an input knows no call without guidance.
     scale = replay.about["guidance"][0] if backbone.embedded_guidance else 1.0
-    chains = dataclasses.replace(chains, scales=None)
-    unguided = Replay(backbone, chains, replay.about | {"guidance": [scale, scale]}, replay.spent)
-    generator = torch.Generator().manual_seed(START_SEED)
-    times = START + (backbone.start - START) * (1 - random_times(POINTS, generator, until=0.0))
-    found = []
-    for some in progress(rows.split(replay.about.get("record_batch") or len(rows)), "paths to noise"):
-        images = chains.ends(some).to(backbone.device)
-        noise = torch.randn(images.shape, generator=generator).to(images)
-        mixed = (torch.arange(len(some)) % 2).view(-1, *[1] * (images.ndim - 1)).to(images)
-        field = unguided.field_of(some)
-        with torch.no_grad():
-            start = torch.lerp(images, interpolate(images, noise, START), mixed)
-            found.append(record_chain(field, start, times))
-        replay.spent["inversions"] += field.calls * len(some)
-    states, velocities = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))
-    up = Chains(times.expand(len(rows), -1), states, velocities, chains.labels[rows])
-    return dataclasses.replace(unguided, chains=up)
+    about = replay.about | {"guidance": [scale, scale], "points": POINTS}
+    unguided = dataclasses.replace(replay, chains=dataclasses.replace(replay.chains, scales=None), about=about)
+    rows = replay.runs()[0][:count]
+    for index, some in enumerate(progress(rows.split(about.get("record_batch") or len(rows)), "paths to noise")):
+        path = folder / f"up-{index:05d}.safetensors"
+        if not path.exists():
+            save_shard(path, path_up(unguided, some, batch_generator(START_SEED, index)), about)
+    found, said = open_chains((folder,))
+    check_alike(about, said, str(folder), "asked for is")
+    return dataclasses.replace(unguided, chains=found)
+
+
+def path_up(replay: Replay, rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    """The paths of some images, as shards hold them."""
+    field, images = replay.field_of(rows), replay.chains.ends(rows).to(replay.backbone.device)
+    times = START + (replay.backbone.start - START) * (1 - random_times(POINTS, generator, until=0.0))
+    noise = torch.randn(images.shape, generator=generator).to(images)
+    mixed = (torch.arange(len(rows)) % 2).view(-1, *[1] * (images.ndim - 1)).to(images)
+    with torch.no_grad():
+        states, velocities = record_chain(field, torch.lerp(images, interpolate(images, noise, START), mixed), times)
+    replay.spent["inversions"] += field.calls * len(rows)
+    labels = replay.chains.labels[rows]
+    return {"times": times.expand(len(rows), -1), "states": states, "velocities": velocities, "labels": labels}
 
 
 def fit_inversion(sidenet: SideNet, replay: Replay, calls: int) -> Inversion:
@@ -122,7 +133,7 @@ def log_error(x: Tensor, truth: Tensor) -> Tensor:
 
 
 def tune_inversion(
-    sidenet: SideNet, replay: Replay, inversion: Inversion, steps: int, usual: LoopSettings, folder: Path
+    sidenet: SideNet, replay: Replay, inversion: Inversion, usual: LoopSettings, folder: Path
 ) -> Inversion:
     """Tune both ways together; what it cost is added to `spent`.
 
@@ -130,12 +141,10 @@ def tune_inversion(
         sidenet: left as it is.
         replay: of `paths_up`; the last JUDGED paths choose between what it comes to and where it began.
         inversion: where it begins.
-        steps: how many.
-        usual: what its loop is like.
+        usual: what its loop is like; how many steps.
         folder: of the unfinished run, its log and its plot.
     """
-    loop = tuning_loop(dataclasses.replace(usual, steps=steps))
-    loop = dataclasses.replace(loop, batch=math.lcm(BATCH, PROCESSES), learning_rate=LEARNING_RATE)
+    loop = dataclasses.replace(tuning_loop(usual), batch=math.lcm(BATCH, PROCESSES), learning_rate=LEARNING_RATE)
     rows = torch.arange(len(replay.chains))
     judged = max(1, min(JUDGED, len(rows) // 4))
     fitted, others = rows[:-judged], rows[-judged:]
@@ -168,23 +177,23 @@ def tune_inversion(
 
 
 def learn_inversions(
-    sidenet: SideNet, replay: Replay, calls: Sequence[int], steps: int, usual: LoopSettings, folder: Path
+    sidenet: SideNet, replay: Replay, calls: Sequence[int], usual: LoopSettings, paths: Path, folder: Path
 ) -> dict[int, Inversion]:
-    """Inversions by the number of calls each way; `steps` of tuning, 0 = none.
+    """Inversions by the number of calls each way.
 
     Args:
         sidenet: left as it is.
         replay: recorded runs, whose ends are the images.
         calls: numbers of calls.
-        steps: of tuning each.
-        usual: what its loop is like.
+        usual: what the loop of a tuning is like; without steps there is none.
+        paths: folder of the exact paths, see `paths_up`.
         folder: of the unfinished run.
     """
-    up = paths_up(replay, FITTED + JUDGED)
+    up = paths_up(replay, FITTED + JUDGED, paths)
     found = {}
     for n in calls:
         found[n] = squares = fit_inversion(sidenet, up, n)
-        if steps:
-            tuning = partial(tune_inversion, sidenet, up, squares, steps, usual, folder)
+        if usual.steps:
+            tuning = partial(tune_inversion, sidenet, up, squares, usual, folder)
             found[n] = tuned_or_kept(tuning, squares, f"the inversion in {n} calls")
     return found
