@@ -113,15 +113,12 @@ class FittedTrip(RoundTrip):
 
     inversions: Mapping[int, Inversion] = attribute(default_factory=dict)
 
-    def there(self, field: Field, images: Tensor, calls: int, shape: GridShape = (1.0, 0.0)) -> Tensor:
-        """The images' noise."""
+    def one_way(self, field: Field, x: Tensor, calls: int, times: Tensor) -> Tensor:
+        """Up or down, as the times go."""
         fitted = self.inversions.get(calls)
-        return super().there(field, images, calls, shape) if fitted is None else self.run(field, images, fitted.up)
-
-    def back(self, field: Field, noise: Tensor, calls: int, shape: GridShape = (1.0, 0.0)) -> Tensor:
-        """The noise's images."""
-        fitted = self.inversions.get(calls)
-        return super().back(field, noise, calls, shape) if fitted is None else self.run(field, noise, fitted.down)
+        if fitted is None:
+            return super().one_way(field, x, calls, times)
+        return self.run(field, x, fitted.up if times[0] < times[1] else fitted.down)
 
 
 def round_trip(baseline: Baseline) -> RoundTrip:

@@ -12,7 +12,7 @@ from ba_solver.training.backbones import BackboneChoice, open_backbone
 from ba_solver.training.cli import main
 from ba_solver.training.demo.assets import load_demo
 from ba_solver.training.make import MakeSettings, planned_calls
-from ba_solver.training.recording.chains import Chains
+from ba_solver.training.recording.chains import Chains, open_chains
 from ba_solver.training.recording.replay import Replay
 from ba_solver.training.recording.teacher import record_chain
 from ba_solver.training.runs.inversions import fit_inversion, learn_inversions, paths_up
@@ -122,8 +122,6 @@ def test_tuning_returns_better_than_least_squares(made, unseen, tmp_path):
 
 
 def recorded(folder):
-    from ba_solver.training.recording.chains import open_chains
-
     return open_chains((folder,))
 
 

@@ -31,7 +31,7 @@ def calls_for_inversions(settings: Any) -> int:
     """About how many backbone calls they cost, each of one branch; a call with gradients counts as three."""
     images = min(FITTED + JUDGED, settings.chains)
     each_way = sum(parse_calls(settings.nfe))
-    return images * (POINTS + 3 * each_way) + 3 * settings.tune * BATCH * 2 * each_way
+    return images * (POINTS + 2 * each_way) + 3 * settings.tune * BATCH * 2 * each_way
 
 
 def add_inversions(settings: Any, chains: Path, backbone: Backbone) -> SideNetCard:

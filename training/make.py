@@ -33,7 +33,7 @@ class MakeSettings(BackboneChoice, Recording, Training, Scoring):
             model, which takes some 5,000 to 40,000 calls more.
         more_guidance: further CFG scales to find times and weights for, a quick SideNet's work each; what is found for
             one scale serves from half to one and a half times of it.
-        inversion: also find runs that take images to their noise and back, without guidance; some 4,000 calls, and as
+        inversion: also find runs that take images to their noise and back, without guidance; some 7,000 calls, and as
             many steps of `tune`.
         seed: of noises, weights and batches.
         chains: how many sampling runs to record.

@@ -18,7 +18,7 @@ from ...bas_core.guidance import Field
 from ...bas_core.half_calls import HalfCallField, difference_terms
 from ...bas_core.runs import FittedRun
 from ...bas_core.sidenet import SideNet
-from ...bas_core.solver import make_plan, run_bi_anchor
+from ...bas_core.solver import Callback, make_plan, run_bi_anchor
 from ...bas_core.step_weights import add_terms, terms
 from ...bas_core.steps import Predictor, Proposal, knows_mean
 from ..progress import progress
@@ -128,8 +128,11 @@ class FitHalfCalls(HalfCallField):
         return conditional, add_terms(torch.zeros_like(conditional), known, self.found[place])
 
 
-def fit_run(fitting: Fitting, run: FittedRun, halved: bool = False) -> tuple[Tensor, FittedRun]:
-    """Go over a run's times once by `RULE`, and fit step weights, and if asked for half calls, on the way.
+def fit_run(
+    fitting: Fitting, run: FittedRun, halved: bool = False, callback: Callback | None = None
+) -> tuple[Tensor, FittedRun]:
+    """Go over a run's times once by `RULE`, and fit step weights, and if asked for half calls, on the way; `callback`
+    sees every finished step.
 
     Returns:
         The ends [B, C, *spatial] that it came to, and the run with its weights.
@@ -137,7 +140,7 @@ def fit_run(fitting: Fitting, run: FittedRun, halved: bool = False) -> tuple[Ten
     steps = FitWeights(fitting.truth)
     halves = FitHalfCalls(fitting.field, run.grid, run.calls) if halved else None
     plan = make_plan(halves or fitting.field, fitting.sidenet, RULE, skip_first=run.skip_first)
-    ends = run_bi_anchor(plan, fitting.noise, run.grid, steps)
+    ends = run_bi_anchor(plan, fitting.noise, run.grid, steps, callback)
     found = halves.found if halves else ()
     return ends, dataclasses.replace(run, step_weights=steps.rows, half_calls=found, rule=RULE)
 

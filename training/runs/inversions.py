@@ -7,7 +7,6 @@ are tuned together, by gradients of the return's error and of the noise's.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -24,14 +23,14 @@ from ...bas_core.guidance import Field
 from ...bas_core.runs import FittedRun, Inversion
 from ...bas_core.sidenet import SideNet
 from ...bas_core.solver import Step, solve
-from ..network.loop import LoopSettings, Numbers, Share, train
-from ..progress import PROCESSES, progress, say
+from ..network.loop import LoopSettings
+from ..progress import PROCESSES, progress
 from ..recording.chains import check_alike, open_chains
 from ..recording.replay import RecomputedSideNet, Replay
 from ..recording.shards import save_shard
 from ..recording.teacher import batch_generator, random_times, record_chain
 from .fitting import Fitting, fit_run, on_runs
-from .tuning import TunedRun, times_as_parameters, tuned_or_kept, tuning_loop
+from .tuning import TunedRun, follow_gradients, times_as_parameters, tuned_or_kept, tuning_loop
 
 # Images that runs are fitted on, and others that they are judged by; points of the exact paths from them.
 FITTED, JUDGED, POINTS = 64, 16, 48
@@ -90,8 +89,7 @@ def fit_inversion(sidenet: SideNet, replay: Replay, calls: int) -> Inversion:
     times[-1] = up.start
     visited: list[Step] = []
     with torch.inference_mode():
-        _, run = fit_run(up, FittedRun(times.tolist()))
-        noise = solve(up.field, sidenet, up.noise, run, callback=visited.append)
+        noise, run = fit_run(up, FittedRun(times.tolist()), callback=visited.append)
 
         def been(t: Tensor) -> Tensor:
             return min(visited, key=lambda step: abs(step.time - float(t))).x
@@ -156,24 +154,14 @@ def tune_inversion(
         replay.spent["inversions"] += round(field.cost * counted)
         return log_error(back, image) + NOISE_SHARE * log_error(noise, replay.truth(drawn, end))
 
-    def loss_at(step: int, share: Share) -> Tensor:
-        drawn = fitted[torch.randint(len(fitted), (loop.batch,), generator=loop.generator(step))]
-        return error(parameters, share.of(drawn), loop.batch if share.index == 0 else 0)
-
-    def score(tuned: TunedInversion, step: int) -> Numbers:
-        with torch.no_grad():
-            return {"score": error(tuned, others, len(others)).item()}
-
     begun = TunedInversion(inversion).to(replay.backbone.device)
-    parameters = copy.deepcopy(begun)
-    name = f"invert_{inversion.calls}"
-    tuned = train(parameters, loss_at, loop, name, folder / f"{name}.pt", score, folder)
-    before, after = (score(each, 0)["score"] for each in (begun, tuned))
-    if after < before:
-        found = tuned.inversion()
-        return Inversion(found.up.detached(), found.down.detached())
-    say(f"Tuning an inversion of {inversion.calls} calls did not help; undone.")
-    return inversion
+    held_error = lambda tuned: error(tuned, others, len(others))  # noqa: E731
+    path, what = folder / f"invert_{inversion.calls}.pt", f"the inversion in {inversion.calls} calls"
+    tuned = follow_gradients(begun, (fitted, error), held_error, loop, path, what)
+    if tuned is None:
+        return inversion
+    found = tuned.inversion()
+    return Inversion(found.up.detached(), found.down.detached())
 
 
 def learn_inversions(

@@ -23,7 +23,7 @@ from ...bas_core.guidance import Field
 from ...bas_core.runs import FittedRun
 from ...bas_core.sidenet import SideNet
 from ...bas_core.solver import solve
-from ..network.loop import LoopSettings, Numbers, Share, train
+from ..network.loop import LoopSettings, Model, Numbers, Share, train
 from ..progress import PROCESSES, say
 from ..recording.replay import SCORED_RUNS, RecomputedSideNet, Replay
 from .samplers import endpoint_errors
@@ -132,20 +132,47 @@ def tune(
         source.spent["tuning"] += round(field.cost * counted)
         return endpoint_errors(ends, source.truth(drawn, torch.tensor(0.0))).mean()
 
+    begun = TunedRun(run).to(backbone.device)
+    drawn_error = lambda tuned, drawn, counted: error(tuned, replay, drawn, counted)  # noqa: E731
+    held_error = lambda tuned: error(tuned, held_out, scored, len(scored))  # noqa: E731
+    tuned = follow_gradients(
+        begun, (rows, drawn_error), held_error, loop, folder / f"tune_{calls}.pt", f"{calls} calls"
+    )
+    return run if tuned is None else tuned.run().detached()
+
+
+def follow_gradients(
+    begun: Model,
+    fitted: tuple[Tensor, Callable[[Model, Tensor, int], Tensor]],
+    held_error: Callable[[Model], Tensor],
+    loop: LoopSettings,
+    path: Path,
+    what: str,
+) -> Model | None:
+    """Tune a module by gradients of an error; None where that does not help what was held out.
+
+    Args:
+        begun: left as it is.
+        fitted: rows to draw from, and the error of some of them, with how many samples' calls are to be counted.
+        held_error: the error of what was held out.
+        loop: see `tuning_loop`.
+        path: of the unfinished run; its log and its plot lie beside it.
+        what: is tuned, in words.
+    """
+    rows, error = fitted
+    parameters = copy.deepcopy(begun)
+
     def loss_at(step: int, share: Share) -> Tensor:
         drawn = torch.randint(len(rows), (loop.batch,), generator=loop.generator(step))
-        return error(parameters, replay, share.of(rows[drawn]), loop.batch if share.index == 0 else 0)
+        return error(parameters, share.of(rows[drawn]), loop.batch if share.index == 0 else 0)
 
-    def score(tuned: TunedRun, step: int) -> Numbers:
+    def score(tuned: Model, step: int) -> Numbers:
         with torch.no_grad():
-            return {"score": error(tuned, held_out, scored, len(scored)).item()}
+            return {"score": held_error(tuned).item()}
 
-    begun = TunedRun(run).to(backbone.device)
-    parameters = copy.deepcopy(begun)
-    name = f"tune_{calls}"
-    tuned = train(parameters, loss_at, loop, name, folder / f"{name}.pt", score, folder)
+    tuned = train(parameters, loss_at, loop, path.stem, path, score, path.parent)
     before, after = (score(each, 0)["score"] for each in (begun, tuned))
     if after < before:
-        return tuned.run().detached()
-    say(f"Tuning {calls} calls for {loop.steps} steps did not help (held out {before:.4f} -> {after:.4f}); undone.")
-    return run
+        return tuned
+    say(f"Tuning {what} for {loop.steps} steps did not help (held out {before:.4f} -> {after:.4f}); undone.")
+    return None
