@@ -11,17 +11,12 @@ from .settings import UsageError
 S = TypeVar("S")
 
 # quick: no network. A few runs are enough for times and weights, of which there are a hundred; a few more to measure.
-# standard: the network too, from 256 runs and the starts of 320, and times moved on the model as well.
-# thorough: tuned by gradients through whole runs.
+# full: the network too, from 256 runs and the starts of 320.
 QUICK = "quick"
 EFFORTS: Mapping[str, Mapping[str, Any]] = {
-    QUICK: {
-        "grid_search": "paths", "steps": 0, "chains": 19, "held_out": 3, "points": 22, "starts": 0, "record_batch": 8,
-        "tune": 0,
-    },
-    "standard": {"grid_search": "paths", "grid_moves": 1, "starts": 320, "tune": 0},
-    "thorough": {"grid_search": "paths", "grid_moves": 1, "starts": 320, "tune": 480},
-}  # fmt: skip
+    QUICK: {"steps": 0, "chains": 19, "held_out": 3, "points": 22, "starts": 0, "record_batch": 8, "tune": 0},
+    "full": {"starts": 320, "tune": 480},
+}
 # On so many chains a recording's exactness is measured: to learn that it is not far off costs a fifteenth of quick.
 CHECKED = 1
 

@@ -6,7 +6,6 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from .add_inversions import add_inversions, calls_for_inversions, check_inversion
 from .backbones import BackboneChoice, open_backbone
 from .efforts import CHECKED, QUICK, with_effort
 from .measuring.held_out import RIVALS, SCORED
@@ -16,7 +15,7 @@ from .more_scales import add_scales, calls_for_scale, check_scales
 from .network.options import Training
 from .progress import say
 from .recording.record import CHECKED_CHAINS, COMPARED_CALLS, Recording, record
-from .runs.on_paths import REFINED, calls_on_paths
+from .runs.on_paths import calls_on_paths
 from .runs.tuning import BATCH
 from .settings import UsageError, parse_calls, plain, prepare_folder
 from .train import train_from
@@ -33,8 +32,6 @@ class MakeSettings(BackboneChoice, Recording, Training, Scoring):
             model, which takes some 5,000 to 40,000 calls more.
         more_guidance: further CFG scales to find times and weights for, a quick SideNet's work each; what is found for
             one scale serves from half to one and a half times of it.
-        inversion: also find runs that take images to their noise and back, without guidance; some 7,000 calls, and as
-            many steps of `tune`.
         seed: of noises, weights and batches.
         chains: how many sampling runs to record.
         tune: steps that tune each number of calls' times and weights by gradients through whole runs; 0 = none, where
@@ -45,7 +42,6 @@ class MakeSettings(BackboneChoice, Recording, Training, Scoring):
     out: Path
     effort: str = ""
     more_guidance: tuple[float, ...] = ()
-    inversion: bool = False
     seed: int = 1
     tune: int = 480
 
@@ -61,11 +57,8 @@ def planned_calls(settings: MakeSettings) -> int:
     calls = settings.chains * settings.points + settings.starts * settings.start_points
     calls += CHECKED * (3 * settings.points + COMPARED_CALLS)
     calls += calls_on_paths(fitted, parse_calls(settings.nfe))
-    moved = sum((2 * n + 3) * (n + 1) for n in parse_calls(settings.nfe) if n <= REFINED)
-    calls += settings.grid_moves * min(settings.grid_runs, fitted) * moved
     calls += 3 * settings.tune * BATCH * made
     calls += len(settings.more_guidance) * calls_for_scale(settings)
-    calls += calls_for_inversions(settings) if settings.inversion else 0
     return calls + min(SCORED, held_out) * (1 + len(RIVALS)) * made
 
 
@@ -80,7 +73,6 @@ def run_make(settings: MakeSettings) -> list[Measurement]:
     training.check()
     parse_calls(settings.nfe)
     check_scales(settings.more_guidance, settings, training)
-    check_inversion(settings)
     if settings.out.suffix != ".safetensors":
         raise UsageError(f"--out must end in .safetensors; got {settings.out}.")
     chains, report = settings.out.with_suffix(".chains"), settings.out.with_suffix(".report")
@@ -95,8 +87,6 @@ def run_make(settings: MakeSettings) -> list[Measurement]:
     else:
         train_from(training, training, (chains,), settings.out, settings, backbone)
     add_scales(settings, chains, lambda scale: backbone)
-    if settings.inversion:
-        add_inversions(settings, chains, backbone)
     if quick:
         say("3 of 3: evaluated on held-out runs. `ba-solver evaluate` measures more.")
         return []

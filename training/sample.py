@@ -26,7 +26,8 @@ from .backbones import Backbone, BackboneChoice, open_backbone
 from .drawing.folder import Folder, write_npz
 from .drawing.scores import MISSING, scores, weights_file
 from .drawing.solvers import PRESETS, parse_rival, solver_named
-from .progress import MAIN_PROCESS, processes, progress, say
+from .processes import MAIN_PROCESS, processes
+from .progress import progress, say
 from .runs.samplers import Sampler
 from .settings import UsageError, check_positive, plain
 

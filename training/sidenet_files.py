@@ -68,7 +68,6 @@ def describe_sidenet(sidenet: SideNet, card: SideNetCard) -> str:
         + (f", {config.num_classes} classes" if config.num_classes else ""),
         "velocity": f"{card.velocity}, guidance {card.scales()}",
         "runs": describe_runs(card.runs),
-        "inversions": ", ".join(f"{n} calls each way" for n in sorted(card.inversions)),
         "trained": str(training.get("objective", "not said")),
         "recorded": _told(
             "{runs} runs of {points} points of ({shape}); the teacher's error {teacher_error:.2g}",

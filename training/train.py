@@ -1,10 +1,8 @@
-"""`ba-solver train`: a SideNet from recorded chains, in up to four stages, each of which can be interrupted.
+"""`ba-solver train`: a SideNet from recorded chains, in stages each of which can be interrupted.
 
-1. all pairs of the chains (or the published objective, which needs the backbone and data instead);
-2. the time grids for the numbers of calls that it will be used with (needs the backbone; those that are searched on the
-   recorded paths come before the first stage); when all is done, the steps' weights on them;
-3. closed loop: the real sampler, interval by interval (needs the backbone);
-4. end point: the real sampler, with gradients through the backbone (needs it, and its memory).
+1. the times of schedules for the numbers of calls that it will be used with (needs the backbone);
+2. the network, from pairs of the chains' points (or by the published objective, which needs the backbone and data);
+3. the schedules' coefficients, and if asked for, schedules tuned by gradients (needs the backbone).
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -31,23 +29,22 @@ from ..bas_core.sidenet import SideNet
 from .backbones import Backbone, BackboneChoice, open_backbone
 from .measuring.held_out import SCORED, score_held_out
 from .measuring.report import table as error_table
-from .network.closed_loop import end_point_loss, interval_loss
 from .network.fresh import data_mean, make_sidenet, mean_in
 from .network.options import Training
-from .network.stages import Job, all_pairs_stage, published_stage, residual_table, rolled_stage
-from .progress import MAIN_PROCESS, say
+from .network.stages import Job, all_pairs_stage, published_stage, residual_table
+from .processes import MAIN_PROCESS
+from .progress import say
 from .recording.chains import Chains, check_alike, open_chains
 from .recording.record import STARTS
 from .runs.fitting import fit_weights
-from .runs.on_paths import learn_on_paths, refine
-from .runs.search import ROUNDS, learn_times
+from .runs.on_paths import learn_on_paths
 from .runs.tuning import tune, tuned_or_kept, tuning_loop
 from .settings import UsageError, check_device, parse_calls, plain, prepare_folder, shareable
 
 # The objective of a SideNet whose network is not trained.
 NO_NETWORK = "no network, times and weights alone"
 # Settings that may change when a run is resumed: they do not change what it computes.
-MAY_CHANGE = ("resume", "device", "compile")
+MAY_CHANGE = ("resume", "device")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,12 +118,13 @@ def hold_out(chains: Chains, training: Training) -> tuple[Chains, Chains]:
     return chains.split(held_out)
 
 
-def times_stage(job: Job, learn: Callable[[Sequence[int]], dict[int, FittedRun]]) -> dict[int, FittedRun]:
-    """Stage 2: the times of runs for numbers of calls, learned or kept from before an interruption."""
+def learn_schedules(job: Job, mean: Tensor | None) -> dict[int, FittedRun]:
+    """The times of schedules for numbers of calls, or those kept from before an interruption."""
     path = job.folder / "time_grids.pt"
     if path.exists():
         return {int(n): FittedRun(**parts) for n, parts in read_pickled_tensors(path).items()}
-    found = learn(parse_calls(job.training.grid_nfe, "--grid-nfe"))
+    calls = parse_calls(job.training.grid_nfe, "--grid-nfe")
+    found = job.within(lambda: learn_on_paths(job.replay(job.chains), calls, mean))
     if MAIN_PROCESS:
         kept = {n: vars(run) for n, run in found.items()}
         write_atomically(path, lambda temporary: torch.save(kept, temporary))
@@ -136,27 +134,17 @@ def times_stage(job: Job, learn: Callable[[Sequence[int]], dict[int, FittedRun]]
 def begin(job: Job) -> SideNet:
     """The SideNet before its training, with the mean of the data where it is to save a first call.
 
-    Where times are learned on the recorded paths, that decides whether it is.
+    Where times are learned, that decides whether it is.
     """
     training = job.training
-    on_paths = bool(training.grid_nfe) and training.grid_search == "paths"
-    tolerance = {"tolerance": math.inf} if on_paths else {}
+    tolerance = {"tolerance": math.inf} if training.grid_nfe else {}
     mean = data_mean(job.chains, job.about["start"], training.mean_size, **tolerance)
-    if on_paths:
-        job.runs = times_stage(job, lambda calls: job.within(lambda: on_paths_found(job, calls, mean)))
+    if training.grid_nfe:
+        job.runs = learn_schedules(job, mean)
         mean = mean if any(run.skip_first for run in job.runs.values()) else None
     sidenet = make_sidenet(training, job.about, mean)
     job.mean = mean_in(sidenet, job.about["shape"])
     return sidenet.to(job.device)
-
-
-def on_paths_found(job: Job, calls: Sequence[int], mean: Tensor | None) -> dict[int, FittedRun]:
-    """Times found on the recorded paths, and moved on the model if that is asked for."""
-    replay, training = job.replay(job.chains), job.training
-    found = learn_on_paths(replay, calls, mean)
-    if not training.grid_moves:
-        return found
-    return refine(replay, found, mean, training.grid_runs, training.grid_moves)
 
 
 def fit(job: Job) -> SideNet:
@@ -165,16 +153,6 @@ def fit(job: Job) -> SideNet:
     sidenet = begin(job)
     if training.steps:
         sidenet = (published_stage if training.objective == "published" else all_pairs_stage)(job, sidenet)
-    if training.grid_nfe and not job.runs:
-        # In the family alone if they are tuned later.
-        rounds, replay, net = 0 if training.tune else ROUNDS, job.replay(job.chains), sidenet
-        job.runs = times_stage(job, lambda calls: learn_times(net, replay, calls, training.grid_runs, rounds))
-    if training.closed_loop:
-        begun = sidenet
-        sidenet = job.within(lambda: rolled_stage(job, begun, "closed_loop", training.closed_loop, interval_loss))
-    if training.end_point:
-        rolled = sidenet
-        sidenet = job.within(lambda: rolled_stage(job, rolled, "end_point", training.end_point, end_point_loss), True)
     sidenet = sidenet.eval().requires_grad_(False)
     if job.runs:
         job.runs = job.within(lambda: finish_runs(job, sidenet), gradients=bool(training.tune))
@@ -186,7 +164,7 @@ def finish_runs(job: Job, sidenet: SideNet) -> dict[int, FittedRun]:
     runs = fit_weights(sidenet, job.replay(job.chains), job.runs)
     if not job.training.tune:
         return runs
-    loop = tuning_loop(job.training.loop(job.training.tune, job.training.loop_batch))
+    loop = tuning_loop(job.training.loop(job.training.tune, 1))
     parts = job.replay(job.chains), job.replay(job.held_out)
     for n, run in list(runs.items()):
         runs[n] = tuned_or_kept(partial(tune, sidenet, parts, run, n, loop, job.folder), run, f"{n} calls")
@@ -201,7 +179,7 @@ def evaluation(job: Job, sidenet: SideNet) -> dict[str, Any]:
         found["residual_variance"] = table = residual_table(sidenet, job)
         left = ", ".join(f"{kind} {value:.2f}" for kind, value in table["kind"].items())
         say(f"Held-out residual variance left (1 = a straight line): {left}")
-    if job.runs and job.training.grid_search == "paths":
+    if job.runs:
         rows = job.within(lambda: score_held_out(sidenet, job.runs, job.replay(job.held_out)))
         say(error_table(rows))
         scale = job.about["guidance"][0]
@@ -311,7 +289,7 @@ def train_from(
     if training.objective == "published" and training.anchors != 1:
         say("Note: the published SideNet has one anchor; with --anchors 2 its second is never shown in training.")
     if training.needs_backbone and not choice.backbone:
-        raise UsageError("The published objective, --grid-nfe, --closed-loop and --end-point need --backbone.")
+        raise UsageError("The published objective and --grid-nfe need --backbone.")
     folder = out.with_suffix(".run")
     check_run_folder(folder, settings, training.resume)
     recorded, about = open_chains(chains)
@@ -324,8 +302,8 @@ def train_from(
             "The published objective trains on each branch of guidance, and is validated on chains of them: record "
             "with --mode branch."
         )
-    if training.grid_search == "paths" and about["velocity"] != "guided":
-        raise CheckpointError("--grid-search paths needs chains of the guided velocity: record with --mode guided.")
+    if training.grid_nfe and about["velocity"] != "guided":
+        raise UsageError("Schedules need chains of the guided velocity: record with --mode guided.")
     parts = hold_out(recorded, training)
     job = Job(training, *parts, about, check_device(choice.device), folder, backbone, starts)
     with account(folder / "spent.json", job.spent) as seconds:

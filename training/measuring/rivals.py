@@ -3,42 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ...bas_core.grids import starts_short
 from ...bas_core.guidance import Field
-from ...bas_core.sidenet import SideNet
 from ..runs.samplers import GridShape, Sampler, baseline_sampler, endpoint_errors
-
-
-@dataclass
-class Opened:
-    """A field whose velocity at t = 1 is what a SideNet knows of it: other solvers notice nothing, and save a call."""
-
-    field: Field
-    first_velocity: Callable[[Tensor, Tensor], Tensor | None]
-
-    def velocity(self, x: Tensor, t: Tensor) -> Tensor:
-        """[B, C, *spatial] states at one time."""
-        known = self.first_velocity(x, t) if float(t) == 1 else None
-        return self.field.velocity(x, t) if known is None else known
-
-
-def with_first_call_saved(sampler: Sampler, sidenet: SideNet) -> Sampler:
-    """A solver without a SideNet that is told the mean of the data all the same, and so saves its first call too."""
-
-    def run(field: Field, x: Tensor, times: Tensor) -> Tensor:
-        opened: Any = Opened(field, sidenet.first_velocity) if starts_short(times) else field
-        return sampler.run(opened, x, times)
-
-    return replace(
-        sampler, name=f"{sampler.name}_mean", label=f"{sampler.label}, told the mean", run=run, skip_first=True
-    )
 
 
 def unipc(field: Field, x: Tensor, times: Tensor) -> Tensor:
@@ -62,11 +34,6 @@ def rivals(start: float = 1.0) -> list[Sampler]:
         Sampler("unipc", "UniPC", unipc, start=start),
         baseline_sampler("predictor_corrector", start),
     ]
-
-
-def more_rivals(start: float = 1.0) -> list[Sampler]:
-    """What ComfyUI's core has beside them, for this project's own figures; none of them was the best anywhere."""
-    return [baseline_sampler(name, start) for name in ("ipndm", "deis", "res_multistep", "dpm_2")]
 
 
 def line_up(samplers: Sequence[Sampler], calls: Sequence[int]) -> list[tuple[Sampler, int, str]]:

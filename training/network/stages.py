@@ -13,16 +13,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ...bas_core.grids import time_grid
 from ...bas_core.quadrature import Rule, get_rule
 from ...bas_core.runs import FittedRun
 from ...bas_core.sidenet import SideNet
 from ..backbones import Backbone
 from ..progress import say
 from ..recording.chains import Chains
-from ..recording.replay import SCORED_RUNS, Replay
+from ..recording.replay import Replay
 from ..settings import UsageError
-from .closed_loop import Rollout
 from .loop import LoopSettings, Numbers, Share, train
 from .losses import predicted, relative_loss, squared_errors
 from .memory import passes_within, saved_bytes
@@ -33,10 +31,6 @@ from .published import CHAIN_STEPS, load_latents, published_loss
 Result = TypeVar("Result")
 
 TIME_BINS, STEP_BINS = (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.05, 0.1, 0.2, 1.0)
-
-# The later stages' learning rate, over the first's; and on how many draws of SCORED_RUNS they are scored.
-LATER_RATE = 0.1
-SCORED_DRAWS = 4
 
 VALIDATION_BATCH, VALIDATION_BATCHES = 128, 16
 
@@ -105,17 +99,6 @@ class Job:
         """Do work that calls the backbone, where the backbone wants it done."""
         return work() if self.backbone is None else self.backbone.within(work, gradients)
 
-    def rollout(self, chains: Chains) -> Rollout:
-        """What the closed-loop stages roll: the runs' own times, or else some of the family.
-
-        Raises:
-            UsageError: there is no backbone.
-        """
-        grids = [torch.stack(run.grid) for run in self.runs.values()]
-        low, high = self.training.nfe_range
-        usual = [time_grid(n, self.about["shift"] * shift) for n in range(low, high + 1) for shift in (1.0, 1.5)]
-        return Rollout(self.replay(chains), self.rule, grids or usual, self.training.loop_batch)
-
 
 @torch.inference_mode()
 def residual_table(sidenet: SideNet, job: Job) -> dict[str, dict[str, float]]:
@@ -143,23 +126,17 @@ def residual_table(sidenet: SideNet, job: Job) -> dict[str, dict[str, float]]:
 
 LossOf = Callable[[SideNet, torch.Generator, Share], Tensor]
 
-RolledLoss = Callable[[SideNet, Rollout, torch.Generator, Share], Tensor]
 
-ScoreOf = Callable[[SideNet], float]
-
-
-def run_stage(
-    job: Job, sidenet: SideNet, name: str, loop: LoopSettings, loss_of: LossOf, score_of: ScoreOf | None
-) -> SideNet:
-    """Train one stage, or go on with it. The weights with the best held-out score are kept: by default the mean over
-    the kinds of query of the residual variance left."""
+def run_stage(job: Job, sidenet: SideNet, name: str, loop: LoopSettings, loss_of: LossOf) -> SideNet:
+    """Train one stage, or go on with it. The weights with the best held-out score are kept: the mean over the kinds of
+    query of the residual variance left."""
 
     def loss_at(step: int, share: Share) -> Tensor:
         return loss_of(sidenet, loop.generator(step), share)
 
     def report(average: SideNet, step: int) -> Numbers:
         table = residual_table(average, job)["kind"]
-        return {**table, "score": score_of(average) if score_of else sum(table.values()) / len(table)}
+        return {**table, "score": sum(table.values()) / len(table)}
 
     trained = train(sidenet, loss_at, loop, name, job.folder / f"{name}.pt", report, job.folder)
     return trained.train().requires_grad_(True)
@@ -184,7 +161,7 @@ def all_pairs_stage(job: Job, sidenet: SideNet) -> SideNet:
         examples = job.examples(job.chains, network, loop.batch, generator)
         return relative_loss(network, examples.share(lambda c: share.of(c).to(job.device)), network.anchors)
 
-    return run_stage(job, sidenet, "all_pairs", loop, loss, None)
+    return run_stage(job, sidenet, "all_pairs", loop, loss)
 
 
 def published_stage(job: Job, sidenet: SideNet) -> SideNet:
@@ -199,18 +176,6 @@ def published_stage(job: Job, sidenet: SideNet) -> SideNet:
         job.spent["published"] += (CHAIN_STEPS + 1) * loop.batch if share.index == 0 else 0
         return published_loss(network, backbone, latents, loop.batch, generator, share)
 
-    return run_stage(job, sidenet, "published", loop, loss, None)
+    return run_stage(job, sidenet, "published", loop, loss)
 
 
-def rolled_stage(job: Job, sidenet: SideNet, name: str, steps: int, loss: RolledLoss) -> SideNet:
-    """Stages 3 and 4: the real sampler, scored on held-out runs."""
-    rollout = job.rollout(job.chains)
-    held_out = dataclasses.replace(job.rollout(job.held_out), batch=SCORED_RUNS)
-    loop = job.training.loop(steps, job.training.loop_batch, LATER_RATE)
-
-    def score(average: SideNet) -> float:
-        draws = [torch.Generator().manual_seed(seed) for seed in range(SCORED_DRAWS)]
-        with torch.no_grad():
-            return sum(loss(average, held_out, draw, Share()).item() for draw in draws) / SCORED_DRAWS
-
-    return run_stage(job, sidenet, name, loop, lambda network, *drawn: loss(network, rollout, *drawn), score)

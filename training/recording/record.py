@@ -15,7 +15,8 @@ from ...bas_core.baselines import run_baseline
 from ...bas_core.files import CheckpointError, read_user_text
 from ...bas_core.grids import time_grid, time_shift
 from ..backbones import Backbone, BackboneChoice, open_backbone
-from ..progress import processes, progress, say
+from ..processes import processes
+from ..progress import progress, say
 from ..settings import UsageError, check_positive, prepare_folder
 from .shards import open_shard, save_shard, shard_bytes
 from .teacher import LAST_TIME, TEACHER, batch_generator, random_times, record_branches, record_chain, refined_times

@@ -17,11 +17,11 @@ from ...bas_core.guidance import Field
 from ...bas_core.runs import FittedRun
 from ...bas_core.sidenet import spread_mean
 from ...bas_core.steps import Predictor, StraightLine
-from ..progress import progress, say
+from ..progress import say
 from ..recording.replay import Replay
-from .fitting import WEIGHT_RUNS, Fitting, Runs, fit_run, on_runs, takes_halves
+from .fitting import WEIGHT_RUNS, Fitting, Runs, fit_run, takes_halves
 from .samplers import endpoint_errors
-from .search import moved_times, search_times
+from .search import search_times
 from .stand_in import MeanLine, Seen, StandIn, Tracks, seen_by, thinned
 
 # How often real runs are looked at, and how many of them for each number of calls. Of the times that were looked at the
@@ -31,9 +31,6 @@ ROUNDS = 6
 # No step is shorter than this share of the one before it, but for the last: the stand-in would have two calls at nearly
 # one time, to tell what changes there, and the model does not keep to it so exactly.
 SHORTEST = 0.6
-# Numbers of calls up to which times gain by being moved on the model, which takes a sampling of every run for each of
-# 2 N moves: on the demo 4 to 11 % at 5 calls by 24 runs. A dozen runs find times that suit those few.
-REFINED = 7
 
 
 def calls_on_paths(runs: int, calls: Sequence[int]) -> int:
@@ -146,20 +143,3 @@ def mean_for(replay: Replay, mean: Tensor | None) -> Tensor | None:
     return None if mean is None else spread_mean(mean, replay.backbone.shape).to(replay.backbone.device)
 
 
-def refine(replay: Replay, runs: Runs, mean: Tensor | None, count: int, rounds: int) -> Runs:
-    """The times of the runs with few calls, moved on the model itself; the cost is added to `replay.spent`.
-
-    Args:
-        replay: recorded guided runs.
-        runs: from `learn_on_paths`.
-        mean: see there.
-        count: on so many recorded runs.
-        rounds: of `search.coordinate_search`.
-    """
-    spread, better = mean_for(replay, mean), dict(runs)
-    with torch.inference_mode():
-        for calls, run in progress([pair for pair in runs.items() if pair[0] <= REFINED], "move times"):
-            fitting = on_runs(line_through(spread if run.skip_first else None), replay, count)
-            better[calls] = moved_times(fitting, calls, torch.stack(run.grid), rounds)
-            replay.spent["time grids"] += fitting.field.calls * len(fitting.noise)
-    return better

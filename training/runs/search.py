@@ -11,11 +11,9 @@ from torch import Tensor
 
 from ...bas_core.guidance import Field
 from ...bas_core.runs import FittedRun, run_over
-from ...bas_core.sidenet import SideNet
 from ...bas_core.steps import StraightLine
 from ..progress import progress
-from ..recording.replay import Replay
-from .fitting import Fitting, Runs, fit_run, on_runs
+from .fitting import Fitting, Runs, fit_run
 from .samplers import GridShape, endpoint_errors, search_grid, sidenet_sampler
 
 ROUNDS = 2
@@ -100,10 +98,3 @@ def moved_times(
     return run_over(coordinate_search(error, times, rounds).tolist(), knows_mean=fitting.skips)
 
 
-def learn_times(sidenet: SideNet, replay: Replay, calls: Sequence[int], count: int, rounds: int = ROUNDS) -> Runs:
-    """The best times found for each number of calls on `count` recorded runs; the cost is added to `replay.spent`."""
-    fitting = on_runs(sidenet, replay, count)
-    with torch.inference_mode():
-        found = search_times(fitting, calls, rounds)
-    replay.spent["time grids"] += fitting.field.calls * len(fitting.noise)
-    return found

@@ -24,7 +24,8 @@ from ...bas_core.runs import FittedRun
 from ...bas_core.sidenet import SideNet
 from ...bas_core.solver import solve
 from ..network.loop import LoopSettings, Model, Numbers, Share, train
-from ..progress import PROCESSES, say
+from ..processes import PROCESSES
+from ..progress import say
 from ..recording.replay import SCORED_RUNS, RecomputedSideNet, Replay
 from .samplers import endpoint_errors
 
@@ -49,8 +50,6 @@ def tuning_loop(usual: LoopSettings) -> LoopSettings:
         ema=EMA,
         save_every=-(-usual.steps // REPORTS),
         accumulate=1,
-        patience=0,
-        compile=False,
     )
 
 
