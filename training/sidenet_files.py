@@ -70,9 +70,9 @@ def describe_sidenet(sidenet: SideNet, card: SideNetCard) -> str:
         "runs": describe_runs(card.runs),
         "trained": str(training.get("objective", "not said")),
         "recorded": _told(
-            "{runs} runs of {points} points of ({shape}); the teacher's error {teacher_error:.2g}",
+            "{runs} runs of {points} points of ({shape}); the teacher's error {reference_error:.2g}",
             {
-                "teacher_error": float("nan"),
+                "reference_error": float("nan"),
                 **recorded,
                 "shape": str(recorded.get("shape")).strip("[]"),
                 "runs": training["recorded_runs"],

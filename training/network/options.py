@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ...bas_core.quadrature import RULES
-from ..settings import UsageError, check_positive, parse_calls
+from ..settings import UsageError, check_positive, parse_nfe
 from .loop import LoopSettings
 
 OBJECTIVES = ("all_pairs", "published")
@@ -19,7 +19,7 @@ class Training:
     """How a SideNet is trained.
 
     Attributes:
-        objective: all_pairs (from chains alone) or published (from data, with the backbone; for comparison).
+        objective: all_pairs (from trajectories alone) or published (from data, with the backbone; for comparison).
         latents: data for the published objective: a folder of images, or safetensors with `latents` and `labels`.
         start_from: a SideNet to go on from instead of fresh weights.
         steps: optimizer steps of the first stage.
@@ -33,21 +33,21 @@ class Training:
         accumulate: backward passes a step, when memory is short; 0 = by what is free, where that is known.
         precision: fp32 or bf16.
         save_every: steps between reports and saves.
-        held_out: runs to validate on; 0 = an eighth, at most 64.
+        validation: runs to validate on; 0 = an eighth, at most 64.
         nfe_range: fewest and most backbone calls it will be used with.
         rule: quadrature that the network is trained for; fitted runs have one of their own.
         anchors: 2, or 1 (the paper).
         body: of the SideNet: tokens (transformer blocks) or convolution (the paper).
         mean_size: it keeps the mean of the model's data on a grid of this side, which saves each run's first backbone
-            call, if the chains show that the model says no more there; 0 = it does not.
+            call, if the trajectories show that the model says no more there; 0 = it does not.
         base_channels: the SideNet's width.
         embedding_dim: width of its time, step and class embeddings.
         num_layers: its blocks.
         num_heads: of its attention block.
         patch_size: it works on a grid this much coarser; 0 = as the model does, or 2 where that is not known.
         kernel_size: of its first and last convolution.
-        grid_nfe: learn time grids for these numbers of calls, such as 5,7,10 (needs --backbone).
-        tune: steps that tune each number of calls' times and weights by gradients through whole runs (needs --grid-nfe,
+        nfe: learn time grids for these numbers of calls, such as 5,7,10 (needs --backbone).
+        tune: steps that tune each number of calls' times and weights by gradients through whole runs (needs --nfe,
             and the memory of a call with gradients). Where it does not help runs that were held out, it is undone.
         seed: of weights and batches.
         resume: go on with an unfinished run.
@@ -66,7 +66,7 @@ class Training:
     accumulate: int = 1
     precision: str = "fp32"
     save_every: int = 250
-    held_out: int = 0
+    validation: int = 0
     nfe_range: tuple[int, int] = (4, 15)
     rule: str = "lobatto4"
     anchors: int = 2
@@ -78,7 +78,7 @@ class Training:
     num_heads: int = 4
     patch_size: int = 0
     kernel_size: int = 1
-    grid_nfe: str = ""
+    nfe: str = ""
     tune: int = 0
     seed: int = 1
     resume: bool = False
@@ -118,19 +118,19 @@ class Training:
         low, high = self.nfe_range
         if not 2 <= low <= high <= 100:
             raise UsageError(f"--nfe-range must be two numbers from 2 to 100, the lower first; got {self.nfe_range}.")
-        if self.objective == "published" and self.grid_nfe:
-            raise UsageError("The published objective trains a network alone: leave --grid-nfe out.")
-        if self.tune and not self.grid_nfe:
-            raise UsageError("--tune tunes learned grids: give --grid-nfe too, such as --grid-nfe 5,7,10.")
-        for name in ("steps", "tune", "held_out", "accumulate"):
+        if self.objective == "published" and self.nfe:
+            raise UsageError("The published objective trains a network alone: leave --nfe out.")
+        if self.tune and not self.nfe:
+            raise UsageError("--tune tunes learned grids: give --nfe too, such as --nfe 5,7,10.")
+        for name in ("steps", "tune", "validation", "accumulate"):
             if getattr(self, name) < 0:
                 raise UsageError(f"--{name.replace('_', '-')} must not be negative; got {getattr(self, name)}.")
-        if self.grid_nfe:
-            parse_calls(self.grid_nfe, "--grid-nfe")
+        if self.nfe:
+            parse_nfe(self.nfe, "--nfe")
 
-    def held_out_of(self, runs: int) -> int:
+    def validation_count(self, runs: int) -> int:
         """How many of so many runs are held out."""
-        return self.held_out or min(64, max(1, runs // 8))
+        return self.validation or min(64, max(1, runs // 8))
 
     @property
     def trains(self) -> bool:
@@ -140,4 +140,4 @@ class Training:
     @property
     def needs_backbone(self) -> bool:
         """Whether a stage calls the backbone."""
-        return self.objective == "published" or bool(self.grid_nfe)
+        return self.objective == "published" or bool(self.nfe)

@@ -1,4 +1,4 @@
-"""The stages that train the network: from chains alone, as published, and with the real sampler in the loop."""
+"""The stages that train the network: from trajectories alone, as published, and with the real solver in the loop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ...bas_core.runs import FittedRun
 from ...bas_core.sidenet import SideNet
 from ..backbones import Backbone
 from ..progress import say
-from ..recording.chains import Chains
+from ..recording.trajectories import Trajectories
 from ..recording.replay import Replay
 from ..settings import UsageError
 from .loop import LoopSettings, Numbers, Share, train
@@ -44,10 +44,10 @@ class Job:
 
     Attributes:
         training: settings.
-        chains, held_out: to train on, and to validate on.
+        trajectories, validation: to train on, and to validate on.
         starts: first stretches of more runs to train on, if they were recorded.
         mean: of the data, as states, if the SideNet keeps it.
-        about: what the chains say of themselves.
+        about: what the trajectories say of themselves.
         device: where the SideNet is trained.
         folder: of the unfinished run.
         backbone: for the stages that need it.
@@ -56,13 +56,13 @@ class Job:
     """
 
     training: Training
-    chains: Chains
-    held_out: Chains
+    trajectories: Trajectories
+    validation: Trajectories
     about: dict[str, Any]
     device: torch.device
     folder: Path
     backbone: Backbone | None = None
-    starts: Chains | None = None
+    starts: Trajectories | None = None
     mean: Tensor | None = None
     spent: Counter[str] = field(default_factory=Counter)
     runs: dict[int, FittedRun] = field(default_factory=dict)
@@ -74,18 +74,18 @@ class Job:
         highest = max(usual.shift[1], 1.5 * self.about["shift"])
         return dataclasses.replace(usual, calls=self.training.nfe_range, shift=(usual.shift[0], highest))
 
-    def examples(self, chains: Chains, sidenet: SideNet, count: int, generator: torch.Generator) -> Examples:
-        """A batch drawn from chains; for training, from the starts too."""
-        starts = self.starts if chains is self.chains else None
+    def examples(self, trajectories: Trajectories, sidenet: SideNet, count: int, generator: torch.Generator) -> Examples:
+        """A batch drawn from trajectories; for training, from the starts too."""
+        starts = self.starts if trajectories is self.trajectories else None
         ranges = self.ranges if self.mean is None else dataclasses.replace(self.ranges, skip_first=SKIP_FIRST)
-        return draw_examples(chains, self.rule, sidenet.anchors, count, ranges, generator, starts, self.mean)
+        return draw_examples(trajectories, self.rule, sidenet.anchors, count, ranges, generator, starts, self.mean)
 
     @property
     def rule(self) -> Rule:
         """The quadrature rule that the SideNet is trained for."""
         return get_rule(self.training.rule)
 
-    def replay(self, chains: Chains) -> Replay:
+    def replay(self, trajectories: Trajectories) -> Replay:
         """Recorded runs, to be run again.
 
         Raises:
@@ -93,7 +93,7 @@ class Job:
         """
         if self.backbone is None:
             raise UsageError("This stage needs the backbone; give --backbone.")
-        return Replay(self.backbone, chains, self.about, self.spent)
+        return Replay(self.backbone, trajectories, self.about, self.spent)
 
     def within(self, work: Callable[[], Result], gradients: bool = False) -> Result:
         """Do work that calls the backbone, where the backbone wants it done."""
@@ -107,7 +107,7 @@ def residual_table(sidenet: SideNet, job: Job) -> dict[str, dict[str, float]]:
     generator = torch.Generator().manual_seed(10_007)
     rows = []
     for _ in range(VALIDATION_BATCHES):
-        e = job.examples(job.held_out, sidenet, VALIDATION_BATCH, generator).share(lambda c: c.to(job.device))
+        e = job.examples(job.validation, sidenet, VALIDATION_BATCH, generator).share(lambda c: c.to(job.device))
         errors = squared_errors(predicted(sidenet, e, sidenet.anchors), e), squared_errors(e.straight_line(), e)
         rows.append(torch.stack([*errors, e.kinds.float(), e.t, e.h.abs()]).float().cpu())
     ours, line, kinds, t, h = torch.cat(rows, 1)
@@ -144,12 +144,12 @@ def run_stage(job: Job, sidenet: SideNet, name: str, loop: LoopSettings, loss_of
 
 def bytes_each(job: Job, sidenet: SideNet) -> float:
     """How much memory training keeps for the backward pass, for one example."""
-    drawn = job.examples(job.chains, sidenet, 2, torch.Generator().manual_seed(0)).share(lambda c: c.to(job.device))
+    drawn = job.examples(job.trajectories, sidenet, 2, torch.Generator().manual_seed(0)).share(lambda c: c.to(job.device))
     return saved_bytes(lambda: relative_loss(sidenet, drawn, sidenet.anchors)) / 2
 
 
 def all_pairs_stage(job: Job, sidenet: SideNet) -> SideNet:
-    """Stage 1: from chains alone."""
+    """Stage 1: from trajectories alone."""
     loop = job.training.loop(job.training.steps, job.training.batch)
     free = job.backbone.make_room() if job.backbone else None
     if job.training.accumulate == 0 and free is not None:
@@ -158,7 +158,7 @@ def all_pairs_stage(job: Job, sidenet: SideNet) -> SideNet:
         say(f"A training step takes {each * loop.batch / loop.accumulate / 1e6:.3g} MB beside the weights.")
 
     def loss(network: SideNet, generator: torch.Generator, share: Share) -> Tensor:
-        examples = job.examples(job.chains, network, loop.batch, generator)
+        examples = job.examples(job.trajectories, network, loop.batch, generator)
         return relative_loss(network, examples.share(lambda c: share.of(c).to(job.device)), network.anchors)
 
     return run_stage(job, sidenet, "all_pairs", loop, loss)

@@ -14,7 +14,7 @@ from ...bas_core.runs import FittedRun, run_over
 from ...bas_core.steps import StraightLine
 from ..progress import progress
 from .fitting import Fitting, Runs, fit_run
-from .samplers import GridShape, endpoint_errors, search_grid, sidenet_sampler
+from .solvers import GridShape, endpoint_errors, search_grid, sidenet_solver
 
 ROUNDS = 2
 
@@ -66,7 +66,7 @@ def search_times(
     Returns:
         Runs from 1 to 0 without weights, by number of calls, half ones counted as half.
     """
-    plain = sidenet_sampler(fitting.sidenet or StraightLine(), start=fitting.start)
+    plain = sidenet_solver(fitting.sidenet or StraightLine(), start=fitting.start)
     ends = fitting.truth(torch.zeros(()))
     found: Runs = {}
     shape: GridShape | None = None
@@ -77,9 +77,9 @@ def search_times(
         def run(field: Field, noise: Tensor, times: Tensor, halved: bool = halved) -> Tensor:
             return fit_run(fitting, run_over(times, knows_mean=fitting.skips), halved)[0]
 
-        sampler = dataclasses.replace(plain, run=run)
-        shape = search_grid(sampler, fitting.field, fitting.noise, ends, made, shape)
-        found[n] = moved_times(fitting, n, sampler.times(made, shape), rounds, allowed)
+        solver = dataclasses.replace(plain, run=run)
+        shape = search_grid(solver, fitting.field, fitting.noise, ends, made, shape)
+        found[n] = moved_times(fitting, n, solver.times(made, shape), rounds, allowed)
     return found
 
 

@@ -13,11 +13,11 @@ S = TypeVar("S")
 # quick: no network. A few runs are enough for times and weights, of which there are a hundred; a few more to measure.
 # full: the network too, from 256 runs and the starts of 320.
 QUICK = "quick"
-EFFORTS: Mapping[str, Mapping[str, Any]] = {
-    QUICK: {"steps": 0, "chains": 19, "held_out": 3, "points": 22, "starts": 0, "record_batch": 8, "tune": 0},
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    QUICK: {"steps": 0, "trajectories": 19, "validation": 3, "points": 22, "starts": 0, "record_batch": 8, "tune": 0},
     "full": {"starts": 320, "tune": 480},
 }
-# On so many chains a recording's exactness is measured: to learn that it is not far off costs a fifteenth of quick.
+# On so many trajectories a recording's exactness is measured: to learn that it is not far off costs a fifteenth of quick.
 CHECKED = 1
 
 
@@ -27,8 +27,8 @@ def with_effort(settings: S, effort: str) -> S:
     Raises:
         UsageError: there is no such effort.
     """
-    if effort not in EFFORTS:
-        raise UsageError(f"--effort must be one of {', '.join(EFFORTS)}; got {effort!r}.")
+    if effort not in PRESETS:
+        raise UsageError(f"--preset must be one of {', '.join(PRESETS)}; got {effort!r}.")
     usual = {field.name: field.default for field in dataclasses.fields(settings)}  # type: ignore[arg-type]
-    chosen = {name: value for name, value in EFFORTS[effort].items() if getattr(settings, name) == usual[name]}
+    chosen = {name: value for name, value in PRESETS[effort].items() if getattr(settings, name) == usual[name]}
     return dataclasses.replace(settings, **chosen)  # type: ignore[type-var]

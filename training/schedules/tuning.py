@@ -27,7 +27,7 @@ from ..network.loop import LoopSettings, Model, Numbers, Share, train
 from ..processes import PROCESSES
 from ..progress import say
 from ..recording.replay import SCORED_RUNS, RecomputedSideNet, Replay
-from .samplers import endpoint_errors
+from .solvers import endpoint_errors
 
 Found = TypeVar("Found")
 
@@ -121,8 +121,8 @@ def tune(
         loop: see `tuning_loop`.
         folder: of the unfinished run, its log and its plot; the same call goes on from there.
     """
-    replay, held_out = parts
-    rows, scored = replay.alike(len(replay.chains)), held_out.alike(SCORED_RUNS)
+    replay, validation = parts
+    rows, scored = replay.alike(len(replay.trajectories)), validation.alike(SCORED_RUNS)
     backbone = replay.backbone
 
     def error(tuned: TunedRun, source: Replay, drawn: Tensor, counted: int) -> Tensor:
@@ -133,7 +133,7 @@ def tune(
 
     begun = TunedRun(run).to(backbone.device)
     drawn_error = lambda tuned, drawn, counted: error(tuned, replay, drawn, counted)  # noqa: E731
-    held_error = lambda tuned: error(tuned, held_out, scored, len(scored))  # noqa: E731
+    held_error = lambda tuned: error(tuned, validation, scored, len(scored))  # noqa: E731
     tuned = follow_gradients(
         begun, (rows, drawn_error), held_error, loop, folder / f"tune_{calls}.pt", f"{calls} calls"
     )
