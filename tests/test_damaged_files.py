@@ -36,7 +36,7 @@ CARD = SideNetCard(
     training={
         "objective": "all_pairs",
         "recorded_runs": 3,
-        "recorded": {"points": 4, "shape": [2, 4, 4], "teacher_error": 0.1},
+        "recorded": {"points": 4, "shape": [2, 4, 4], "reference_error": 0.1},
         "settings": {"rule": "lobatto4"},
         "seconds": 9,
     },
@@ -133,7 +133,7 @@ KINDS = {
         lambda path: save_file(SIT.state_dict(), path),
         lambda path: load_sit(path, num_heads=2).state_dict(),
     ),
-    "chains.safetensors": (save_shard_here, shard_tensors),
+    "trajectories.safetensors": (save_shard_here, shard_tensors),
     "state.pt": (save_state_here, state_tensors),
 }
 
@@ -228,7 +228,7 @@ PLACES = {
 DEEPER = {
     "runs": [("1", part) for part in ("times", "step_weights", "half_calls", "skip_first")]
     + [("2", "step_weights", 1)],
-    "training": [("recorded", part) for part in ("points", "shape", "teacher_error")],
+    "training": [("recorded", part) for part in ("points", "shape", "reference_error")],
     "evaluation": [
         ("residual_variance", "kind"),
         ("residual_variance", "kind", "first"),
@@ -343,14 +343,14 @@ def test_strange_tensors_are_refused(name, tensor, tmp_path):
 
 
 def test_what_a_shard_does_not_say_is_named(tmp_path):
-    save_shard_here(tmp_path / "chains.safetensors")
-    with safe_open(tmp_path / "chains.safetensors", framework="pt") as file:
-        tensors, metadata = load_file(tmp_path / "chains.safetensors"), dict(file.metadata())
+    save_shard_here(tmp_path / "trajectories.safetensors")
+    with safe_open(tmp_path / "trajectories.safetensors", framework="pt") as file:
+        tensors, metadata = load_file(tmp_path / "trajectories.safetensors"), dict(file.metadata())
     for key in ABOUT:
         text = metadata["about"].replace(f'"{key}"', '"other"', 1)
-        save_file(tensors, tmp_path / "chains.safetensors", metadata | {"about": text})
-        with pytest.raises(CheckpointError, match=f"chains.safetensors does not say its {key}"):
-            open_shard(tmp_path / "chains.safetensors")
+        save_file(tensors, tmp_path / "trajectories.safetensors", metadata | {"about": text})
+        with pytest.raises(CheckpointError, match=f"trajectories.safetensors does not say its {key}"):
+            open_shard(tmp_path / "trajectories.safetensors")
 
 
 @pytest.mark.parametrize("fault", ["a text", None, 3, [], {"param_groups": [], "state": 3}], ids=str)

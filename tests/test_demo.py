@@ -17,7 +17,7 @@ from ba_solver.training.cli import main
 from ba_solver.training.demo import show
 from ba_solver.training.demo.assets import CLASSIFIER_FILE, demo_noise, load_demo
 from ba_solver.training.measuring.rivals import converged_reference, unipc
-from ba_solver.training.runs.samplers import baseline_sampler, endpoint_errors, search_grid, sidenet_sampler
+from ba_solver.training.schedules.solvers import baseline_solver, endpoint_errors, search_grid, sidenet_solver
 from matplotlib.image import imread
 
 SEED = 8_000_000
@@ -40,12 +40,12 @@ def test_the_saved_first_call_is_given_to_rivals_too(demo, run):
     """Told the mean, they spend the calls they are given on one step more, and come nearer for it."""
     noise, _, reference = run
     plain = {"unipc_mean": unipc, "predictor_corrector_mean": lambda f, x, t: solve(f, None, x, t)}
-    for sampler in told_the_mean(demo.sidenet):
+    for solver in told_the_mean(demo.sidenet):
         fields = [demo.field(torch.arange(16) % 10) for _ in range(3)]
         with torch.inference_mode():
-            saved = sampler.sample(fields[0], noise, 5, (2.8, 0.15))
-            whole = plain[sampler.name](fields[1], noise, time_grid(5, 2.8, 0.15))
-            sampler.sample(fields[2], noise, 5)  # the uniform grid's first step is too long to do without its call
+            saved = solver.sample(fields[0], noise, 5, (2.8, 0.15))
+            whole = plain[solver.name](fields[1], noise, time_grid(5, 2.8, 0.15))
+            solver.sample(fields[2], noise, 5)  # the uniform grid's first step is too long to do without its call
         assert [field.calls for field in fields] == [5, 5, 5]
         errors = [endpoint_errors(x, reference).mean() for x in (saved, whole)]
         assert errors[0] < 0.95 * errors[1]
@@ -165,7 +165,7 @@ def test_learned_grids_spend_what_they_say_and_beat_the_best_rival(demo, run, ca
     counted = demo.sit.register_forward_hook(lambda module, inputs, output: evaluated.append(len(inputs[0])))
     try:
         with torch.inference_mode():
-            on_grid, shape = demo.on_grid(sidenet_sampler(demo.sidenet), calls, "best")
+            on_grid, shape = demo.on_grid(sidenet_solver(demo.sidenet), calls, "best")
             ours = endpoint_errors(on_grid.sample(field, noise, calls, shape), reference).mean()
     finally:
         counted.remove()
@@ -179,7 +179,7 @@ def test_odd_budgets_are_spent_exactly(demo):
     noise, labels = demo_noise(SEED, 2)
     for calls in (1, 4, 5):
         field = demo.field(labels)
-        baseline_sampler("heun").sample(field, noise, calls)
+        baseline_solver("heun").sample(field, noise, calls)
         assert field.calls == calls
 
 
@@ -195,10 +195,10 @@ def test_unipc_of_diffusers_runs_on_our_field_and_converges(demo, run):
 
 def test_grid_search_finds_a_better_grid(demo, run):
     noise, labels, reference = (part[:4] for part in run)
-    sampler, field = baseline_sampler("adams_bashforth2"), demo.field(labels)
+    solver, field = baseline_solver("adams_bashforth2"), demo.field(labels)
     with torch.inference_mode():
-        best = search_grid(sampler, field, noise, reference, 5)
-        errors = [endpoint_errors(sampler.sample(field, noise, 5, s), reference).mean() for s in ((1.0, 0.0), best)]
+        best = search_grid(solver, field, noise, reference, 5)
+        errors = [endpoint_errors(solver.sample(field, noise, 5, s), reference).mean() for s in ((1.0, 0.0), best)]
     assert errors[1] < errors[0]
 
 
@@ -211,7 +211,7 @@ def test_demo_command_writes_table_and_pictures(tmp_path, monkeypatch, capsys):
     with (tmp_path / "out" / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {int(row["calls"]) for row in rows} == {5, 100}
-    uniform = {row["sampler"]: float(row["error"]) for row in rows if row["grid"] == "uniform" and row["calls"] == "5"}
+    uniform = {row["solver"]: float(row["error"]) for row in rows if row["grid"] == "uniform" and row["calls"] == "5"}
     assert min(uniform, key=uniform.get) == "ba_solver"
     for name in ("images.png", "errors.png"):
         assert imread(tmp_path / "out" / name).std() > 0.05

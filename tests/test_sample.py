@@ -26,7 +26,7 @@ from ba_solver.training.cli import main
 from ba_solver.training.demo.assets import CLASSIFIER_FILE, SIDENET_FILE, SIT_FILE
 from ba_solver.training.drawing.folder import Folder, read_pngs, write_npz
 from ba_solver.training.drawing.scores import WEIGHTS, scores
-from ba_solver.training.drawing.solvers import PRESETS
+from ba_solver.training.drawing.named_solvers import PRESETS
 from PIL import Image
 from training_problems import in_two_processes
 

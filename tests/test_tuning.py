@@ -1,4 +1,4 @@
-"""Tuning end to end: its run is the sampler's, its gradients are right, and what it finds serves other noises."""
+"""Tuning end to end: its run is the solver's, its gradients are right, and what it finds serves other noises."""
 
 import pytest
 import torch
@@ -9,8 +9,8 @@ from ba_solver.bas_core.step_weights import row_length
 from ba_solver.bas_core.steps import StraightLine
 from ba_solver.training.network.memory import passes_within, saved_bytes
 from ba_solver.training.recording.replay import recomputed
-from ba_solver.training.runs.fitting import Fitting, fit_run
-from ba_solver.training.runs.tuning import TunedRun
+from ba_solver.training.schedules.fitting import Fitting, fit_run
+from ba_solver.training.schedules.tuning import TunedRun
 from checks import guided_field
 from problems import noise, small_sidenet
 

@@ -25,9 +25,10 @@ from ..bas_core.sidenet import SideNet
 from .backbones import Backbone, BackboneChoice, open_backbone
 from .drawing.folder import Folder, write_npz
 from .drawing.scores import MISSING, scores, weights_file
-from .drawing.solvers import PRESETS, parse_rival, solver_named
-from .progress import MAIN_PROCESS, processes, progress, say
-from .runs.samplers import Sampler
+from .drawing.named_solvers import PRESETS, parse_rival, solver_named
+from .processes import MAIN_PROCESS, processes
+from .progress import progress, say
+from .schedules.solvers import Solver
 from .settings import UsageError, check_positive, plain
 
 REPORT = "report.json"
@@ -82,7 +83,7 @@ class Drawing:
 
     Attributes:
         backbone: the model.
-        sampler, calls: what draws.
+        solver, calls: what draws.
         rival: another solver and its calls, or None.
         scale, interval, mode: of guidance.
         classes: conditions, in turn.
@@ -92,9 +93,9 @@ class Drawing:
     """
 
     backbone: Backbone
-    sampler: Sampler
+    solver: Solver
     calls: int
-    rival: tuple[Sampler, int] | None
+    rival: tuple[Solver, int] | None
     scale: float
     interval: tuple[float, float]
     mode: Any
@@ -108,19 +109,19 @@ class Drawing:
         generator = np.random.Generator(np.random.Philox(key=[self.seed, index]))
         return torch.from_numpy(generator.standard_normal(self.backbone.shape, dtype=np.float32))
 
-    def draw(self, indices: list[int], sampler: Sampler, calls: int) -> tuple[Tensor, float]:
+    def draw(self, indices: list[int], solver: Solver, calls: int) -> tuple[Tensor, float]:
         """The end states [B, C, *spatial] of some images, and what each of them cost in calls.
 
         On a CPU one by one: there a batch saves little, and changes the last digits of what is computed.
         """
         if self.backbone.device.type == "cpu" and len(indices) > 1:
-            drawn = [self.draw([index], sampler, calls) for index in indices]
+            drawn = [self.draw([index], solver, calls) for index in indices]
             return torch.cat([states for states, _ in drawn]), drawn[0][1]
         noise = self.backbone.noise(torch.stack([self.noise(index) for index in indices])).to(self.backbone.device)
         labels = torch.tensor([self.classes[index % len(self.classes)] for index in indices])
         field = self.backbone.field(labels, self.scale, self.interval, self.mode)
         shape = (1.0 if self.published else self.backbone.shift, 0.0)
-        return sampler.sample(field, noise, calls, shape), field.cost
+        return solver.sample(field, noise, calls, shape), field.cost
 
     def images(self, states: Tensor) -> Tensor:
         """States to images, or states as they are."""
@@ -334,7 +335,7 @@ def drawn_batches(
 ) -> Iterator[tuple[list[int], Tensor, Tensor | None, float]]:
     """Numbers, images, the rival's images and the calls, batch by batch."""
     for indices in progress(batches, "batches"):
-        states, cost = drawing.draw(indices, drawing.sampler, drawing.calls)
+        states, cost = drawing.draw(indices, drawing.solver, drawing.calls)
         beside = None
         if drawing.rival is not None:
             beside = drawing.images(drawing.draw(indices, *drawing.rival)[0])

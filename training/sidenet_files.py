@@ -68,12 +68,11 @@ def describe_sidenet(sidenet: SideNet, card: SideNetCard) -> str:
         + (f", {config.num_classes} classes" if config.num_classes else ""),
         "velocity": f"{card.velocity}, guidance {card.scales()}",
         "runs": describe_runs(card.runs),
-        "inversions": ", ".join(f"{n} calls each way" for n in sorted(card.inversions)),
         "trained": str(training.get("objective", "not said")),
         "recorded": _told(
-            "{runs} runs of {points} points of ({shape}); the teacher's error {teacher_error:.2g}",
+            "{runs} runs of {points} points of ({shape}); the teacher's error {reference_error:.2g}",
             {
-                "teacher_error": float("nan"),
+                "reference_error": float("nan"),
                 **recorded,
                 "shape": str(recorded.get("shape")).strip("[]"),
                 "runs": training["recorded_runs"],

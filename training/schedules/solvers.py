@@ -23,14 +23,14 @@ UNIFORM: GridShape = (1.0, 0.0)
 
 
 @dataclass(frozen=True)
-class Sampler:
+class Solver:
     """A competitor.
 
     Attributes:
         name, label: for files and for people.
         run: (field, noise [B, ...], times or fitted run) to the end state.
         calls_per_step: backbone calls a step. Where it is 2, one or two Euler steps at the end spend the budget
-            exactly and keep off t = 0, where a network's velocity means little (as EDM's Heun sampler does).
+            exactly and keep off t = 0, where a network's velocity means little (as EDM's Heun solver does).
         start: the time that the model's noise is at; grids are scaled by it.
         given: what it runs over, by number of calls, instead of the family's grid: times, or a fitted run.
         skip_first: whether it saves the first call where the first interval is short; it then takes one more.
@@ -64,17 +64,17 @@ class Sampler:
         return run_baseline("euler", field, x, over[steps:])
 
 
-def baseline_sampler(name: str, start: float = 1.0) -> Sampler:
+def baseline_solver(name: str, start: float = 1.0) -> Solver:
     """A training-free solver of `bas_core.baselines` as a competitor."""
     solver = BASELINES[name]
-    return Sampler(
+    return Solver(
         name, solver.label, lambda field, x, t: run_baseline(solver, field, x, t), solver.calls_per_step, start
     )
 
 
-def sidenet_sampler(
+def sidenet_solver(
     sidenet: Predictor, name: str = "ba_solver", label: str = "BA-solver", start: float = 1.0, **options: Any
-) -> Sampler:
+) -> Solver:
     """The bi-anchor solver with a SideNet as a competitor; `options` go to `solve`."""
     skips = start == 1 and knows_mean(sidenet)
 
@@ -83,7 +83,7 @@ def sidenet_sampler(
             field, sidenet, x, over if isinstance(over, FittedRun) else run_over(over, knows_mean=skips), **options
         )
 
-    return Sampler(name, label, run, start=start, skip_first=skips)
+    return Solver(name, label, run, start=start, skip_first=skips)
 
 
 def endpoint_errors(x: Tensor, reference: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ SEARCH_REFINEMENTS = 3
 
 
 def search_grid(
-    sampler: Sampler, field: Field, noise: Tensor, reference: Tensor, calls: int, start: GridShape | None = None
+    solver: Solver, field: Field, noise: Tensor, reference: Tensor, calls: int, start: GridShape | None = None
 ) -> GridShape:
     """The (shift, cosine) of least end-point error: a pattern search of halving step from `start`, or else from the
     best of a coarse lattice."""
@@ -105,7 +105,7 @@ def search_grid(
 
     def error(shape: GridShape) -> float:
         if shape not in known:
-            known[shape] = endpoint_errors(sampler.sample(field, noise, calls, shape), reference).mean().item()
+            known[shape] = endpoint_errors(solver.sample(field, noise, calls, shape), reference).mean().item()
         return known[shape]
 
     best = start or min(itertools.product(SEARCH_SHIFTS, SEARCH_COSINES), key=error)

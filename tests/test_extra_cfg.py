@@ -7,9 +7,9 @@ import torch
 from ba_solver.bas_core import FittedRun, SideNetCard, load_sidenet, save_sidenet, solve
 from ba_solver.training.backbones import BackboneChoice, open_backbone
 from ba_solver.training.cli import main
-from ba_solver.training.make import MakeSettings, planned_calls
+from ba_solver.training.make import MakeSettings, planned_nfe
 from ba_solver.training.measuring.rivals import converged_reference
-from ba_solver.training.runs.samplers import endpoint_errors
+from ba_solver.training.schedules.solvers import endpoint_errors
 from training_problems import BACKBONE
 
 MORE = 6.0
@@ -19,8 +19,8 @@ MORE = 6.0
 def made(tmp_path_factory):
     """A quick SideNet for CFG 2, with runs for another scale."""
     out = tmp_path_factory.mktemp("scales") / "mine.safetensors"
-    command = ["make", "--backbone", BACKBONE, "--out", str(out), "--effort", "quick", "--nfe", "6"]
-    command += ["--guidance", "2", "--more-guidance", f"{MORE:g}"]
+    command = ["make", "--backbone", BACKBONE, "--out", str(out), "--preset", "quick", "--nfe", "6"]
+    command += ["--guidance", "2", "--extra-guidance", f"{MORE:g}"]
     main(command)
     return out, command
 
@@ -77,10 +77,10 @@ def test_each_scale_is_sampled_best_by_its_own_runs(made):
 def test_the_cost_is_what_was_planned(made):
     card = load_sidenet(made[0])[1]
     settings = MakeSettings(
-        backbone=BACKBONE, out=made[0], effort="quick", nfe="6", guidance=(2.0,), chains=19, points=22, starts=0
+        backbone=BACKBONE, out=made[0], effort="quick", nfe="6", guidance=(2.0,), trajectories=19, points=22, starts=0
     )
-    more = dataclasses.replace(settings, more_guidance=(MORE,))
-    planned = planned_calls(more) - planned_calls(settings)
+    more = dataclasses.replace(settings, extra_guidance=(MORE,))
+    planned = planned_nfe(more) - planned_nfe(settings)
     assert 0.8 * planned < card.training["backbone_calls"]["CFG 6"] <= planned
 
 
@@ -105,9 +105,9 @@ def test_another_scale_is_added_to_a_file(made, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--more-guidance", "4", "4"), "each once"),
-        (("--more-guidance", "-1"), "from 0 to 100"),
-        (("--more-guidance", "4", "--mode", "branch"), "needs recordings of the guided velocity"),
+        (("--extra-guidance", "4", "4"), "each once"),
+        (("--extra-guidance", "-1"), "from 0 to 100"),
+        (("--extra-guidance", "4", "--cfg-mode", "branch"), "needs recordings of the guided velocity"),
     ],
 )
 def test_what_cannot_be_done_is_said(options, message, tmp_path, capsys):

@@ -11,7 +11,7 @@ from ...bas_core.runs import FittedRun
 from ...bas_core.sidenet import SideNet
 from ..progress import progress
 from ..recording.replay import Replay
-from ..runs.samplers import Sampler, baseline_sampler, sidenet_sampler
+from ..schedules.solvers import Solver, baseline_solver, sidenet_solver
 from .rivals import Measurement, measure
 
 # On so many runs.
@@ -20,22 +20,22 @@ SCORED = 8
 RIVALS = ("adams_bashforth2", "dpmpp_2m")
 
 
-def shifted(sampler: Sampler, calls: Sequence[int], shift: float) -> Sampler:
-    """A sampler on the grids that people use: uniform, and shifted as the model is usually sampled."""
-    return replace(sampler, given={n: sampler.times(n, (shift, 0.0)) for n in calls})
+def shifted(solver: Solver, calls: Sequence[int], shift: float) -> Solver:
+    """A solver on the grids that people use: uniform, and shifted as the model is usually sampled."""
+    return replace(solver, given={n: solver.times(n, (shift, 0.0)) for n in calls})
 
 
-def score_held_out(sidenet: SideNet, runs: Mapping[int, FittedRun], replay: Replay) -> list[Measurement]:
+def score_validation(sidenet: SideNet, runs: Mapping[int, FittedRun], replay: Replay) -> list[Measurement]:
     """Fitted runs beside multistep solvers, on held-out runs of one CFG scale; the cost is added to `replay.spent`."""
     rows = replay.alike(SCORED)
     ends, noise, start = replay.truth(rows, torch.zeros(())), replay.noise(rows), replay.backbone.start
-    ours = replace(sidenet_sampler(sidenet, start=start), given=runs)
-    others = [shifted(baseline_sampler(name, start), list(runs), replay.backbone.shift) for name in RIVALS]
-    jobs = [(sampler, n, "best" if sampler is ours else "uniform") for n in runs for sampler in (ours, *others)]
+    ours = replace(sidenet_solver(sidenet, start=start), given=runs)
+    others = [shifted(baseline_solver(name, start), list(runs), replay.backbone.shift) for name in RIVALS]
+    jobs = [(solver, n, "best" if solver is ours else "uniform") for n in runs for solver in (ours, *others)]
     found = []
     with torch.inference_mode():
-        for sampler, calls, grid in progress(jobs, "measure"):
+        for solver, calls, grid in progress(jobs, "measure"):
             field = replay.field_of(rows)
-            found.append(measure(sampler, field, noise, ends, calls, (1.0, 0.0), grid)[0])
+            found.append(measure(solver, field, noise, ends, calls, (1.0, 0.0), grid)[0])
             replay.spent["measured"] += round(field.cost * len(rows))
     return found

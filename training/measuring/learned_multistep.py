@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...bas_core.guidance import Field
 from ...bas_core.step_weights import add_terms
-from ..runs.fitting import least_squares
+from ..schedules.fitting import least_squares
 
 Coefficients = list[Tensor]
 

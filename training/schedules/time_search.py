@@ -11,12 +11,10 @@ from torch import Tensor
 
 from ...bas_core.guidance import Field
 from ...bas_core.runs import FittedRun, run_over
-from ...bas_core.sidenet import SideNet
 from ...bas_core.steps import StraightLine
 from ..progress import progress
-from ..recording.replay import Replay
-from .fitting import Fitting, Runs, fit_run, on_runs
-from .samplers import GridShape, endpoint_errors, search_grid, sidenet_sampler
+from .fitting import Fitting, Runs, fit_run
+from .solvers import GridShape, endpoint_errors, search_grid, sidenet_solver
 
 ROUNDS = 2
 
@@ -68,7 +66,7 @@ def search_times(
     Returns:
         Runs from 1 to 0 without weights, by number of calls, half ones counted as half.
     """
-    plain = sidenet_sampler(fitting.sidenet or StraightLine(), start=fitting.start)
+    plain = sidenet_solver(fitting.sidenet or StraightLine(), start=fitting.start)
     ends = fitting.truth(torch.zeros(()))
     found: Runs = {}
     shape: GridShape | None = None
@@ -79,9 +77,9 @@ def search_times(
         def run(field: Field, noise: Tensor, times: Tensor, halved: bool = halved) -> Tensor:
             return fit_run(fitting, run_over(times, knows_mean=fitting.skips), halved)[0]
 
-        sampler = dataclasses.replace(plain, run=run)
-        shape = search_grid(sampler, fitting.field, fitting.noise, ends, made, shape)
-        found[n] = moved_times(fitting, n, sampler.times(made, shape), rounds, allowed)
+        solver = dataclasses.replace(plain, run=run)
+        shape = search_grid(solver, fitting.field, fitting.noise, ends, made, shape)
+        found[n] = moved_times(fitting, n, solver.times(made, shape), rounds, allowed)
     return found
 
 
@@ -100,10 +98,3 @@ def moved_times(
     return run_over(coordinate_search(error, times, rounds).tolist(), knows_mean=fitting.skips)
 
 
-def learn_times(sidenet: SideNet, replay: Replay, calls: Sequence[int], count: int, rounds: int = ROUNDS) -> Runs:
-    """The best times found for each number of calls on `count` recorded runs; the cost is added to `replay.spent`."""
-    fitting = on_runs(sidenet, replay, count)
-    with torch.inference_mode():
-        found = search_times(fitting, calls, rounds)
-    replay.spent["time grids"] += fitting.field.calls * len(fitting.noise)
-    return found

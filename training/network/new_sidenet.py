@@ -1,4 +1,4 @@
-"""A SideNet before its training: sized for the chains, with the mean of the data that they show."""
+"""A SideNet before its training: sized for the trajectories, with the mean of the data that they show."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ...bas_core.files import CheckpointError
 from ...bas_core.sidenet import SideNet, SideNetConfig
 from ..backbones import Backbone
 from ..progress import say
-from ..recording.chains import Chains
+from ..recording.trajectories import Trajectories
 from ..settings import UsageError
 from .options import Training
 
 # The call at t = 1 is saved where the mean of the data leaves no more of the velocity there than this share of its mean
-# square (the demo at CFG 2: 0.017); the mean is taken over so many chains.
+# square (the demo at CFG 2: 0.017); the mean is taken over so many trajectories.
 MEAN_TOLERANCE, MEAN_CHAINS = 0.05, 1024
 
 
@@ -30,11 +30,11 @@ def mean_in(sidenet: SideNet, shape: Sequence[int]) -> Tensor | None:
     return None if known is None else -known[0]
 
 
-def data_mean(chains: Chains, start: float, size: int, tolerance: float = MEAN_TOLERANCE) -> Tensor | None:
-    """The mean of the model's data, read off the chains' first velocities: at t = 1, velocity = noise - mean.
+def data_mean(trajectories: Trajectories, start: float, size: int, tolerance: float = MEAN_TOLERANCE) -> Tensor | None:
+    """The mean of the model's data, read off the trajectories' first velocities: at t = 1, velocity = noise - mean.
 
     Args:
-        chains: recorded runs.
+        trajectories: recorded runs.
         start: the time that sampling starts from.
         size: of the grid that it is kept on; 0 = it is not kept.
         tolerance: what share of the first velocity's mean square may be something else.
@@ -45,10 +45,10 @@ def data_mean(chains: Chains, start: float, size: int, tolerance: float = MEAN_T
     """
     if not size or start != 1:
         return None
-    rows = torch.arange(len(chains))[:MEAN_CHAINS]
+    rows = torch.arange(len(trajectories))[:MEAN_CHAINS]
     first = torch.zeros_like(rows)
-    velocities = chains.velocities[rows, first]
-    seen = chains.states[rows, first] - velocities
+    velocities = trajectories.velocities[rows, first]
+    seen = trajectories.states[rows, first] - velocities
     unexplained = ((seen - seen.mean(0)).square().mean() / velocities.square().mean()).item()
     if unexplained > tolerance:
         say(
@@ -71,13 +71,13 @@ SMALLEST = {
 }  # fmt: skip
 
 
-def make_sidenet(training: Training, about: dict[str, Any], mean: Tensor | None = None) -> SideNet:
-    """A fresh SideNet that fits the chains, and keeps the mean of the data if it is given; or the one to start from.
+def new_sidenet(training: Training, about: dict[str, Any], mean: Tensor | None = None) -> SideNet:
+    """A fresh SideNet that fits the trajectories, and keeps the mean of the data if it is given; or the one to start from.
 
     One that is not to be trained is as small as can be.
 
     Raises:
-        UsageError, CheckpointError: the sizes do not fit each other, or the chains.
+        UsageError, CheckpointError: the sizes do not fit each other, or the trajectories.
     """
     low, high = about["guidance"]
     try:
@@ -103,9 +103,9 @@ def make_sidenet(training: Training, about: dict[str, Any], mean: Tensor | None 
     sidenet, card = load_sidenet(training.start_from, dtype=torch.float32)
     if card.backbone.get("fingerprint") != about["backbone"]["fingerprint"]:
         raise CheckpointError(
-            f"{training.start_from} belongs to {card.backbone.get('name')!r}, the chains to "
+            f"{training.start_from} belongs to {card.backbone.get('name')!r}, the trajectories to "
             f"{about['backbone']['name']!r}. Start from a SideNet of the same model."
         )
     if (sidenet.config.in_channels, sidenet.config.guidance_input) != (config.in_channels, config.guidance_input):
-        raise CheckpointError(f"{training.start_from} takes other channels or guidance than the chains have.")
+        raise CheckpointError(f"{training.start_from} takes other channels or guidance than the trajectories have.")
     return sidenet.train().requires_grad_(True)

@@ -24,9 +24,10 @@ from ...bas_core.runs import FittedRun
 from ...bas_core.sidenet import SideNet
 from ...bas_core.solver import solve
 from ..network.loop import LoopSettings, Model, Numbers, Share, train
-from ..progress import PROCESSES, say
+from ..processes import PROCESSES
+from ..progress import say
 from ..recording.replay import SCORED_RUNS, RecomputedSideNet, Replay
-from .samplers import endpoint_errors
+from .solvers import endpoint_errors
 
 Found = TypeVar("Found")
 
@@ -49,8 +50,6 @@ def tuning_loop(usual: LoopSettings) -> LoopSettings:
         ema=EMA,
         save_every=-(-usual.steps // REPORTS),
         accumulate=1,
-        patience=0,
-        compile=False,
     )
 
 
@@ -122,8 +121,8 @@ def tune(
         loop: see `tuning_loop`.
         folder: of the unfinished run, its log and its plot; the same call goes on from there.
     """
-    replay, held_out = parts
-    rows, scored = replay.alike(len(replay.chains)), held_out.alike(SCORED_RUNS)
+    replay, validation = parts
+    rows, scored = replay.alike(len(replay.trajectories)), validation.alike(SCORED_RUNS)
     backbone = replay.backbone
 
     def error(tuned: TunedRun, source: Replay, drawn: Tensor, counted: int) -> Tensor:
@@ -134,7 +133,7 @@ def tune(
 
     begun = TunedRun(run).to(backbone.device)
     drawn_error = lambda tuned, drawn, counted: error(tuned, replay, drawn, counted)  # noqa: E731
-    held_error = lambda tuned: error(tuned, held_out, scored, len(scored))  # noqa: E731
+    held_error = lambda tuned: error(tuned, validation, scored, len(scored))  # noqa: E731
     tuned = follow_gradients(
         begun, (rows, drawn_error), held_error, loop, folder / f"tune_{calls}.pt", f"{calls} calls"
     )
