@@ -8,7 +8,7 @@ from ba_solver.bas_core import (
     Baseline,
     Control,
     Field,
-    FittedRun,
+    Schedule,
     Guidance,
     SideNetCard,
     edit,
@@ -19,7 +19,7 @@ from ba_solver.bas_core import (
     run_baseline,
     save_sidenet,
     solve,
-    straight_path,
+    straight_trajectory,
     time_grid,
 )
 from ba_solver.bas_core.files import CheckpointError, read_safetensors, write_safetensors
@@ -87,7 +87,7 @@ def check_baseline_calls(solver: Baseline, intervals: int) -> None:
 
 def check_refused_in_a_file(path, times, metadata: dict[str, str], message: str) -> None:
     """A SideNet's file with a run for 4 calls and damaged metadata is not loaded."""
-    save_sidenet(path, small_sidenet(), SideNetCard(runs={4: FittedRun(times)}))
+    save_sidenet(path, small_sidenet(), SideNetCard(runs={4: Schedule(times)}))
     tensors, intact = read_safetensors(path)
     write_safetensors(path, tensors, {**intact, **metadata})
     with pytest.raises(CheckpointError, match=message):
@@ -160,7 +160,7 @@ def source_path(kind: str, batch: int = 2, sidenet=None, guidance: Guidance = Gu
     image, times = noise(batch, 2, 4, 4), smooth_grid(intervals)
     if kind == "inversion":
         return invert(field, sidenet, image, times)
-    return straight_path(field, sidenet, image, noise(batch, 2, 4, 4, seed=1), times)
+    return straight_trajectory(field, sidenet, image, noise(batch, 2, 4, 4, seed=1), times)
 
 
 def editing_case(kind: str, batch: int = 2):
@@ -181,7 +181,7 @@ def check_exact_return(kind: str, sidenet, guidance: Guidance, intervals: int) -
     if kind == "inversion":
         source = invert(field, sidenet, image, times)
     else:
-        source = straight_path(field, sidenet, image, noise(2, 2, 4, 4, seed=1), times)
+        source = straight_trajectory(field, sidenet, image, noise(2, 2, 4, 4, seed=1), times)
     torch.testing.assert_close(edit(field, sidenet, source), image, **TIGHT)
     plain = edit(field, sidenet, source, Control(fade=0.0))
     assert (plain - image).abs().max() > 1e-3, "the case must need its residuals"
@@ -220,7 +220,7 @@ def check_flowedit_order() -> None:
 
     def run(intervals: int) -> float:
         times = uneven_grid(intervals)
-        out = edit(other, None, straight_path(own, None, image, z, times))
+        out = edit(other, None, straight_trajectory(own, None, image, z, times))
         return (out - exact).square().mean().sqrt().item()
 
     measured = observed_order([run(80), run(160)])[-1]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from ba_solver.bas_core import (
     CheckpointError,
-    FittedRun,
+    Schedule,
     SideNet,
     SideNetCard,
     SideNetConfig,
@@ -24,9 +24,9 @@ from safetensors.torch import load_file, save_file
 
 CARD = SideNetCard(
     velocity="guided",
-    guidance_range=(1.0, 4.5),
+    cfg_range=(1.0, 4.5),
     backbone={"name": "demo", "kind": "SiT", "fingerprint": "0123abcd"},
-    runs={5: FittedRun([1.0, 0.9, 0.75, 0.5, 0.25, 0.0]), 1: FittedRun([1.0, 0.0])},
+    runs={5: Schedule([1.0, 0.9, 0.75, 0.5, 0.25, 0.0]), 1: Schedule([1.0, 0.0])},
     training={"objective": "pairs", "steps": 1500, "seed": 0, "versions": {"torch": "2"}},
     evaluation={"5": {"ba_solver": 0.0375}, "note": "größer"},
     licence="MIT",
@@ -47,7 +47,7 @@ def stored(tmp_path, **changes):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"anchors": 2, "guidance_input": True, "patch_size": 2, "num_classes": 0, "body": "tokens"}],
+    [{}, {"anchors": 2, "cfg_input": True, "patch_size": 2, "num_classes": 0, "body": "tokens"}],
     ids=str,
 )
 def test_round_trip_is_exact_bit_for_bit(tmp_path, changes, dtype):

@@ -150,7 +150,7 @@ def test_runs_for_another_cfg_are_made_and_taken(demo):
         field = model_field(sit, torch.arange(10), null_class, Guidance(cfg), mode="guided")
         near, far = ((drawn - solve(field, network, noise, one)).square().mean().sqrt() for one in (run, other))
         assert near < 1e-3 < 0.01 < far
-        assert card.runs_at(cfg)[4] == run
+        assert card.schedules_for(cfg)[4] == run
 
 
 def test_a_cfg_that_was_forgotten_is_added_by_the_same_name(demo):
@@ -189,7 +189,7 @@ def test_every_kind_of_model_gets_a_sidenet(name, effort):
         positive[0][1]["guidance"] = 2.5
     negative = models.text(kind, 2)
     sidenet, report, _ = made(model, positives, torch.zeros(1, *shape), negative=negative, cfg=cfg, effort=effort)
-    assert sidenet.card.guidance_range == ((2.5, 2.5) if kind == "flux" else (cfg, cfg))
+    assert sidenet.card.cfg_range == ((2.5, 2.5) if kind == "flux" else (cfg, cfg))
     assert sidenet.card.backbone["kind"] == type(model.model).__name__.lower()
     assert bool(sidenet.network.output_conv.weight.any()) == (effort != "quick")
     assert len(report) == (1 if effort == "quick" else 2), "errors, and the training where there was one"
@@ -298,7 +298,7 @@ def test_a_compiled_model_makes_what_the_model_makes(effort):
     plain, compiled = (card.runs[4] for card in cards)
     assert compiled.times == pytest.approx(plain.times, abs=1e-3)
     torch.testing.assert_close(
-        torch.tensor(sum(compiled.step_weights, ())), torch.tensor(sum(plain.step_weights, ())), atol=0.02, rtol=0.02
+        torch.tensor(sum(compiled.coefficients, ())), torch.tensor(sum(plain.coefficients, ())), atol=0.02, rtol=0.02
     )
 
 

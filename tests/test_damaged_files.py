@@ -9,7 +9,7 @@ import pytest
 import torch
 from ba_solver.bas_core import (
     CheckpointError,
-    FittedRun,
+    Schedule,
     SideNet,
     SideNetCard,
     SideNetConfig,
@@ -30,9 +30,9 @@ OFFICIAL = randomise(SideNet(SideNetConfig(4, 4, 4, 3, NULL)), seed=1).state_dic
 SIT = small_sit(1, torch.float32, hidden_size=8, depth=1, input_size=4)
 CARD = SideNetCard(
     velocity="guided",
-    guidance_range=(1.0, 4.5),
+    cfg_range=(1.0, 4.5),
     backbone={"name": "demo", "kind": "sit", "fingerprint": "0123abcd"},
-    runs={2: FittedRun([1.0, 0.5, 0.0], [[0.1], [0.1, 0.2, 0.3], [0.1, 0.2]]), 1: FittedRun([1.0, 0.0])},
+    runs={2: Schedule([1.0, 0.5, 0.0], [[0.1], [0.1, 0.2, 0.3], [0.1, 0.2]]), 1: Schedule([1.0, 0.0])},
     training={
         "objective": "all_pairs",
         "recorded_runs": 3,
@@ -218,7 +218,7 @@ NUMBERS += [
     "[1.0, 0.0]",
 ]
 PLACES = {
-    "config": ["in_channels", "num_heads", "num_layers", "patch_size", "guidance_input", "body", "mean_size", "colour"],
+    "config": ["in_channels", "num_heads", "num_layers", "patch_size", "cfg_input", "body", "data_mean_size", "colour"],
     "guidance_range": [0, 1],
     "runs": ["1", "0", "-1", "x", "1e0"],
     "backbone": ["name", "kind", "fingerprint", "new"],
@@ -278,7 +278,7 @@ def test_strange_values_in_the_metadata_are_refused_or_harmless(key, stored, tmp
         ("guidance_range", (0,), '"1"', "guidance_range must be two scales"),
         ("config", ("num_heads",), "2.0", "num_heads must be int; got 2.0"),
         ("config", ("num_layers",), "1000000000", "must have 1000000000 blocks; got 3"),
-        ("config", ("guidance_input",), '"no"', "guidance_input must be bool; got 'no'"),
+        ("config", ("cfg_input",), '"no"', "cfg_input must be bool; got 'no'"),
         ("config", ("in_channels",), "9" * 40, "net.safetensors"),
         ("runs", ("1", "skip_first"), "0", "skip_first of a run must be true or false"),
         ("runs", ("1", "times"), "[1.0, 1e400]", "net.safetensors"),

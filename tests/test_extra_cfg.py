@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from ba_solver.bas_core import FittedRun, SideNetCard, load_sidenet, save_sidenet, solve
+from ba_solver.bas_core import Schedule, SideNetCard, load_sidenet, save_sidenet, solve
 from ba_solver.training.backbones import BackboneChoice, open_backbone
 from ba_solver.training.cli import main
 from ba_solver.training.make import MakeSettings, planned_nfe
@@ -27,8 +27,8 @@ def made(tmp_path_factory):
 
 def runs_for(*scales):
     """A card whose runs are told apart by their second time."""
-    runs = {scale: {2: FittedRun((1.0, scale / 10, 0.0))} for scale in scales}
-    return SideNetCard(guidance_range=(scales[0],) * 2, runs=runs.pop(scales[0]), more_runs=runs)
+    runs = {scale: {2: Schedule((1.0, scale / 10, 0.0))} for scale in scales}
+    return SideNetCard(cfg_range=(scales[0],) * 2, runs=runs.pop(scales[0]), more_runs=runs)
 
 
 @pytest.mark.parametrize(
@@ -37,20 +37,20 @@ def runs_for(*scales):
 )
 def test_the_nearest_scale_is_taken_and_rather_a_smaller_one(scale, taken):
     card = runs_for(2.0, 4.0, 8.0)
-    assert card.runs_at(scale)[2].times[1] == pytest.approx(taken / 10)
-    assert card.serves(scale) == (1 <= scale <= 12)
-    assert runs_for(2.0).runs_at(scale)[2].times[1] == pytest.approx(0.2)
+    assert card.schedules_for(scale)[2].times[1] == pytest.approx(taken / 10)
+    assert card.supports_cfg(scale) == (1 <= scale <= 12)
+    assert runs_for(2.0).schedules_for(scale)[2].times[1] == pytest.approx(0.2)
 
 
 def test_a_network_without_runs_serves_what_it_was_trained_for():
-    card = SideNetCard(guidance_range=(1.0, 2.0))
-    assert card.serves(1.5) and not card.serves(2.5)
+    card = SideNetCard(cfg_range=(1.0, 2.0))
+    assert card.supports_cfg(1.5) and not card.supports_cfg(2.5)
 
 
 def test_they_are_in_the_file(made, tmp_path):
     out, _ = made
     sidenet, card = load_sidenet(out)
-    assert set(card.more_runs) == {MORE} and card.scales() == "2 and 6"
+    assert set(card.more_runs) == {MORE} and card.describe_cfg() == "2 and 6"
     assert card.more_runs[MORE][6].times != card.runs[6].times
     copied = tmp_path / "copy.safetensors"
     save_sidenet(copied, sidenet, card)
@@ -68,7 +68,7 @@ def test_each_scale_is_sampled_best_by_its_own_runs(made):
         with torch.inference_mode():
             exact = converged_reference(field, noise)
             own, others = (
-                endpoint_errors(solve(field, sidenet, noise, card.runs_at(at)[6]), exact).mean()
+                endpoint_errors(solve(field, sidenet, noise, card.schedules_for(at)[6]), exact).mean()
                 for at in (scale, other)
             )
         assert own < 0.7 * others

@@ -217,15 +217,15 @@ def test_the_mean_of_the_data_is_kept_where_the_first_velocity_leads_there(folde
     sidenet, card = run(tmp_path / "trajectories", tmp_path / "a.safetensors", *options, "--backbone", backbone)
     torch.testing.assert_close(sidenet.data_mean, GAUSSIAN_MEAN, atol=1e-5, rtol=0)
     run5 = card.runs[5]
-    assert len(run5.times) == 7 and run5.skip_first and run5.cost == 5
+    assert len(run5.times) == 7 and run5.analytic_first_step and run5.cost == 5
     capsys.readouterr()
     sidenet, _ = run(folder / "guided", tmp_path / "b.safetensors", *TOKENS, "--steps", "1", "--batch", "4")
-    assert sidenet.config.mean_size == 0 and "so its call is not saved" in capsys.readouterr().out
+    assert sidenet.config.data_mean_size == 0 and "so its call is not saved" in capsys.readouterr().out
 
 
 def test_the_card_says_how_it_was_made(folder, trained):
     out, _, card = trained
-    assert card.velocity == "guided" and card.guidance_range == (2.0, 2.0)
+    assert card.velocity == "guided" and card.cfg_range == (2.0, 2.0)
     assert card.backbone == {"name": "swirl", "kind": "python", "fingerprint": "swirl-1"}
     training = card.training
     assert training["backbone_calls"] == {"trajectories": 96 * 40} and training["recorded_runs"] == 96
@@ -348,7 +348,7 @@ def test_branches_and_guidance_ranges_train(folder, tmp_path):
     assert card.velocity == "branch" and card.training["recorded_runs"] == 48
     assert rollout_error(branch, folder / "branch") < 0.9 * rollout_error(None, folder / "branch")
     ranged, card = run(folder / "range", tmp_path / "r.safetensors", *QUICK, "--batch", "64", "--steps", "200")
-    assert card.guidance_range == (1.5, 3.0) and ranged.config.guidance_input
+    assert card.cfg_range == (1.5, 3.0) and ranged.config.cfg_input
     x = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
     t, h, y = torch.full((2,), 0.6), torch.full((2,), 0.1), torch.tensor([0, 1])
     low, high = (ranged(x, x, t, h, y, scale=torch.full((2,), s)) for s in (1.5, 3.0))

@@ -6,13 +6,13 @@ from itertools import pairwise
 import pytest
 import torch
 from ba_solver.bas_core import (
-    FittedRun,
+    Schedule,
     Guidance,
     SideNetCard,
     half_calls,
     load_sidenet,
     model_field,
-    run_over,
+    match_schedule,
     save_sidenet,
     solve,
 )
@@ -27,7 +27,7 @@ TIMES = [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]
 ROWS = [[], [0.7, -0.4], [], [0.5, 0.3, 0.1, -0.2, 0.6]]
 SCALE = 2.5
 GRID = torch.tensor(TIMES, dtype=torch.float64)
-RUN = FittedRun(GRID, half_calls=ROWS)
+RUN = Schedule(GRID, cfg_coefficients=ROWS)
 
 
 def start():
@@ -68,7 +68,7 @@ def check_run():
         field = guided_field(2, Guidance(SCALE), mode)
         found = euler(RUN.field_over(field), start())
         torch.testing.assert_close(found, naive_run(start(), ROWS), atol=1e-12, rtol=0)
-        assert (field.calls, field.halves, field.cost) == (5, 2, 4.0)
+        assert (field.calls, field.conditional_only, field.nfe) == (5, 2, 4.0)
 
 
 def check_straight_paths_stay_exact():
@@ -95,12 +95,12 @@ def check_fit_finds_the_weights():
     whole = solve(field, None, start(), times)
     fitting = Fitting(None, field, start(), lambda t: whole)
     field.calls = 0
-    run = fit_runs({5: FittedRun(times)}, fitting)[5]
-    assert field.calls == 6 and [bool(row) for row in run.half_calls] == [False, False, False, True, False, True]
+    run = fit_runs({5: Schedule(times)}, fitting)[5]
+    assert field.calls == 6 and [bool(row) for row in run.cfg_coefficients] == [False, False, False, True, False, True]
     field = model_field(alike, *labels(2), Guidance(SCALE), "guided")
-    thrifty = solve(field, None, start(), replace(run, step_weights=()))
+    thrifty = solve(field, None, start(), replace(run, coefficients=()))
     torch.testing.assert_close(thrifty, whole, atol=1e-5, rtol=0)
-    assert field.cost == 5 == run.cost
+    assert field.nfe == 5 == run.nfe
 
 
 def check_evaluations():
@@ -130,7 +130,7 @@ def predict_the_velocity(patch):
 
 
 def always_whole(patch):
-    patch.setattr(FittedRun, "field_over", lambda self, field: field)
+    patch.setattr(Schedule, "field_over", lambda self, field: field)
 
 
 def one_place_off(patch):
@@ -176,7 +176,7 @@ def test_whole_calls_alone_are_the_plain_solver():
     for mode in ("guided", "branch"):
         plain, same = (
             solve(guided_field(2, Guidance(SCALE), mode), small_sidenet().double(), start(), run)
-            for run in (GRID, FittedRun(GRID, half_calls=[[], [], [], [], []]))
+            for run in (GRID, Schedule(GRID, cfg_coefficients=[[], [], [], [], []]))
         )
         torch.testing.assert_close(same, plain, atol=1e-12, rtol=0)
 
@@ -195,8 +195,8 @@ def test_what_a_budget_is_spent_on():
     """Two half calls, the last and the last but two, pay for one more anchor; the first two calls stay whole."""
     fitting = Fitting(None, guided_field(2, Guidance(SCALE)), start(), lambda t: start())
     assert [fitting.halves(calls) for calls in (3, 4, 5, 10)] == [False, True, True, True]
-    run = fit_run(fitting, FittedRun(torch.linspace(1, 0, 6)), True)[1]
-    assert [bool(row) for row in run.half_calls] == [False, False, True, False, True]
+    run = fit_run(fitting, Schedule(torch.linspace(1, 0, 6)), True)[1]
+    assert [bool(row) for row in run.cfg_coefficients] == [False, False, True, False, True]
 
 
 def test_searched_grids_spend_the_budget_and_are_worth_it():
@@ -220,15 +220,15 @@ def test_searched_grids_spend_the_budget_and_are_worth_it():
         end = solve(tried, None, x, run.over(torch.tensor(run.times, dtype=torch.float64)))
         assert tried.cost - before == 5
         found[kind] = (end - states[-1]).square().mean().sqrt()
-    assert not run.half_calls and found["half"] < 0.7 * found["whole"]
+    assert not run.cfg_coefficients and found["half"] < 0.7 * found["whole"]
 
 
 def test_files_keep_them(tmp_path):
-    card = SideNetCard(runs={4: FittedRun(TIMES, half_calls=ROWS)})
+    card = SideNetCard(runs={4: Schedule(TIMES, cfg_coefficients=ROWS)})
     save_sidenet(tmp_path / "a.safetensors", small_sidenet(), card)
     loaded = load_sidenet(tmp_path / "a.safetensors")[1]
-    assert loaded.runs == card.runs and run_over(torch.tensor(TIMES), loaded.runs).halves == 2
-    assert not run_over(torch.tensor(TIMES[:-1]), loaded.runs).fitted
+    assert loaded.runs == card.runs and match_schedule(torch.tensor(TIMES), loaded.runs).halves == 2
+    assert not match_schedule(torch.tensor(TIMES[:-1]), loaded.runs).fitted
 
 
 @pytest.mark.parametrize(

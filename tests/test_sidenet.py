@@ -88,7 +88,7 @@ def test_it_agrees_in_float32_too():
 @pytest.mark.parametrize("body", BODIES)
 def test_every_input_matters(body):
     """Each of state, velocity, time, step and class changes the answer; so do slope, span and scale where taken."""
-    net = small_sidenet(anchors=2, guidance_input=True, body=body)
+    net = small_sidenet(anchors=2, cfg_input=True, body=body)
     x, v, t, h, y = inputs()
     given = {"x": x, "v": v, "t": t, "h": h, "cond": y, "scale": torch.full_like(t, 2.0), **second_anchor(x)}
     base = net(**given)
@@ -190,20 +190,20 @@ def test_videos_are_answered_frame_by_frame(anchors, body):
 
 
 def test_the_first_velocity_leads_to_the_mean_in_any_size_and_every_frame():
-    sidenet = small_sidenet(mean_size=3)
+    sidenet = small_sidenet(data_mean_size=3)
     sidenet.data_mean.copy_(torch.tensor([1.0, -2.0])[:, None, None].expand(2, 3, 3))
     sidenet.data_mean[:, 0, 0] += 5
     x, t = noise(2, 2, 3, 6, 9), torch.tensor(0.98)
-    video = sidenet.first_velocity(x, t)
+    video = sidenet.analytic_velocity(x, t)
     reached = x - 0.98 * video  # x - t v: the data that v points to
     torch.testing.assert_close(reached, reached[:1, :, :1].expand_as(reached))
     assert reached[0, :, 0, 5, 8].tolist() == pytest.approx([1, -2]) and reached[
         0, :, 0, 0, 0
     ].tolist() == pytest.approx([6, 3])
-    torch.testing.assert_close(sidenet.first_velocity(x[:, :, 1], t), video[:, :, 1])
+    torch.testing.assert_close(sidenet.analytic_velocity(x[:, :, 1], t), video[:, :, 1])
     with pytest.raises(ValueError, match="Use a SideNet made for this model"):
-        sidenet.first_velocity(noise(1, 3, 6, 9), t)
-    assert small_sidenet().first_velocity(x, t) is None
+        sidenet.analytic_velocity(noise(1, 3, 6, 9), t)
+    assert small_sidenet().analytic_velocity(x, t) is None
 
 
 def test_a_network_without_classes_has_no_class_table_and_ignores_what_it_is_given():
@@ -315,4 +315,4 @@ def test_wrong_inputs_are_refused(change, message):
     x, v, t, h, y = inputs()
     given = {"x": x, "v": v, "t": t, "h": h, "cond": y, "scale": torch.ones(2)} | change
     with pytest.raises(ValueError, match=message):
-        small_sidenet(guidance_input=True)(**given)
+        small_sidenet(cfg_input=True)(**given)

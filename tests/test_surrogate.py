@@ -20,7 +20,7 @@ from ba_solver.training.recording.reference_solver import LAST_TIME
 from ba_solver.training.schedules import surrogate_search
 from ba_solver.training.schedules.fitting import Fitting, fit_run
 from ba_solver.training.schedules.surrogate_search import even_enough, search_on_surrogate, probe, refine
-from ba_solver.training.schedules.time_search import run_over
+from ba_solver.training.schedules.time_search import match_schedule
 from ba_solver.training.schedules.surrogate import Surrogate, means_of_others, deviations_of, subsampled, usual_gain, velocity_at
 from ba_solver.training.settings import UsageError
 from ba_solver.training.train import TrainSettings, run_train
@@ -89,7 +89,7 @@ def test_a_first_call_is_saved_where_the_mean_says_it_all():
     trajectories = trajectories_of(lambda x, t, y: backbone.velocity(x, t, y, 1.0), LABELS, 48)
     known = Replay(backbone, trajectories, about, Counter())
     runs = search_on_surrogate(known, [2], GAUSSIAN_MEAN)
-    assert runs[2].skip_first and runs[2].calls == 2 and len(runs[2].times) == 4
+    assert runs[2].analytic_first_step and runs[2].calls == 2 and len(runs[2].times) == 4
 
 
 def test_the_better_way_is_taken_and_of_what_was_looked_at_the_best(capsys, monkeypatch):
@@ -109,7 +109,7 @@ def test_the_better_way_is_taken_and_of_what_was_looked_at_the_best(capsys, monk
     searched = [runs[calls] for runs, _ in looked_at for calls in (3, 4)]
     assert len(said) == len(searched) == 2 * on_paths.PROBES
     for (calls, saved, made), run in zip(said, searched, strict=True):
-        assert run.skip_first <= (float(saved) <= float(made)) and run.calls == int(calls)
+        assert run.analytic_first_step <= (float(saved) <= float(made)) and run.calls == int(calls)
     # Of all searches, those times that ended nearest on the model.
     for calls, run in found.items():
         assert run is min(looked_at, key=lambda pair: pair[1][calls])[0][calls]
@@ -123,7 +123,7 @@ def test_steps_that_shrink_too_fast_are_not_trusted():
 def test_probes_see_the_model_beside_the_paths(replay):
     rows = torch.arange(4)
     subsampled = subsampled(replay.trajectories, rows, 0)
-    (seen,), errors = probe(subsampled, replay, rows, {5: run_over(time_grid(5))}, None)
+    (seen,), errors = probe(subsampled, replay, rows, {5: match_schedule(time_grid(5))}, None)
     assert 0 < errors[5] < 1
     assert replay.spent["probes"] >= 4 * 5 and seen.times[0] == 1 and list(seen.times) == sorted(seen.times)[::-1]
     for t, away, change in list(zip(seen.times, seen.away, seen.change, strict=True))[2:]:
@@ -141,7 +141,7 @@ def test_times_are_moved_on_the_model(monkeypatch):
     about = {"guidance": [1.0, 1.0], "guidance_interval": [0.0, 1.0], "velocity": "guided"}
     replay = Replay(swirl_backbone(None, None), trajectories_of(swirl, LABELS, 24), about, Counter())
     monkeypatch.setattr(on_paths, "REFINED", 4)
-    runs = {n: run_over(time_grid(n)) for n in (4, 5)}
+    runs = {n: match_schedule(time_grid(n)) for n in (4, 5)}
     moved = refine(replay, runs, None, 8, 2)
     assert moved[5] is runs[5] and len(moved[4].times) == 5
     rows = torch.arange(8)
@@ -185,7 +185,7 @@ def test_quick_makes_runs_without_a_network(quick, capsys):
     out, command = quick
     sidenet, card = load_sidenet(out)
     assert sum(p.numel() for p in sidenet.parameters()) < 10_000 and not sidenet.output_conv.weight.any()
-    assert card.runs[6].step_weights and card.runs[6].calls == 6
+    assert card.runs[6].coefficients and card.runs[6].calls == 6
     errors = {(row["solver"], row["calls"]): row["error"] for row in card.evaluation["endpoint_error"]}
     assert errors["ba_solver", 6] < 0.5 * min(errors["adams_bashforth2", 6], errors["dpmpp_2m", 6])
     spent = sum(card.training["backbone_calls"].values())

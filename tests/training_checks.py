@@ -7,7 +7,7 @@ Trained numbers differ from processor to processor. Each effect asked for here i
 from dataclasses import replace
 
 import torch
-from ba_solver.bas_core import FittedRun, load_sidenet, solve, time_grid
+from ba_solver.bas_core import Schedule, load_sidenet, solve, time_grid
 from ba_solver.training.backbones import BackboneChoice, open_backbone
 from ba_solver.training.cli import main
 from ba_solver.training.network.loop import LoopSettings
@@ -56,10 +56,10 @@ def rollout_error(sidenet, folder, over=None):
     replay = Replay(backbone, validation, about)
     rows = torch.arange(0, len(validation), validation.branches)
     with torch.no_grad():
-        over = FittedRun(time_grid(5)) if over is None else over
+        over = Schedule(time_grid(5)) if over is None else over
         field = replay.field_of(rows)
         x = solve(field, sidenet, replay.noise(rows), over)
-        assert field.cost == over.cost
+        assert field.nfe == over.cost
     return endpoint_errors(x, replay.truth(rows, torch.tensor(0.0))).mean().item()
 
 
@@ -110,7 +110,7 @@ def check_fitted_weights(folder, trained, tmp_path):
     """Weights by least squares are most of what a run gains, of runs that they were not fitted on."""
     sidenet, parts = load_sidenet(trained)[0], parts_of(folder)
     fitted = fit_weights(sidenet, parts[0], learn_times(sidenet, parts[0], [5], 8, rounds=0))[5]
-    errors = [rollout_error(sidenet, folder, each) for each in (fitted, replace(fitted, step_weights=()))]
+    errors = [rollout_error(sidenet, folder, each) for each in (fitted, replace(fitted, coefficients=()))]
     assert errors[0] < 0.4 * errors[1], errors
 
 
@@ -118,7 +118,7 @@ def check_tuning(folder, trained, tmp_path):
     """Gradients through whole runs find weights where there are none: from the published step on."""
     sidenet, parts = load_sidenet(trained)[0], parts_of(folder)
     fitted = fit_weights(sidenet, parts[0], learn_times(sidenet, parts[0], [5], 8, rounds=0))[5]
-    begun = replace(fitted, step_weights=[[0.0] * len(row) for row in fitted.step_weights])
+    begun = replace(fitted, coefficients=[[0.0] * len(row) for row in fitted.coefficients])
     loop = tuning_loop(LoopSettings(steps=60, batch=16, learning_rate=1e-3, seed=1))
     tuned = tune(sidenet, parts, begun, 5, loop, tmp_path)
     errors = [rollout_error(sidenet, folder, each) for each in (begun, tuned)]

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from .flow import velocity_to_x0
-from .grids import check_grid
+from .grids import as_grid
 from .guidance import Field
-from .solver import Callback, check_state, run_steps, solve
+from .solver import Callback, as_state, run_steps, solve
 from .steps import Advance
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -306,8 +306,8 @@ def run_baseline(
     solver = get_baseline(solver) if isinstance(solver, str) else solver
     if solver.step is None:
         return solve(field, None, x, times, callback=callback)
-    x = check_state(x)
-    grid = [t.to(x.dtype) for t in check_grid(times)]
+    x = as_state(x)
+    grid = [t.to(x.dtype) for t in as_grid(times)]
     take = solver.step
 
     def step(index: int, x: Tensor, t0: Tensor, t1: Tensor, state: History | None) -> Advance:

@@ -60,7 +60,7 @@ def runs_at_scale(
     found, about = open_trajectories((trajectories,))
     replay = Replay(backbone, found, about, spent)
     spent["recorded"] += len(found) * about["points"]
-    mean = sidenet.data_mean if sidenet.config.mean_size else None
+    mean = sidenet.data_mean if sidenet.config.data_mean_size else None
     calls = parse_nfe(settings.nfe)
     return backbone.within(lambda: fit_weights(sidenet, replay, search_on_surrogate(replay, calls, mean)))
 

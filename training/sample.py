@@ -121,7 +121,7 @@ class Drawing:
         labels = torch.tensor([self.classes[index % len(self.classes)] for index in indices])
         field = self.backbone.field(labels, self.scale, self.interval, self.mode)
         shape = (1.0 if self.published else self.backbone.shift, 0.0)
-        return solver.sample(field, noise, calls, shape), field.cost
+        return solver.sample(field, noise, calls, shape), field.nfe
 
     def images(self, states: Tensor) -> Tensor:
         """States to images, or states as they are."""
@@ -216,15 +216,15 @@ def prepare(settings: SampleSettings, backbone: Backbone, sidenet: SideNet | Non
     Raises:
         UsageError: a setting cannot be used.
     """
-    scale = settings.guidance[0] if settings.guidance else card.guidance
+    scale = settings.guidance[0] if settings.guidance else card.cfg
     asked = dataclasses.replace(settings, guidance=(scale,))
     asked.check_guidance(backbone)
     if len(settings.guidance) > 1:
         raise UsageError(f"--guidance takes one scale here; got {settings.guidance}.")
-    if sidenet is not None and not card.serves(scale) and not settings.preset:
-        say(f"Note: the SideNet was made for guidance {card.scales()}; at {scale:g} it is less accurate.")
+    if sidenet is not None and not card.supports_cfg(scale) and not settings.preset:
+        say(f"Note: the SideNet was made for guidance {card.describe_cfg()}; at {scale:g} it is less accurate.")
     published = bool(settings.preset)
-    runs = card.runs_at(scale)
+    runs = card.schedules_for(scale)
     runs = {} if published or settings.nfe not in runs else runs
     rival = None
     if settings.compare:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from ..bas_core.checkpoint import SideNetCard, load_official_sidenet, load_sidenet, save_sidenet
-from ..bas_core.runs import describe_runs
+from ..bas_core.schedule import describe_schedules
 from ..bas_core.sidenet import SideNet
 from .settings import UsageError
 
@@ -66,8 +66,8 @@ def describe_sidenet(sidenet: SideNet, card: SideNetCard) -> str:
         f"fingerprint {card.backbone.get('fingerprint', 'unknown')})",
         "network": f"{config.anchors} anchor(s), {parameters:,} parameters, {config.in_channels} latent channels"
         + (f", {config.num_classes} classes" if config.num_classes else ""),
-        "velocity": f"{card.velocity}, guidance {card.scales()}",
-        "runs": describe_runs(card.runs),
+        "velocity": f"{card.velocity}, guidance {card.describe_cfg()}",
+        "runs": describe_schedules(card.runs),
         "trained": str(training.get("objective", "not said")),
         "recorded": _told(
             "{runs} runs of {points} points of ({shape}); the teacher's error {reference_error:.2g}",

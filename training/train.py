@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..bas_core.checkpoint import SideNetCard, load_sidenet, save_sidenet
 from ..bas_core.files import CheckpointError, read_pickled_tensors, write_atomically, write_text
-from ..bas_core.runs import FittedRun
+from ..bas_core.schedule import Schedule
 from ..bas_core.sidenet import SideNet
 from .backbones import Backbone, BackboneChoice, open_backbone
 from .measuring.validation import SCORED, score_validation
@@ -118,11 +118,11 @@ def split_validation(trajectories: Trajectories, training: Training) -> tuple[Tr
     return trajectories.split(validation)
 
 
-def learn_schedules(job: Job, mean: Tensor | None) -> dict[int, FittedRun]:
+def learn_schedules(job: Job, mean: Tensor | None) -> dict[int, Schedule]:
     """The times of schedules for numbers of calls, or those kept from before an interruption."""
     path = job.folder / "time_grids.pt"
     if path.exists():
-        return {int(n): FittedRun(**parts) for n, parts in read_pickled_tensors(path).items()}
+        return {int(n): Schedule(**parts) for n, parts in read_pickled_tensors(path).items()}
     calls = parse_nfe(job.training.nfe, "--nfe")
     found = job.within(lambda: search_on_surrogate(job.replay(job.trajectories), calls, mean))
     if MAIN_PROCESS:
@@ -138,10 +138,10 @@ def begin(job: Job) -> SideNet:
     """
     training = job.training
     tolerance = {"tolerance": math.inf} if training.nfe else {}
-    mean = data_mean(job.trajectories, job.about["start"], training.mean_size, **tolerance)
+    mean = data_mean(job.trajectories, job.about["start"], training.data_mean_size, **tolerance)
     if training.nfe:
         job.runs = learn_schedules(job, mean)
-        mean = mean if any(run.skip_first for run in job.runs.values()) else None
+        mean = mean if any(run.analytic_first_step for run in job.runs.values()) else None
     sidenet = new_sidenet(training, job.about, mean)
     job.mean = mean_in(sidenet, job.about["shape"])
     return sidenet.to(job.device)
@@ -159,7 +159,7 @@ def fit(job: Job) -> SideNet:
     return sidenet
 
 
-def finish_runs(job: Job, sidenet: SideNet) -> dict[int, FittedRun]:
+def finish_runs(job: Job, sidenet: SideNet) -> dict[int, Schedule]:
     """The runs with their weights, tuned if that is asked for."""
     runs = fit_weights(sidenet, job.replay(job.trajectories), job.runs)
     if not job.training.tune:
@@ -203,7 +203,7 @@ def card_of(job: Job, sidenet: SideNet, settings: Any, seconds: float, found: di
     earlier = SideNetCard() if begun is None else load_sidenet(begun)[1]
     return SideNetCard(
         velocity=job.about["velocity"],
-        guidance_range=(low, high),
+        cfg_range=(low, high),
         backbone=job.about["backbone"],
         runs=job.runs,
         training={

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from ...bas_core.baselines import BASELINES
-from ...bas_core.runs import FittedRun
+from ...training.baselines import BASELINES
+from ...bas_core.schedule import Schedule
 from ...bas_core.solver import METHODS, solve
-from ...bas_core.steps import Predictor
+from ...bas_core.steps import SideNetProtocol
 from ..schedules.solvers import Solver, baseline_solver, sidenet_solver
 from ..settings import UsageError, parse_nfe
 
@@ -34,7 +34,7 @@ class Preset:
 PRESETS = {f"paper-{calls}": Preset(calls) for calls in (5, 7, 8, 10, 15)}
 
 
-def solver_named(name: str, sidenet: Predictor | None, runs: Mapping[int, FittedRun], start: float) -> Solver:
+def solver_named(name: str, sidenet: SideNetProtocol | None, runs: Mapping[int, Schedule], start: float) -> Solver:
     """A solver by name.
 
     Args:

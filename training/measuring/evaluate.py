@@ -174,11 +174,11 @@ def guidance_for(choice: BackboneChoice, card: SideNetCard, backbone: Backbone) 
             f"The SideNet belongs to {card.backbone.get('name')!r}; {backbone.name!r} is asked for. Train one for it."
         )
     if not choice.guidance:
-        return card.guidance
+        return card.cfg
     scale = choice.scales[0]
-    if len(choice.guidance) > 1 or not card.serves(scale):
+    if len(choice.guidance) > 1 or not card.supports_cfg(scale):
         raise CheckpointError(
-            f"The SideNet was made for guidance {card.scales()}; {choice.guidance} is asked for. Give one scale "
+            f"The SideNet was made for guidance {card.describe_cfg()}; {choice.guidance} is asked for. Give one scale "
             "near that, or leave --guidance out."
         )
     return scale
@@ -241,7 +241,7 @@ def evaluate(
     prepare_folder(out)
     sidenet, card = load_sidenet(path, backbone.device, torch.float32)
     scale = guidance_for(choice, card, backbone)
-    stored, card = card, dataclasses.replace(card, runs=card.runs_at(scale))
+    stored, card = card, dataclasses.replace(card, runs=card.schedules_for(scale))
     recorded = card.training.get("recorded", {})
     interval = tuple(recorded.get("guidance_interval", choice.guidance_interval))
 

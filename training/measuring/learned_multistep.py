@@ -12,7 +12,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from ...bas_core.guidance import Field
-from ...bas_core.step_weights import add_terms
+from ...bas_core.coefficients import add_terms
 from ..schedules.fitting import least_squares
 
 Coefficients = list[Tensor]

@@ -82,7 +82,7 @@ def measure(
     Returns:
         The table's line, and the samples [B, C, *spatial].
     """
-    before = field.cost
+    before = field.nfe
     start = time.perf_counter()
     x = solver.sample(field, noise, calls, shape)
     if x.is_cuda:
@@ -91,6 +91,6 @@ def measure(
     errors = endpoint_errors(x, reference)
     spread = (errors.std() / len(noise) ** 0.5).item() if len(noise) > 1 else 0.0
     line = Measurement(
-        solver.name, solver.label, grid, shape, round(field.cost - before), errors.mean().item(), spread, seconds
+        solver.name, solver.label, grid, shape, round(field.nfe - before), errors.mean().item(), spread, seconds
     )
     return line, x

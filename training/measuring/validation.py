@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from ...bas_core.runs import FittedRun
+from ...bas_core.schedule import Schedule
 from ...bas_core.sidenet import SideNet
 from ..progress import progress
 from ..recording.replay import Replay
@@ -25,7 +25,7 @@ def shifted(solver: Solver, calls: Sequence[int], shift: float) -> Solver:
     return replace(solver, given={n: solver.times(n, (shift, 0.0)) for n in calls})
 
 
-def score_validation(sidenet: SideNet, runs: Mapping[int, FittedRun], replay: Replay) -> list[Measurement]:
+def score_validation(sidenet: SideNet, runs: Mapping[int, Schedule], replay: Replay) -> list[Measurement]:
     """Fitted runs beside multistep solvers, on held-out runs of one CFG scale; the cost is added to `replay.spent`."""
     rows = replay.alike(SCORED)
     ends, noise, start = replay.truth(rows, torch.zeros(())), replay.noise(rows), replay.backbone.start
@@ -37,5 +37,5 @@ def score_validation(sidenet: SideNet, runs: Mapping[int, FittedRun], replay: Re
         for solver, calls, grid in progress(jobs, "measure"):
             field = replay.field_of(rows)
             found.append(measure(solver, field, noise, ends, calls, (1.0, 0.0), grid)[0])
-            replay.spent["measured"] += round(field.cost * len(rows))
+            replay.spent["measured"] += round(field.nfe * len(rows))
     return found

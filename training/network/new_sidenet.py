@@ -26,7 +26,7 @@ MEAN_TOLERANCE, MEAN_CHAINS = 0.05, 1024
 
 def mean_in(sidenet: SideNet, shape: Sequence[int]) -> Tensor | None:
     """The mean of the data that a SideNet keeps, as states of `shape`; None if it keeps none."""
-    known = sidenet.first_velocity(torch.zeros(1, *shape), torch.tensor(1.0))
+    known = sidenet.analytic_velocity(torch.zeros(1, *shape), torch.tensor(1.0))
     return None if known is None else -known[0]
 
 
@@ -87,8 +87,8 @@ def new_sidenet(training: Training, about: dict[str, Any], mean: Tensor | None =
         sizes |= {
             "in_channels": about["shape"][0],
             "num_classes": about["num_classes"],
-            "guidance_input": low != high,
-            "mean_size": 0 if mean is None else training.mean_size,
+            "cfg_input": low != high,
+            "data_mean_size": 0 if mean is None else training.data_mean_size,
             "patch_size": training.patch_size or about.get("patch_size", Backbone.patch_size),
         }
         config = SideNetConfig(**(sizes if training.trains or training.start_from else sizes | SMALLEST))
@@ -106,6 +106,6 @@ def new_sidenet(training: Training, about: dict[str, Any], mean: Tensor | None =
             f"{training.start_from} belongs to {card.backbone.get('name')!r}, the trajectories to "
             f"{about['backbone']['name']!r}. Start from a SideNet of the same model."
         )
-    if (sidenet.config.in_channels, sidenet.config.guidance_input) != (config.in_channels, config.guidance_input):
+    if (sidenet.config.in_channels, sidenet.config.cfg_input) != (config.in_channels, config.cfg_input):
         raise CheckpointError(f"{training.start_from} takes other channels or guidance than the trajectories have.")
     return sidenet.train().requires_grad_(True)

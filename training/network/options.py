@@ -38,7 +38,7 @@ class Training:
         rule: quadrature that the network is trained for; fitted runs have one of their own.
         anchors: 2, or 1 (the paper).
         body: of the SideNet: tokens (transformer blocks) or convolution (the paper).
-        mean_size: it keeps the mean of the model's data on a grid of this side, which saves each run's first backbone
+        data_mean_size: it keeps the mean of the model's data on a grid of this side, which saves each run's first backbone
             call, if the trajectories show that the model says no more there; 0 = it does not.
         base_channels: the SideNet's width.
         embedding_dim: width of its time, step and class embeddings.
@@ -71,7 +71,7 @@ class Training:
     rule: str = "lobatto4"
     anchors: int = 2
     body: str = "tokens"
-    mean_size: int = 32
+    data_mean_size: int = 32
     base_channels: int = 96
     embedding_dim: int = 64
     num_layers: int = 4

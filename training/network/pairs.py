@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...bas_core.flow import per_sample
-from ...bas_core.grids import starts_short, time_grid
+from ...bas_core.grids import has_short_first_step, time_grid
 from ...bas_core.quadrature import Rule
 from ..recording.trajectories import Trajectories, Points
 
@@ -108,7 +108,7 @@ def draw_queries(rule: Rule, anchors: int, count: int, ranges: QueryRange, gener
     inner = [c for c in rule.nodes if 0 < c < 1]
     for a, b, c, d, e, f in uniform.tolist():
         low, high = ranges.calls
-        intervals = low + int(a * (high - low + 1 + bool(ranges.skip_first)))
+        intervals = low + int(a * (high - low + 1 + bool(ranges.analytic_first_step)))
         shift = ranges.shift[0] * (ranges.shift[1] / ranges.shift[0]) ** b
         grid = time_grid(intervals, shift, ranges.cosine[0] + c * (ranges.cosine[1] - ranges.cosine[0])).tolist()
         last = intervals - 1
@@ -119,7 +119,7 @@ def draw_queries(rule: Rule, anchors: int, count: int, ranges: QueryRange, gener
         i, node, forward = queries[int(d * len(queries))]
         if e < ranges.ascending:
             grid = grid[::-1]
-        skipped.append(f < ranges.skip_first and starts_short(grid))
+        skipped.append(f < ranges.analytic_first_step and has_short_first_step(grid))
         left, right = grid[i], grid[i + 1]
         target = left + node * (right - left)
         if forward:

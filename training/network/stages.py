@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...bas_core.quadrature import Rule, get_rule
-from ...bas_core.runs import FittedRun
+from ...bas_core.schedule import Schedule
 from ...bas_core.sidenet import SideNet
 from ..backbones import Backbone
 from ..progress import say
@@ -65,7 +65,7 @@ class Job:
     starts: Trajectories | None = None
     mean: Tensor | None = None
     spent: Counter[str] = field(default_factory=Counter)
-    runs: dict[int, FittedRun] = field(default_factory=dict)
+    runs: dict[int, Schedule] = field(default_factory=dict)
 
     @property
     def ranges(self) -> QueryRange:
@@ -77,7 +77,7 @@ class Job:
     def examples(self, trajectories: Trajectories, sidenet: SideNet, count: int, generator: torch.Generator) -> Examples:
         """A batch drawn from trajectories; for training, from the starts too."""
         starts = self.starts if trajectories is self.trajectories else None
-        ranges = self.ranges if self.mean is None else dataclasses.replace(self.ranges, skip_first=SKIP_FIRST)
+        ranges = self.ranges if self.mean is None else dataclasses.replace(self.ranges, analytic_first_step=SKIP_FIRST)
         return draw_examples(trajectories, self.rule, sidenet.anchors, count, ranges, generator, starts, self.mean)
 
     @property

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...bas_core.baselines import run_baseline
+from ...training.baselines import run_baseline
 from ...bas_core.files import CheckpointError, read_user_text
 from ...bas_core.grids import time_grid, time_shift
 from ..backbones import Backbone, BackboneChoice, open_backbone

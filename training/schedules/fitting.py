@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from ...bas_core.guidance import Field
-from ...bas_core.half_calls import HalfCallField, difference_terms
-from ...bas_core.runs import FittedRun
+from ...bas_core.cfg_coefficients import HalfCallField, difference_terms
+from ...bas_core.schedule import Schedule
 from ...bas_core.sidenet import SideNet
 from ...bas_core.solver import Callback, make_plan, run_bi_anchor
-from ...bas_core.step_weights import add_terms, terms
-from ...bas_core.steps import Predictor, Proposal, knows_mean
+from ...bas_core.coefficients import add_terms, terms
+from ...bas_core.steps import SideNetProtocol, StepState, knows_mean
 from ..progress import progress
 from ..recording.replay import Replay
 
@@ -36,7 +36,7 @@ RULE = "lobatto2"
 RIDGE = 1e-9
 
 Truth = Callable[[Tensor], Tensor]
-Runs = dict[int, FittedRun]
+Runs = dict[int, Schedule]
 
 
 def least_squares(columns: Sequence[Tensor], wanted: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class Fitting:
         start: the time that they begin at.
     """
 
-    sidenet: Predictor | None
+    sidenet: SideNetProtocol | None
     field: Field
     noise: Tensor
     truth: Truth
@@ -92,14 +92,14 @@ class FitWeights:
         truth: recorded states at a time.
 
     Attributes:
-        rows: what was found, as `FittedRun.step_weights` takes it.
+        rows: what was found, as `Schedule.coefficients` takes it.
     """
 
     def __init__(self, truth: Truth) -> None:
         self.truth = truth
         self.rows: list[list[float]] = []
 
-    def __call__(self, proposal: Proposal) -> Tensor:
+    def __call__(self, proposal: StepState) -> Tensor:
         found = terms(proposal)
         self.rows.append(least_squares(found, self.truth(proposal.t1) - proposal.x).tolist())
         return add_terms(proposal.x, found, self.rows[-1])
@@ -113,7 +113,7 @@ class FitHalfCalls(HalfCallField):
         made: how many calls the run makes.
 
     Attributes:
-        found: their rows, as `FittedRun.half_calls` takes them.
+        found: their rows, as `Schedule.cfg_coefficients` takes them.
     """
 
     def __init__(self, field: Field, times: Sequence[Tensor], made: int) -> None:
@@ -129,8 +129,8 @@ class FitHalfCalls(HalfCallField):
 
 
 def fit_run(
-    fitting: Fitting, run: FittedRun, halved: bool = False, callback: Callback | None = None
-) -> tuple[Tensor, FittedRun]:
+    fitting: Fitting, run: Schedule, halved: bool = False, callback: Callback | None = None
+) -> tuple[Tensor, Schedule]:
     """Go over a run's times once by `RULE`, and fit step weights, and if asked for half calls, on the way; `callback`
     sees every finished step.
 
@@ -139,13 +139,13 @@ def fit_run(
     """
     steps = FitWeights(fitting.truth)
     halves = FitHalfCalls(fitting.field, run.grid, run.calls) if halved else None
-    plan = make_plan(halves or fitting.field, fitting.sidenet, RULE, skip_first=run.skip_first)
+    plan = make_plan(halves or fitting.field, fitting.sidenet, RULE, analytic_first_step=run.analytic_first_step)
     ends = run_bi_anchor(plan, fitting.noise, run.grid, steps, callback)
     found = halves.found if halves else ()
-    return ends, dataclasses.replace(run, step_weights=steps.rows, half_calls=found, rule=RULE)
+    return ends, dataclasses.replace(run, coefficients=steps.rows, cfg_coefficients=found, rule=RULE)
 
 
-def fit_runs(runs: Mapping[int, FittedRun], fitting: Fitting) -> Runs:
+def fit_runs(runs: Mapping[int, Schedule], fitting: Fitting) -> Runs:
     """Runs by number of calls, with weights that are fitted on one pass over each."""
     fitted: Runs = {}
     for calls, run in progress(list(runs.items()), "step weights"):
@@ -154,14 +154,14 @@ def fit_runs(runs: Mapping[int, FittedRun], fitting: Fitting) -> Runs:
     return fitted
 
 
-def on_runs(sidenet: Predictor, replay: Replay, count: int) -> Fitting:
+def on_runs(sidenet: SideNetProtocol, replay: Replay, count: int) -> Fitting:
     """What is fitted on so many recorded runs."""
     rows = replay.alike(count)
     field, noise, truth = replay.field_of(rows), replay.noise(rows), partial(replay.truth, rows)
     return Fitting(sidenet, field, noise, truth, replay.backbone.start)
 
 
-def fit_weights(sidenet: SideNet, replay: Replay, runs: Mapping[int, FittedRun]) -> Runs:
+def fit_weights(sidenet: SideNet, replay: Replay, runs: Mapping[int, Schedule]) -> Runs:
     """`fit_runs` on `WEIGHT_RUNS` recorded runs; what it cost is added to `replay.spent`."""
     fitting = on_runs(sidenet, replay, WEIGHT_RUNS)
     with torch.inference_mode():

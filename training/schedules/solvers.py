@@ -9,14 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
-from ...bas_core.baselines import BASELINES, run_baseline
-from ...bas_core.grids import grid_of_calls, time_grid
+from ...training.baselines import BASELINES, run_baseline
+from ...bas_core.grids import grid_for_nfe, time_grid
 from ...bas_core.guidance import Field
-from ...bas_core.runs import FittedRun, run_over
+from ...bas_core.schedule import Schedule, match_schedule
 from ...bas_core.solver import solve
-from ...bas_core.steps import Predictor, knows_mean
+from ...bas_core.steps import SideNetProtocol, knows_mean
 
-Over = Tensor | FittedRun
+Over = Tensor | Schedule
 Run = Callable[[Field, Tensor, Any], Tensor]
 GridShape = tuple[float, float]
 UNIFORM: GridShape = (1.0, 0.0)
@@ -47,17 +47,17 @@ class Solver:
     def times(self, calls: int, shape: GridShape = UNIFORM) -> Tensor:
         """The grid of the family (shift, cosine) that spends exactly `calls` backbone calls."""
         intervals = calls if self.calls_per_step == 1 else calls // 2 + 1
-        return grid_of_calls(lambda n: time_grid(n, *shape), intervals, self.skip_first)
+        return grid_for_nfe(lambda n: time_grid(n, *shape), intervals, self.analytic_first_step)
 
     def over(self, calls: int, shape: GridShape = UNIFORM) -> Over:
         """What it runs over on `calls` backbone calls, from the time that the model's noise is at."""
         over = self.times(calls, shape) if self.given is None else self.given[calls]
-        return over.scaled(self.start) if isinstance(over, FittedRun) else over * self.start
+        return over.scaled(self.start) if isinstance(over, Schedule) else over * self.start
 
     def sample(self, field: Field, noise: Tensor, calls: int, shape: GridShape = UNIFORM) -> Tensor:
         """Run on `calls` backbone calls."""
         over = self.over(calls, shape)
-        if self.calls_per_step == 1 or isinstance(over, FittedRun):
+        if self.calls_per_step == 1 or isinstance(over, Schedule):
             return self.run(field, noise, over)
         steps = (calls - 1) // 2
         x = self.run(field, noise, over[: steps + 1]) if steps else noise
@@ -65,7 +65,7 @@ class Solver:
 
 
 def baseline_solver(name: str, start: float = 1.0) -> Solver:
-    """A training-free solver of `bas_core.baselines` as a competitor."""
+    """A training-free solver of `training.baselines` as a competitor."""
     solver = BASELINES[name]
     return Solver(
         name, solver.label, lambda field, x, t: run_baseline(solver, field, x, t), solver.calls_per_step, start
@@ -73,17 +73,17 @@ def baseline_solver(name: str, start: float = 1.0) -> Solver:
 
 
 def sidenet_solver(
-    sidenet: Predictor, name: str = "ba_solver", label: str = "BA-solver", start: float = 1.0, **options: Any
+    sidenet: SideNetProtocol, name: str = "ba_solver", label: str = "BA-solver", start: float = 1.0, **options: Any
 ) -> Solver:
     """The bi-anchor solver with a SideNet as a competitor; `options` go to `solve`."""
     skips = start == 1 and knows_mean(sidenet)
 
     def run(field: Field, x: Tensor, over: Over) -> Tensor:
         return solve(
-            field, sidenet, x, over if isinstance(over, FittedRun) else run_over(over, knows_mean=skips), **options
+            field, sidenet, x, over if isinstance(over, Schedule) else match_schedule(over, has_data_mean=skips), **options
         )
 
-    return Solver(name, label, run, start=start, skip_first=skips)
+    return Solver(name, label, run, start=start, analytic_first_step=skips)
 
 
 def endpoint_errors(x: Tensor, reference: Tensor) -> Tensor:

@@ -46,13 +46,13 @@ def usual_gain(t: float) -> float:
 class MeanLine(StraightLine):
     """A straight line through two anchors, and a first velocity from the mean of the data [D, 1, 1], or one a run."""
 
-    config = SimpleNamespace(mean_size=1, guidance_input=False)
+    config = SimpleNamespace(data_mean_size=1, cfg_input=False)
 
     def __init__(self, mean: Tensor) -> None:
         self.mean = mean
 
-    def first_velocity(self, x: Tensor, t: Tensor) -> Tensor:
-        """See `SideNet.first_velocity`."""
+    def analytic_velocity(self, x: Tensor, t: Tensor) -> Tensor:
+        """See `SideNet.analytic_velocity`."""
         return (x - self.mean) / t.to(x)
 
 
@@ -88,13 +88,13 @@ class SubsampledTrajectories:
         return self.trajectories.truth(torch.arange(len(self)), t)
 
 
-def subsampled(trajectories: Trajectories, rows: Tensor, mean_size: int, kept: int = KEPT) -> SubsampledTrajectories:
+def subsampled(trajectories: Trajectories, rows: Tensor, data_mean_size: int, kept: int = KEPT) -> SubsampledTrajectories:
     """Some of the runs, subsampled; of each but the part that is kept is read and forgotten.
 
     Args:
         trajectories: guided ones.
         rows: which.
-        mean_size: side of the grid that the mean of the data is kept on; 0 = it is not kept.
+        data_mean_size: side of the grid that the mean of the data is kept on; 0 = it is not kept.
         kept: how many numbers of each state.
     """
     shape = trajectories.states.shape[2:]
@@ -105,11 +105,11 @@ def subsampled(trajectories: Trajectories, rows: Tensor, mean_size: int, kept: i
     for row in rows.tolist():
         states, velocities = trajectories.states[row].float(), trajectories.velocities[row].float()
         parts.append((states.flatten(1)[:, index], velocities.flatten(1)[:, index]))
-        firsts += [pooled(states[0] - velocities[0], mean_size)] if mean_size else []
+        firsts += [pooled(states[0] - velocities[0], data_mean_size)] if data_mean_size else []
     x, v = (torch.stack(part)[..., None, None] for part in zip(*parts, strict=True))
     labels = trajectories.labels[rows]
     means = None
-    if mean_size:
+    if data_mean_size:
         others = [spread_mean(mean, shape).flatten()[index] for mean in means_of_others(torch.stack(firsts), labels)]
         means = torch.stack(others)[..., None, None]
     return SubsampledTrajectories(Trajectories(trajectories.times[rows], x, v, labels), index, means)

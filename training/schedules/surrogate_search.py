@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ...bas_core.guidance import Field
-from ...bas_core.runs import FittedRun
+from ...bas_core.schedule import Schedule
 from ...bas_core.sidenet import spread_mean
-from ...bas_core.steps import Predictor, StraightLine
+from ...bas_core.steps import SideNetProtocol, StraightLine
 from ..progress import say
 from ..recording.replay import Replay
 from .fitting import WEIGHT_RUNS, Fitting, Runs, fit_run, takes_halves
@@ -45,7 +45,7 @@ def even_enough(times: Tensor) -> bool:
     return bool((steps[1:] >= SHORTEST * steps[:-1]).all())
 
 
-def line_through(mean: Tensor | None) -> Predictor:
+def line_through(mean: Tensor | None) -> SideNetProtocol:
     """What takes a SideNet's place where there is none: it saves a first call where the mean of the data is given."""
     return StraightLine() if mean is None else MeanLine(mean)
 
@@ -65,7 +65,7 @@ def search_stand_in(subsampled: SubsampledTrajectories, seen: Sequence[Deviation
         start: the time that sampling starts from.
         made: by number of calls, how many a run makes, half ones counted as whole.
     """
-    found: dict[int, tuple[float, FittedRun]] = {}
+    found: dict[int, tuple[float, Schedule]] = {}
     for saves in (False, True)[: 1 + (subsampled.means is not None)]:
         fitting = on_stand_in(subsampled, seen, start, saves)
         runs = search_times(fitting, list(made.values()), ROUNDS, even_enough)

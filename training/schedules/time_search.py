@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...bas_core.guidance import Field
-from ...bas_core.runs import FittedRun, run_over
+from ...bas_core.schedule import Schedule, match_schedule
 from ...bas_core.steps import StraightLine
 from ..progress import progress
 from .fitting import Fitting, Runs, fit_run
@@ -75,7 +75,7 @@ def search_times(
         made = n + halved
 
         def run(field: Field, noise: Tensor, times: Tensor, halved: bool = halved) -> Tensor:
-            return fit_run(fitting, run_over(times, knows_mean=fitting.skips), halved)[0]
+            return fit_run(fitting, match_schedule(times, has_data_mean=fitting.skips), halved)[0]
 
         solver = dataclasses.replace(plain, run=run)
         shape = search_grid(solver, fitting.field, fitting.noise, ends, made, shape)
@@ -85,16 +85,16 @@ def search_times(
 
 def moved_times(
     fitting: Fitting, calls: int, times: Tensor, rounds: int, allowed: Callable[[Tensor], bool] = lambda times: True
-) -> FittedRun:
+) -> Schedule:
     """The run that a coordinate search comes to from some times, which are from 1 to 0; without weights."""
     halved, ends = fitting.halves(calls), fitting.truth(torch.zeros(()))
 
     def error(grid: Tensor) -> float:
-        candidate = run_over(grid, knows_mean=fitting.skips)
+        candidate = match_schedule(grid, has_data_mean=fitting.skips)
         if candidate.calls != calls + halved or not allowed(grid):
             return math.inf  # a first time may have moved to where its call is, or is no longer, to be made
         return endpoint_errors(fit_run(fitting, candidate.scaled(fitting.start), halved)[0], ends).mean().item()
 
-    return run_over(coordinate_search(error, times, rounds).tolist(), knows_mean=fitting.skips)
+    return match_schedule(coordinate_search(error, times, rounds).tolist(), has_data_mean=fitting.skips)
 
 

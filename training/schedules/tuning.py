@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ...bas_core.guidance import Field
-from ...bas_core.runs import FittedRun
+from ...bas_core.schedule import Schedule
 from ...bas_core.sidenet import SideNet
 from ...bas_core.solver import solve
 from ..network.loop import LoopSettings, Model, Numbers, Share, train
@@ -82,14 +82,14 @@ class TunedRun(nn.Module):
             whether its call is saved depends on it, and so what the run costs.
     """
 
-    def __init__(self, run: FittedRun, held: int = 2) -> None:
+    def __init__(self, run: Schedule, held: int = 2) -> None:
         super().__init__()
         times = torch.stack(run.grid)
         self.held, self.last = times[:held].tolist(), float(times[-1])
-        self.skip_first, self.rule = run.skip_first, run.rule
+        self.analytic_first_step, self.rule = run.analytic_first_step, run.rule
         self.log_steps = nn.Parameter(times[held - 1 :].diff().abs().log())
-        self.step_weights = nn.ParameterList([nn.Parameter(torch.tensor(row)) for row in run.step_weights])
-        self.half_calls = nn.ParameterList([nn.Parameter(torch.tensor(row)) for row in run.half_calls])
+        self.coefficients = nn.ParameterList([nn.Parameter(torch.tensor(row)) for row in run.coefficients])
+        self.cfg_coefficients = nn.ParameterList([nn.Parameter(torch.tensor(row)) for row in run.cfg_coefficients])
 
     def times(self) -> Tensor:
         """[N + 1] of them, in the direction of the run that it began with."""
@@ -97,9 +97,9 @@ class TunedRun(nn.Module):
         held, last = self.log_steps.new_tensor(self.held), self.log_steps.new_tensor([self.last])
         return torch.cat([held, last + (held[-1] - last) * left[:-1], last])
 
-    def run(self) -> FittedRun:
+    def run(self) -> Schedule:
         """The run as it stands, with gradients to the parameters."""
-        return FittedRun(self.times(), list(self.step_weights), list(self.half_calls), self.skip_first, self.rule)
+        return Schedule(self.times(), list(self.coefficients), list(self.cfg_coefficients), self.analytic_first_step, self.rule)
 
     def forward(self, field: Field, noise: Tensor, sidenet: SideNet, start: float) -> Tensor:
         """The end [B, C, *spatial] of a run from noise at the time `start`."""
@@ -108,8 +108,8 @@ class TunedRun(nn.Module):
 
 
 def tune(
-    sidenet: SideNet, parts: tuple[Replay, Replay], run: FittedRun, calls: int, loop: LoopSettings, folder: Path
-) -> FittedRun:  # fmt: skip
+    sidenet: SideNet, parts: tuple[Replay, Replay], run: Schedule, calls: int, loop: LoopSettings, folder: Path
+) -> Schedule:  # fmt: skip
     """Tune a run; what it cost is added to the replays' `spent`.
 
     Args:
@@ -128,7 +128,7 @@ def tune(
     def error(tuned: TunedRun, source: Replay, drawn: Tensor, counted: int) -> Tensor:
         field = source.field_of(drawn)
         ends = tuned(field, source.noise(drawn), sidenet, backbone.start)
-        source.spent["tuning"] += round(field.cost * counted)
+        source.spent["tuning"] += round(field.nfe * counted)
         return endpoint_errors(ends, source.truth(drawn, torch.tensor(0.0))).mean()
 
     begun = TunedRun(run).to(backbone.device)
