@@ -1,339 +1,342 @@
-"""The project's figures on the demo model, in one run: errors on uniform and best grids, cost, memory, accuracy.
+"""Solvers at their best time grids, on any backbone: how far each ends from the converged end of the sampling ODE.
 
-    python -m ba_solver.lab.benchmark --out runs/benchmark            # about ten minutes on two cores
-    python -m ba_solver.lab.benchmark --out runs/benchmark --search all         # first search the best grids
-    python -m ba_solver.lab.benchmark --out runs/benchmark --search unipc       # of one solver alone
+    python -m ba_solver.lab.benchmark --backbone sit:weights/demo_sit.safetensors --guidance 2 \\
+        --sidenet weights/demo_sidenet.safetensors --grids weights/demo_grids.json --out runs/demo
+    python -m ba_solver.lab.benchmark --backbone python:ba_solver.lab.galaxies:hsc32 \\
+        --sidenet hsc32_seed1.safetensors hsc32_seed2.safetensors --out runs/hsc32
 
-The search uses noises of its own and writes `weights/demo_grids.json`; the reported noises are never searched on.
-With it, the error tables go into the shipped SideNet's file too, where `ba-solver info` and SideNet Info show them.
+Every solver without a SideNet gets the best of `GRIDS`, found for each number of model calls on noises of their own.
+BA-solver has the schedules in its SideNet's file. All are also measured under one ordinary schedule. Several SideNets,
+from recordings with several seeds, give a mean and a standard deviation.
 """
 
 from __future__ import annotations
 
+import csv
+import io
+import itertools
 import json
 import statistics
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from ..bas_core.baselines import run_baseline
-from ..bas_core.checkpoint import save_sidenet
-from ..bas_core.files import fingerprint, write_text
-from ..bas_core.grids import time_grid
+from ..bas_core.checkpoint import SideNetCard, load_sidenet
+from ..bas_core.files import write_text
 from ..bas_core.guidance import Field
-from ..bas_core.runs import FittedRun
-from ..bas_core.sidenet import SideNet, SideNetConfig
-from ..bas_core.sit import SiT, SiTConfig
+from ..bas_core.sidenet import SideNet
 from ..bas_core.solver import solve
 from ..bas_core.weighting import WeightedSideNet
-from ..training.backbones import BackboneChoice, open_backbone
-from ..training.demo.assets import (
-    CLASSIFIER_FILE,
-    DEMO_CFG,
-    GRIDS_FILE,
-    SIDENET_FILE,
-    SIT_FILE,
-    Demo,
-    Grids,
-    demo_noise,
-    guided_field,
-    load_demo,
-)
-from ..training.measuring.reference import reference_paths
-from ..training.measuring.rivals import (
-    converged_reference,
-    line_up,
-    measure,
-    more_rivals,
-    rivals,
-    unipc,
-    with_first_call_saved,
-)
-from ..training.measuring.score import search_shapes
-from ..training.progress import progress
-from ..training.runs.samplers import Sampler, endpoint_errors, sidenet_sampler
-from .classifier import accuracy, load_classifier
-from .kept import kept, write_report
+from ..training.backbones import Backbone, BackboneChoice, open_backbone
+from ..training.demo.assets import Grids, load_grids
+from ..training.measuring.rivals import unipc
+from ..training.progress import progress, say
+from ..training.runs.samplers import GridShape, Sampler, baseline_sampler, endpoint_errors
+from ..training.settings import UsageError, parse_calls, prepare_folder
+from .cost import cost
 
-SEARCH_SEED = 2_000_000
-REPORT_SEED = 4_000_000
-# Of the paths that grids are searched and step weights are fitted on.
-REFERENCE_POINTS = 192
+MULTISTEP = ("adams_bashforth2", "dpmpp_2m", "unipc", "predictor_corrector", "ipndm", "deis", "res_multistep")
+RIVALS = (*MULTISTEP, "dpm_2", "euler", "heun")
+# (shift, cosine) of `time_grid`; each rival gets the best.
+GRIDS: tuple[GridShape, ...] = tuple(
+    itertools.product((0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6), (-0.2, 0.0, 0.15, 0.3, 0.5))
+)
+REPORT_SEED, SEARCH_SEED = 8_000_000, 9_000_000
+OURS, NO_NETWORK = "BA-solver", "BA-solver without its network"
+BEST = "best schedule"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkSettings(BackboneChoice):
+    """Measure solvers on a model: JSON, CSV, and tables in Markdown.
+
+    Attributes:
+        out: folder for `benchmark.json`, `benchmark.csv`, `benchmark.md` and `grids.json`.
+        sidenet: files of SideNets for this model, one for each seed; none to measure the other solvers alone.
+        grids: file of the rivals' best grids, which is completed by a search; left out, `grids.json` in `out`.
+        nfe: numbers of model calls, separated by commas.
+        noises: from which every solver samples.
+        search_noises: others, on which the best grids are found.
+        batch: noises that are sampled at once.
+        shift: of the ordinary schedule, `time_grid(n, shift)`.
+        solvers: rivals to measure.
+        cost: measure time and memory of the schedule of the middle number of model calls too.
+    """
+
+    out: Path
+    sidenet: tuple[Path, ...] = ()
+    grids: Path | None = None
+    nfe: str = "5,7,10"
+    noises: int = 96
+    search_noises: int = 24
+    batch: int = 96
+    shift: float = 3.0
+    solvers: tuple[str, ...] = RIVALS
+    cost: bool = False
+
+    @property
+    def counts(self) -> list[int]:
+        """Numbers of model calls."""
+        return parse_calls(self.nfe)
+
+    @property
+    def cfg(self) -> float:
+        """The CFG scale."""
+        return self.scales[0]
+
+    @property
+    def ordinary(self) -> str:
+        """The ordinary schedule's name in tables."""
+        return f"shift {self.shift:g}"
 
 
 @dataclass(frozen=True)
-class BenchmarkSettings:
-    """What is measured.
+class Row:
+    """One measurement.
 
     Attributes:
-        out: folder for `benchmark.json` and `benchmark.md`.
-        search: names of the solvers whose best grids are searched anew and stored with the package; or all.
-            BA-solver's are in its SideNet's file.
-        nfe: numbers of backbone calls.
-        noises: noises a seed.
-        seeds: independent sets of noises that are reported.
-        search_noises: noises that the grids are searched on.
-        large: also time a random SiT-XL/2 with a paper-sized SideNet (wants a GPU).
-        device: where to run.
+        solver: for people.
+        sidenet: file name of the SideNet; empty for rivals.
+        schedule: "best schedule" or the ordinary one.
+        nfe: model calls; a conditional-only call counts one half.
+        shift, cosine: of the time grid; 0 where the times are fitted.
+        error: mean over the noises of the end's RMSE.
+        standard_error: of that mean.
     """
 
-    out: Path = Path("runs/benchmark")
-    search: tuple[str, ...] = ()
-    nfe: tuple[int, ...] = (4, 5, 7, 10)
-    noises: int = 64
-    seeds: int = 3
-    search_noises: int = 24
-    large: bool = False
-    device: str = "cpu"
+    solver: str
+    sidenet: str
+    schedule: str
+    nfe: int
+    shift: float
+    cosine: float
+    error: float
+    standard_error: float
 
 
-def told_the_mean(sidenet: SideNet) -> list[Sampler]:
-    """What the saved first call is worth by itself: the two best rivals, given it too."""
-    best = next(sampler for sampler in rivals() if sampler.name == "unipc")
-    line = WeightedSideNet(sidenet, lambda t: 0.0)  # of the SideNet nothing but the mean
-    return [
-        with_first_call_saved(best, sidenet),
-        sidenet_sampler(line, "predictor_corrector_mean", "AB2 + trapezoid, told the mean"),
-    ]
+@dataclass(frozen=True)
+class Noises:
+    """Noises, and where the sampling ODE leads from them.
+
+    Attributes:
+        backbone, cfg: the model, and its CFG scale.
+        batches: (noise [B, C, *spatial], conditions [B], ends [B, C, *spatial]).
+        reference_error: of the ends: how far a ten times larger tolerance moves the first batch's, RMSE.
+    """
+
+    backbone: Backbone
+    cfg: float
+    batches: list[tuple[Tensor, Tensor, Tensor]]
+    reference_error: float
+
+    @classmethod
+    def draw(
+        cls, settings: BenchmarkSettings, backbone: Backbone, seed: int, count: int, tolerance: float = 1e-5
+    ) -> Noises:
+        """Unit normal noise from a seed, the conditions in turn, and the converged ends."""
+        generator = torch.Generator().manual_seed(seed)
+        gaussian = torch.randn((count, *backbone.shape), generator=generator)
+        noise = backbone.noise(gaussian).to(backbone.device)
+        batches: list[tuple[Tensor, Tensor, Tensor]] = []
+        error = 0.0
+        for rows in progress(torch.arange(count).split(settings.batch), "converged ends"):
+            conditions = rows % backbone.conditions
+            field = backbone.field(conditions, settings.cfg)
+            ends = converged_ends(field, noise[rows], backbone.start, tolerance)
+            if not batches:
+                rough = converged_ends(field, noise[rows], backbone.start, 10 * tolerance)
+                error = endpoint_errors(rough, ends).mean().item()
+            batches.append((noise[rows], conditions, ends))
+        return cls(backbone, settings.cfg, batches, error)
+
+    def errors(self, sampler: Sampler, nfe: int, shape: GridShape, mode: Any = "guided") -> Tensor:
+        """[noises] RMSE of the ends.
+
+        Raises:
+            RuntimeError: the sampler spends another number of model calls than `nfe`.
+        """
+        found = []
+        for noise, conditions, ends in self.batches:
+            field = self.backbone.field(conditions, self.cfg, mode=mode)
+            found.append(endpoint_errors(sampler.sample(field, noise, nfe, shape), ends).cpu())
+            if field.cost != nfe:
+                raise RuntimeError(f"{sampler.label} was given {nfe} model calls and spent {field.cost:g}.")
+        return torch.cat(found)
 
 
-def search_grids(settings: BenchmarkSettings, demo: Demo, samplers: list[Sampler]) -> Demo:
-    """The demo with the asked solvers' best grids on the search noises, which are written; ours are in its file."""
-    backbone = open_backbone(BackboneChoice(backbone=f"sit:{SIT_FILE}", device=settings.device))
-    asked = [
-        sampler for sampler in samplers if {"all", sampler.name} & set(settings.search) and sampler.name != "ba_solver"
-    ]
-    grids: Grids = dict(demo.grids)
-    with torch.inference_mode():
-        noise, labels = (part.to(settings.device) for part in demo_noise(SEARCH_SEED, settings.search_noises))
-        paths = reference_paths(demo.field(labels), noise, backbone, REFERENCE_POINTS)
-        shapes = search_shapes([(sampler, calls) for sampler in asked for calls in settings.nfe], paths)
-    for (name, calls), shape in shapes.items():
-        grids[name] = {**grids.get(name, {}), calls: shape}
-    write_text(GRIDS_FILE, json.dumps({"cfg": DEMO_CFG, "grids": grids}, indent=1))
-    return replace(demo, grids=grids)
+def converged_ends(field: Field, noise: Tensor, start: float, tolerance: float) -> Tensor:
+    """Ends by adaptive Dormand-Prince 5 of `torchdiffeq`, relative and absolute tolerance alike."""
+    from torchdiffeq import odeint
+
+    times = torch.tensor([start, 0.0], device=noise.device)
+    return odeint(lambda t, x: field.velocity(x, t), noise, times, rtol=tolerance, atol=tolerance, method="dopri5")[-1]
 
 
-def errors_of_seed(settings: BenchmarkSettings, demo: Demo, samplers: list[Sampler], seed: int) -> dict[str, Any]:
-    """Mean end-point errors from one set of noises, by grid, label and calls; and how far the reference may be off."""
-    noise, labels = (part.to(settings.device) for part in demo_noise(REPORT_SEED + seed, settings.noises))
-    field = demo.field(labels)
-    errors: dict[str, float] = {}
-    with torch.inference_mode():
-        reference = converged_reference(field, noise)
-        off = endpoint_errors(reference, converged_reference(field, noise, 1e-6)).mean().item() if seed == 0 else 0.0
-        for sampler, calls, grid in progress(line_up(samplers, settings.nfe), f"seed {seed}"):
-            on_grid, shape = demo.on_grid(sampler, calls, grid)
-            row, _ = measure(on_grid, field, noise, reference, calls, shape, grid)
-            errors[f"{grid}/{sampler.label}/{calls}"] = row.error
-    return {"reference_error": off, "errors": errors}
+def rival(name: str, start: float) -> Sampler:
+    """A solver without a SideNet."""
+    return Sampler(name, "UniPC", unipc, start=start) if name == "unipc" else baseline_sampler(name, start)
 
 
-def error_tables(settings: BenchmarkSettings, demo: Demo, samplers: list[Sampler]) -> dict[str, Any]:
-    """Mean end-point error of every sampler by grid and calls, with the spread over seeds."""
-    key = {
-        "nfe": settings.nfe,
-        "noises": settings.noises,
-        "grids": demo.grids,
-        "ours": {calls: asdict(run) for calls, run in demo.card.runs.items()},
-        "sidenet": fingerprint(demo.sidenet.state_dict()),
-    }
-    found: dict[str, list[float]] = {}
-    convergence = 0.0
-    for seed in range(settings.seeds):
-        path = settings.out / f"seed{seed}.json"
-        one = kept(path, key, partial(errors_of_seed, settings, demo, samplers, seed))
-        convergence = max(convergence, one["reference_error"])
-        for name, error in one["errors"].items():
-            found.setdefault(name, []).append(error)
-    return {
-        "reference_error": convergence,
-        "errors": {k: {"mean": statistics.fmean(v), "sd": statistics.pstdev(v)} for k, v in found.items()},
-    }
+def best_grids(settings: BenchmarkSettings, backbone: Backbone, rivals: Sequence[Sampler]) -> Grids:
+    """Every rival's best grid by number of model calls; those that the file lacks are searched and added to it.
+
+    Raises:
+        UsageError: the file's grids are of another model or CFG scale.
+    """
+    path = settings.grids or settings.out / "grids.json"
+    owner = {"backbone": backbone.fingerprint, "cfg": settings.cfg}
+    grids: Grids = {}
+    if path.exists():
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if {name: content.get(name) for name in owner} != owner:
+            raise UsageError(f"The grids in {path} are of another model or CFG scale; give another --grids or --out.")
+        grids = load_grids(path)
+    jobs = [(r, n) for r in rivals for n in settings.counts if n not in grids.get(r.name, {})]
+    if not jobs:
+        return grids
+    search = Noises.draw(settings, backbone, SEARCH_SEED, settings.search_noises)
+    for sampler, nfe in progress(jobs, "best grids"):
+        shape = min(GRIDS, key=lambda shape: search.errors(sampler, nfe, shape).mean().item())
+        grids.setdefault(sampler.name, {})[nfe] = shape
+        write_text(path, json.dumps({**owner, "grids": grids}, indent=1))
+    return grids
 
 
-def error_rows(tables: dict[str, Any]) -> list[dict[str, Any]]:
-    """The tables as a SideNet's file keeps them."""
+def ours(sidenet: SideNet, card: SideNetCard, backbone: Backbone, cfg: float) -> Iterator[tuple[str, Sampler, Any]]:
+    """(label, sampler, schedules) of BA-solver with and without its network; schedules None: over plain times.
+
+    Without its network, the schedules keep their times, coefficients and analytic first step.
+    """
+    silent = WeightedSideNet(sidenet, lambda t: 0.0)
+    for label, predictor, plain in ((OURS, sidenet, sidenet), (NO_NETWORK, silent, None)):
+        for schedules, network in ((card.runs_at(cfg), predictor), (None, plain)):
+
+            def sample(field: Field, x: Tensor, over: Any, network: Any = network) -> Tensor:
+                return solve(field, network, x, over)
+
+            yield label, Sampler("ba_solver", label, sample, start=backbone.start, given=schedules), schedules
+
+
+def measure_rivals(settings: BenchmarkSettings, noises: Noises) -> list[Row]:
+    """Every rival at its best grid and under the ordinary schedule."""
+    rivals = [rival(name, noises.backbone.start) for name in settings.solvers]
+    grids = best_grids(settings, noises.backbone, rivals)
     rows = []
-    for key, found in tables["errors"].items():
-        grid, label, calls = key.split("/")
-        rows.append({"label": label, "grid": grid, "calls": int(calls), "error": found["mean"], "spread": found["sd"]})
+    for sampler, nfe in progress([(r, n) for r in rivals for n in settings.counts], "rivals"):
+        for schedule, shape in ((BEST, grids[sampler.name][nfe]), (settings.ordinary, (settings.shift, 0.0))):
+            errors = noises.errors(sampler, nfe, shape)
+            rows.append(row_of(sampler.label, "", schedule, nfe, shape, errors))
     return rows
 
 
-def store_errors(tables: dict[str, Any], settings: BenchmarkSettings, demo: Demo) -> None:
-    """Write the error tables into the shipped SideNet's file."""
-    evaluation = {
-        **{k: v for k, v in demo.card.evaluation.items() if k == "residual_variance"},
-        "guidance": DEMO_CFG,
-        "noises": settings.noises * settings.seeds,
-        "endpoint_error": error_rows(tables),
-    }
-    save_sidenet(SIDENET_FILE, demo.sidenet, replace(demo.card, evaluation=evaluation))
+def measure_sidenet(settings: BenchmarkSettings, noises: Noises, path: Path) -> list[Row]:
+    """BA-solver with one SideNet, with and without the network.
+
+    Raises:
+        UsageError: the SideNet belongs to another model.
+    """
+    backbone = noises.backbone
+    sidenet, card = load_sidenet(path, backbone.device)
+    if card.backbone.get("fingerprint") != backbone.fingerprint:
+        raise UsageError(f"{path} belongs to {card.backbone.get('name')!r}; {backbone.name!r} is measured.")
+    rows = []
+    for label, sampler, schedules in ours(sidenet, card, backbone, settings.cfg):
+        shape = (0.0, 0.0) if schedules is not None else (settings.shift, 0.0)
+        schedule = settings.ordinary if schedules is None else BEST
+        for nfe in settings.counts:
+            if schedules is None or nfe in schedules:
+                errors = noises.errors(sampler, nfe, shape, card.velocity)
+                rows.append(row_of(label, path.name, schedule, nfe, shape, errors))
+    return rows
 
 
-def compute_share(demo: Demo) -> dict[str, float]:
-    """Parameters and multiply-adds of the SideNet over the backbone's."""
-    noise, labels = demo_noise(0, 8)
-    field = guided_field(demo.sit, labels)
-    with torch.inference_mode():
-        call = flops(lambda: field.velocity(noise, 0.5))
-        t = torch.full((8,), 0.5)
-        one = flops(lambda: demo.sidenet(noise, noise, t, t / 5, labels))
-        run = flops(lambda: solve(field, demo.sidenet, noise, time_grid(7)))
-    return {
-        "parameters": count_parameters(demo.sidenet) / count_parameters(demo.sit),
-        "backbone_parameters": count_parameters(demo.sit),
-        "sidenet_parameters": count_parameters(demo.sidenet),
-        "one_sidenet_call_over_one_guided_call": one / call,
-        "all_sidenet_calls_of_7_steps_over_7_guided_calls": (run - 7 * call) / (7 * call),
-    }
+def row_of(label: str, sidenet: str, schedule: str, nfe: int, shape: GridShape, errors: Tensor) -> Row:
+    """A measurement from the noises' errors [B]."""
+    standard_error = errors.std().item() / len(errors) ** 0.5 if len(errors) > 1 else 0.0
+    return Row(label, sidenet, schedule, nfe, *shape, errors.mean().item(), standard_error)
 
 
-def count_parameters(module: torch.nn.Module) -> int:
-    """Numbers in a module's parameters."""
-    return sum(p.numel() for p in module.parameters())
-
-
-def flops(work: Callable[[], Any]) -> int:
-    """Floating-point operations of some work, which may be on the meta device."""
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops()
-
-
-def median_seconds(work: Callable[[], Any], device: torch.device, repeats: int = 7) -> float:
-    """Median wall time of `work`, after one run to warm up."""
-    times = []
-    for _ in range(repeats + 1):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
-
-
-def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
-    """Largest sum of live tensor memory that `work` adds at any one time."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        work()
-        return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
-    events = profiler.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    live = peak = 0
-    for _, change in changes:
-        live += change
-        peak = max(peak, live)
-    return peak
-
-
-def cost(field: Field, sidenet: SideNet, noise: Tensor, run: FittedRun) -> dict[str, float]:
-    """Wall time and peak memory of a run beside UniPC's and Euler's on as many calls, for the same batch."""
-    times, device = time_grid(round(run.cost)), noise.device
-    with torch.inference_mode():
-        euler = median_seconds(lambda: run_baseline("euler", field, noise, times), device)
-        theirs = median_seconds(lambda: unipc(field, noise, times), device)
-        ours = median_seconds(lambda: solve(field, sidenet, noise, run), device)
-        memory_euler = peak_bytes(lambda: run_baseline("euler", field, noise, times), device)
-        memory_ours = peak_bytes(lambda: solve(field, sidenet, noise, run), device)
-        memory_chunked = peak_bytes(lambda: solve(field, sidenet, noise, run, chunk=len(noise)), device)
-    return {
-        "calls": run.cost,
-        "batch": len(noise),
-        "seconds_euler": euler,
-        "seconds_unipc": theirs,
-        "seconds_ba_solver": ours,
-        "time_over_unipc": ours / theirs,
-        "peak_memory_over_euler": memory_ours / memory_euler,
-        "peak_memory_over_euler_chunked": memory_chunked / memory_euler,
-        "peak_mib_euler": memory_euler / 2**20,
-    }
-
-
-def large_cost(device: torch.device) -> dict[str, float]:
-    """The same for a random SiT-XL/2 at 256x256 with the published SideNet, in bfloat16, in guided mode."""
-    sit = SiT(SiTConfig.named("XL/2"), device=device, dtype=torch.bfloat16).eval().requires_grad_(False)
-    sidenet = SideNet(SideNetConfig(), device=device, dtype=torch.bfloat16).eval().requires_grad_(False)
-    batch = 64
-    labels = torch.arange(batch, device=device)
-    noise = torch.randn(batch, 4, 32, 32, device=device)
-    return cost(guided_field(sit, labels, 1.5), sidenet, noise, FittedRun(time_grid(7)))
-
-
-def sample_accuracy(demo: Demo, device: torch.device, count: int = 500) -> dict[str, float]:
-    """Share of samples that the classifier takes for the asked class, by the solver that made them."""
-    classifier = load_classifier(CLASSIFIER_FILE).to(device)
-    noise, labels = (part.to(device) for part in demo_noise(REPORT_SEED + 1000, count))
-    parts: dict[str, list[Tensor]] = {"converged": [], "ba_solver_5": [], "ba_solver_7": [], "euler_7": []}
-    with torch.inference_mode():
-        for x, y in progress(list(zip(noise.split(100), labels.split(100), strict=True)), "accuracy"):
-            field = demo.field(y)
-            ours = sidenet_sampler(demo.sidenet)
-            parts["converged"].append(converged_reference(field, x, 1e-4))
-            parts["euler_7"].append(run_baseline("euler", field, x, time_grid(7)))
-            for calls in (5, 7):
-                on_grid, shape = demo.on_grid(ours, calls, "best")
-                parts[f"ba_solver_{calls}"].append(on_grid.sample(field, x, calls, shape))
-    return {name: accuracy(classifier, torch.cat(images), labels) for name, images in parts.items()}
-
-
-def markdown(result: dict[str, Any], settings: BenchmarkSettings) -> str:
-    """The tables as Markdown."""
-    errors = result["tables"]["errors"]
-    labels = list(dict.fromkeys(key.split("/")[1] for key in errors))
-    lines = []
-    for grid in ("uniform", "best"):
-        lines += [f"\n### {grid} grid\n", "| solver | " + " | ".join(map(str, settings.nfe)) + " |"]
-        lines.append("|---" * (len(settings.nfe) + 1) + "|")
-        for label in labels:
-            cells = [errors[f"{grid}/{label}/{calls}"] for calls in settings.nfe]
-            lines.append(f"| {label} | " + " | ".join(f"{c['mean']:.4f} ± {c['sd']:.4f}" for c in cells) + " |")
-    long = errors["uniform/Euler/100"]
-    lines.append(f"\nEuler, 100 calls: {long['mean']:.4f} ± {long['sd']:.4f}")
-    lines += [
-        f"\n### {name}\n\n```json\n{json.dumps(result[name], indent=1)}\n```" for name in result if name != "tables"
+def markdown(rows: Sequence[Row], settings: BenchmarkSettings, reference_error: float) -> str:
+    """One table for each schedule, the rivals in order of their errors."""
+    lines = [
+        f"{settings.backbone}, CFG {settings.cfg:g}, {settings.noises} noises; RMSE to the converged end, "
+        f"which is itself {reference_error:.1g} off at most."
     ]
+    for schedule in (BEST, settings.ordinary):
+        shown = [row for row in rows if row.schedule == schedule]
+        first = [label for label in (OURS, NO_NETWORK) if any(row.solver == label for row in shown)]
+        totals = {row.solver: sum(r.error for r in shown if r.solver == row.solver) for row in shown}
+        others = sorted(set(totals) - set(first), key=totals.__getitem__)
+        lines += [f"\n### {schedule}\n", "| model calls | " + " | ".join(map(str, settings.counts)) + " |"]
+        lines.append("|---" * (len(settings.counts) + 1) + "|")
+        for label in [*first, *others]:
+            errors = [[r.error for r in shown if (r.solver, r.nfe) == (label, nfe)] for nfe in settings.counts]
+            cells = [spread(values, 4) for values in errors]
+            lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def run_benchmark(settings: BenchmarkSettings) -> dict[str, Any]:
-    """Measure everything, and write it as JSON and Markdown."""
-    device = torch.device(settings.device)
-    demo = load_demo(device)
-    others = [*rivals(), *more_rivals(), *told_the_mean(demo.sidenet)]
-    if settings.search:
-        demo = search_grids(settings, demo, [*others, sidenet_sampler(demo.sidenet)])
-    samplers = [*others, sidenet_sampler(demo.sidenet)]
-    noise, labels = (part.to(device) for part in demo_noise(REPORT_SEED, settings.noises))
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean, and standard deviation where there are several values."""
+    if not values:
+        return ""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{deviation}"
+
+
+def measure_cost(settings: BenchmarkSettings, noises: Noises) -> dict[str, float]:
+    """Time and memory with the first SideNet."""
+    sidenet, card = load_sidenet(settings.sidenet[0], noises.backbone.device)
+    noise, conditions, _ = noises.batches[0]
+    field = noises.backbone.field(conditions, settings.cfg, mode=card.velocity)
+    nfe = settings.counts[len(settings.counts) // 2]
+    return cost(field, sidenet, noise, card.runs_at(settings.cfg)[nfe].scaled(noises.backbone.start))
+
+
+def write_report(out: Path, rows: Sequence[Row], result: dict[str, Any], text: str) -> None:
+    """JSON, CSV and Markdown."""
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, list(asdict(rows[0])))
+    writer.writeheader()
+    writer.writerows(map(asdict, rows))
+    write_text(out / "benchmark.csv", table.getvalue())
+    write_text(out / "benchmark.json", json.dumps({**result, "rows": list(map(asdict, rows))}, indent=1))
+    write_text(out / "benchmark.md", text)
+    say(text)
+
+
+def run_benchmark(settings: BenchmarkSettings) -> list[Row]:
+    """Measure everything, and write it.
+
+    Raises:
+        UsageError: a setting cannot be used.
+    """
+    if not settings.sidenet and (settings.cost or not settings.solvers):
+        raise UsageError("--cost, or no --solvers, needs a --sidenet.")
+    unknown = set(settings.solvers) - set(RIVALS)
+    if unknown:
+        raise UsageError(f"--solvers must be of {', '.join(RIVALS)}; got {', '.join(sorted(unknown))}.")
+    backbone = open_backbone(settings)
+    settings.check_guidance(backbone)
+    prepare_folder(settings.out)
+    with torch.inference_mode():
+        noises = Noises.draw(settings, backbone, REPORT_SEED, settings.noises, 1e-6)
+        rows = [row for path in settings.sidenet for row in measure_sidenet(settings, noises, path)]
+        rows += measure_rivals(settings, noises)
+    text = markdown(rows, settings, noises.reference_error)
     result: dict[str, Any] = {
-        "settings": {k: str(v) for k, v in asdict(settings).items()},
-        "tables": error_tables(settings, demo, samplers),
-        "size": compute_share(load_demo()),
-        "cost": cost(demo.field(labels), demo.sidenet, noise, demo.card.runs[7]),
-        "accuracy": sample_accuracy(demo, device),
+        "settings": {name: str(value) for name, value in asdict(settings).items()},
+        "reference_error": noises.reference_error,
     }
-    if settings.search:
-        store_errors(result["tables"], settings, demo)
-    if settings.large:
-        result["cost_sit_xl_2"] = large_cost(device)
-    text = markdown(result, settings)
-    write_report(settings.out / "benchmark", result, text)
-    return result
+    if settings.cost:
+        result["cost"] = measure_cost(settings, noises)
+        text += f"\n```json\n{json.dumps(result['cost'], indent=1)}\n```\n"
+    write_report(settings.out, rows, result, text)
+    return rows
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""A small classifier of the demo's shapes: tells whether a generated image is what was asked for.
+"""A small classifier of the demo's shapes: whether a generated image shows the class that was asked for.
 
 python -m ba_solver.lab.classifier --out runs/demo_classifier
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,21 +16,7 @@ from ..training.network.loop import LoopSettings, Share, train
 from .shapes import CLASS_NAMES, draw_shapes
 
 CLASSIFIER_FORMAT = "ba-solver-demo-classifier"
-
-
-@dataclass(frozen=True)
-class ClassifierSettings:
-    """How the classifier is trained.
-
-    Attributes:
-        out: folder for the weights and the state of an unfinished run.
-        loop: steps, batch, learning rate.
-    """
-
-    out: Path = Path("runs/demo_classifier")
-    loop: LoopSettings = field(
-        default_factory=lambda: LoopSettings(steps=900, batch=96, learning_rate=3e-3, weight_decay=0.01, ema=0.99)
-    )
+LOOP = LoopSettings(steps=900, batch=96, learning_rate=3e-3, weight_decay=0.01, ema=0.99)
 
 
 class Classifier(nn.Sequential):
@@ -53,40 +38,24 @@ def accuracy(classifier: nn.Module, images: Tensor, labels: Tensor) -> float:
     return (guesses == labels).float().mean().item()
 
 
-def feature_distances(classifier: Classifier, images: Tensor, others: Tensor) -> Tensor:
-    """[B] how different a pair of images is to the classifier: 0 for the same, about 1.4 for two of nothing in common.
-
-    After each block, the features at every place are brought to length 1, and the root mean square of the differences'
-    lengths is taken; the result is the mean over the blocks (as Zhang et al. 2018, arXiv 1801.03924, without weights).
-    """
-    found = []
-    one, other = images.clamp(-1, 1), others.clamp(-1, 1)
-    for layer in classifier:
-        one, other = layer(one), layer(other)
-        if isinstance(layer, nn.MaxPool2d):
-            difference = F.normalize(one, dim=1) - F.normalize(other, dim=1)
-            found.append(difference.square().sum(1).flatten(1).mean(1).sqrt())
-    return torch.stack(found).mean(0)
-
-
-def train_classifier(settings: ClassifierSettings) -> Path:
-    """Train the classifier on drawn shapes with a little noise; returns the path of the weights."""
-    torch.manual_seed(settings.loop.seed)
+def train_classifier(out: Path = Path("runs/demo_classifier")) -> Path:
+    """Train the classifier on drawn shapes with a little noise; returns the path of the weights in the folder `out`."""
+    torch.manual_seed(LOOP.seed)
     classifier = Classifier()
 
     def loss_at(step: int, share: Share) -> Tensor:
-        generator = settings.loop.generator(step)
-        shapes = draw_shapes(generator, settings.loop.batch)
+        generator = LOOP.generator(step)
+        shapes = draw_shapes(generator, LOOP.batch)
         noisy = shapes.images + 0.05 * torch.randn(shapes.images.shape, generator=generator)
         guesses = classifier(share.of(noisy).clamp(-1, 1))
         return F.cross_entropy(guesses, share.of(shapes.labels), label_smoothing=0.02)
 
-    best = train(classifier, loss_at, settings.loop, "classifier", settings.out / "run.pt")
-    path = settings.out / "demo_classifier.safetensors"
-    held_out = draw_shapes(torch.Generator().manual_seed(987_654_321), 4000)
-    about = {"format": CLASSIFIER_FORMAT, "format_version": "1", "licence": "MIT"}
-    about["held_out_accuracy"] = f"{accuracy(best, held_out.images, held_out.labels):.4f}"
-    write_safetensors(path, {name: value.half() for name, value in best.state_dict().items()}, about)
+    best = train(classifier, loss_at, LOOP, "classifier", out / "run.pt")
+    path = out / "demo_classifier.safetensors"
+    validation = draw_shapes(torch.Generator().manual_seed(987_654_321), 4000)
+    metadata = {"format": CLASSIFIER_FORMAT, "format_version": "1", "license": "MIT"}
+    metadata["validation_accuracy"] = f"{accuracy(best, validation.images, validation.labels):.4f}"
+    write_safetensors(path, {name: value.half() for name, value in best.state_dict().items()}, metadata)
     return path
 
 
@@ -107,4 +76,4 @@ def load_classifier(path: Path) -> Classifier:
 if __name__ == "__main__":
     import tyro
 
-    train_classifier(tyro.cli(ClassifierSettings))
+    tyro.cli(train_classifier)

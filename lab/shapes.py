@@ -21,12 +21,12 @@ class ShapeBatch:
     """Images and the truth about them.
 
     Attributes:
-        images: [B, 3, S, S] in [-1, 1]; the demo's are 32 wide.
+        images: [B, 3, 32, 32] in [-1, 1].
         labels: [B] indices into `CLASS_NAMES`.
         centres: [B, 2] shape centre (x, y) in [-1, 1], x to the right and y down.
         colours: [B, 3] mean shape colour in [-1, 1].
         grounds: [B, 2, 3] the ground's two end colours in [-1, 1].
-        behind: [B, 3, S, S] in [-1, 1], the ground without the shape.
+        ground: [B, 3, 32, 32] in [-1, 1], without the shape.
     """
 
     images: Tensor
@@ -34,7 +34,7 @@ class ShapeBatch:
     centres: Tensor
     colours: Tensor
     grounds: Tensor
-    behind: Tensor
+    ground: Tensor
 
 
 def _polygon(x: Tensor, y: Tensor, corners: list[tuple[float, float]]) -> Tensor:
@@ -114,66 +114,28 @@ def _saturated_colours(generator: torch.Generator, count: int) -> Tensor:
     return (0.45 + 0.55 * value) * (1 - (0.35 + 0.65 * saturation) * (1 - pure))
 
 
-@dataclass(frozen=True)
-class _Placed:
-    """Shapes, one a picture: [B] each, centres [B, 2], colours [B, 3] in [0, 1]."""
-
-    labels: Tensor
-    radius: Tensor
-    centres: Tensor
-    angle: Tensor
-    colours: Tensor
-    light: Tensor
-
-    def painted_on(self, ground: Tensor) -> Tensor:
-        """Pictures [B, 3, S, S] in [0, 1] with the shapes before what was there."""
-        size = ground.shape[-1]
-        u, v = _places(size)
-        du, dv = u - self.centres[:, 0, None, None], v - self.centres[:, 1, None, None]
-        cos, sin = self.angle.cos()[:, None, None], self.angle.sin()[:, None, None]
-        scale = self.radius[:, None, None]
-        x, y = (cos * du + sin * dv) / scale, (-sin * du + cos * dv) / scale
-        coverage = torch.empty_like(x)
-        for index, distance in enumerate(_DISTANCES):
-            rows = self.labels == index
-            if rows.any():
-                pixels = distance(x[rows], y[rows]) * scale[rows] * size / 2
-                coverage[rows] = (0.5 - pixels).clamp(0, 1)
-        shade = (1 - self.light[:, None, None] * (x + y)).clamp(0.5, 1.5)
-        shape = (self.colours[:, :, None, None] * shade[:, None]).clamp(0, 1)
-        return torch.lerp(ground, shape, coverage[:, None])
+def _paint(
+    ground: Tensor, labels: Tensor, x: Tensor, y: Tensor, scale: Tensor, colours: Tensor, light: Tensor
+) -> Tensor:
+    """Pictures [B, 3, S, S] in [0, 1]: shapes at the places (x, y) [B, S, S] of their own axes, before the ground."""
+    coverage = torch.empty_like(x)
+    for index, distance in enumerate(_DISTANCES):
+        rows = labels == index
+        if rows.any():
+            pixels = distance(x[rows], y[rows]) * scale[rows] * IMAGE_SIZE / 2
+            coverage[rows] = (0.5 - pixels).clamp(0, 1)
+    shade = (1 - light[:, None, None] * (x + y)).clamp(0.5, 1.5)
+    shape = (colours[:, :, None, None] * shade[:, None]).clamp(0, 1)
+    return torch.lerp(ground, shape, coverage[:, None])
 
 
-def _places(size: int) -> tuple[Tensor, Tensor]:
-    """[S, S] of each pixel's x and y in [-1, 1], y down."""
-    axis = (torch.arange(size) + 0.5) / size * 2 - 1
-    v, u = torch.meshgrid(axis, axis, indexing="ij")
-    return u, v
-
-
-def _small_shape(generator: torch.Generator, count: int) -> _Placed:
-    """One of any class, anywhere, for the background."""
-    return _Placed(
-        torch.randint(len(CLASS_NAMES), (count,), generator=generator),
-        0.15 + 0.2 * torch.rand(count, generator=generator),
-        torch.rand(count, 2, generator=generator) * 2 - 1,
-        torch.rand(count, generator=generator) * 2 * math.pi,
-        _saturated_colours(generator, count),
-        0.12 + 0.18 * torch.rand(count, generator=generator),
-    )
-
-
-def draw_shapes(
-    generator: torch.Generator, count: int, labels: Tensor | None = None, size: int = IMAGE_SIZE, behind: int = 0
-) -> ShapeBatch:
+def draw_shapes(generator: torch.Generator, count: int, labels: Tensor | None = None) -> ShapeBatch:
     """Draw `count` images.
 
     Args:
         generator: the only source of randomness (a CPU generator).
         count: number of images.
         labels: [count] classes to draw; None draws them at random.
-        size: of the images along a side.
-        behind: how many small shapes lie behind the one of the class, in richer pictures than the demo's.
     """
     if labels is None:
         labels = torch.randint(len(CLASS_NAMES), (count,), generator=generator)
@@ -189,10 +151,12 @@ def draw_shapes(
     direction = torch.rand(count, generator=generator) * 2 * math.pi
     light = 0.12 + 0.18 * torch.rand(count, generator=generator)
 
-    u, v = _places(size)
+    axis = (torch.arange(IMAGE_SIZE) + 0.5) / IMAGE_SIZE * 2 - 1
+    v, u = torch.meshgrid(axis, axis, indexing="ij")
     ramp = (u * direction.cos()[:, None, None] + v * direction.sin()[:, None, None]) / (2 * math.sqrt(2)) + 0.5
     ground = torch.lerp(grounds[:, 0, :, None, None], grounds[:, 1, :, None, None], ramp[:, None])
-    for _ in range(behind):
-        ground = _small_shape(generator, count).painted_on(ground)
-    images = _Placed(labels, radius, centres, angle, colours, light).painted_on(ground)
+    du, dv = u - centres[:, 0, None, None], v - centres[:, 1, None, None]
+    cos, sin, scale = (part[:, None, None] for part in (angle.cos(), angle.sin(), radius))
+    x, y = (cos * du + sin * dv) / scale, (-sin * du + cos * dv) / scale
+    images = _paint(ground, labels, x, y, scale, colours, light)
     return ShapeBatch(images * 2 - 1, labels, centres, colours * 2 - 1, grounds * 2 - 1, ground * 2 - 1)
