@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -77,9 +77,10 @@ class StraightLine:
     cfg_input = False
     has_data_mean = False
 
-    def __call__(self, *, h: Tensor, slope: Tensor, **_: object) -> Tensor:
+    def __call__(self, *, h: Tensor, slope: Tensor | None, **_: Any) -> Tensor:
         """See `SideNetProtocol`."""
-        return slope * per_sample(h, slope)
+        line = cast(Tensor, slope)
+        return line * per_sample(h, line)
 
     def analytic_velocity(self, x: Tensor, t: Tensor) -> Tensor:
         """There is no data mean.

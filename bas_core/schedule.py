@@ -164,7 +164,7 @@ def linear_combination(x: Tensor, regressors: Sequence[Tensor], coefficients: Ro
 
 @dataclass(frozen=True)
 class Schedule:
-    """Times of a sampling, and what was fitted on them.
+    """Times of a sampling, and what was fitted on them. Sequences are kept as tuples of floats.
 
     Attributes:
         times: N + 1, descending (to sample) or ascending (to invert), within [0, 1].
@@ -180,9 +180,9 @@ class Schedule:
         ValueError: the parts do not fit each other; the message says which, what was required and what came.
     """
 
-    times: Numbers
-    coefficients: tuple[Numbers, ...] = ()
-    cfg_coefficients: tuple[Numbers, ...] = ()
+    times: Sequence[float]
+    coefficients: Sequence[Sequence[float]] = ()
+    cfg_coefficients: Sequence[Sequence[float]] = ()
     analytic_first_step: bool = False
     rule: str = "lobatto4"
 

@@ -7,7 +7,7 @@ without a SideNet) and 1 the SideNet itself, whether it has one anchor or two.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -49,11 +49,12 @@ class WeightedSideNet:
         """The SideNet's, whatever the weight."""
         return self.sidenet.analytic_velocity(x, t)
 
-    def __call__(self, *, t: Tensor, h: Tensor, slope: Tensor, span: Tensor, **inputs: Any) -> Tensor:
+    def __call__(self, *, t: Tensor, h: Tensor, slope: Tensor | None, span: Tensor | None, **inputs: Any) -> Tensor:
         """See `SideNetProtocol`."""
-        second = {"slope": slope, "span": span} if self.sidenet.anchors == 2 else {"slope": None, "span": None}
-        change = self.sidenet(t=t, h=h, **inputs, **second)
-        line = slope * per_sample(h, slope)
+        second = (slope, span) if self.sidenet.anchors == 2 else (None, None)
+        change = self.sidenet(t=t, h=h, slope=second[0], span=second[1], **inputs)
+        both = cast(Tensor, slope)  # this predictor has two anchors
+        line = both * per_sample(h, both)
         return torch.lerp(line, change, torch.as_tensor(self.weight(t), dtype=change.dtype, device=change.device))
 
 

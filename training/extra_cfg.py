@@ -17,7 +17,7 @@ from .progress import say
 from .recording.trajectories import open_trajectories
 from .recording.record import Recording, record
 from .recording.replay import Replay
-from .schedules.fitting import Runs, fit_weights
+from .schedules.fitting import Schedules, fit_coefficients
 from .schedules.surrogate_search import surrogate_search_nfe, search_on_surrogate
 from .settings import UsageError, parse_nfe
 
@@ -45,15 +45,15 @@ def check_extra_cfg(more: tuple[float, ...], recording: Recording, training: Tra
     """
     if not more:
         return
-    if recording.mode != "guided" or training.objective == "published":
-        raise UsageError("--extra-guidance needs recordings of the guided velocity: leave --cfg-mode at guided.")
+    if recording.cfg_mode != "combined" or training.objective == "published":
+        raise UsageError("--extra-guidance needs recordings of the guided velocity: leave --cfg-mode at combined.")
     if not all(0 < scale <= 100 for scale in more) or len(set(more)) < len(more):
         raise UsageError(f"--extra-guidance must be CFG scales from 0 to 100, each once; got {more}.")
 
 
 def runs_at_scale(
     settings: Any, scale: float, backbone: Backbone, sidenet: SideNet, trajectories: Path, spent: Counter[str]
-) -> Runs:
+) -> Schedules:
     """Record a few runs at a CFG scale, and find times and weights for it; what it cost is added to `spent`."""
     few = dataclasses.replace(recording_for(settings), guidance=(scale,))
     record(few, few, trajectories, backbone, CHECKED)
@@ -62,7 +62,7 @@ def runs_at_scale(
     spent["recorded"] += len(found) * about["points"]
     mean = sidenet.data_mean if sidenet.config.data_mean_size else None
     calls = parse_nfe(settings.nfe)
-    return backbone.within(lambda: fit_weights(sidenet, replay, search_on_surrogate(replay, calls, mean)))
+    return backbone.within(lambda: fit_coefficients(sidenet, replay, search_on_surrogate(replay, calls, mean)))
 
 
 def add_extra_cfg(settings: Any, trajectories: Path, opened: Callable[[float], Backbone]) -> SideNetCard:
@@ -75,9 +75,9 @@ def add_extra_cfg(settings: Any, trajectories: Path, opened: Callable[[float], B
     """
     stored, card = load_sidenet(settings.out)
     for scale in settings.extra_guidance:
-        if scale in card.more_runs:
+        if scale in card.schedules:
             continue
-        say(f"Runs for CFG {scale:g}")
+        say(f"Schedules for CFG {scale:g}")
         backbone = opened(scale)
         sidenet = load_sidenet(settings.out, backbone.device)[0]
         spent: Counter[str] = Counter()
@@ -86,7 +86,7 @@ def add_extra_cfg(settings: Any, trajectories: Path, opened: Callable[[float], B
         )
         calls = card.training.get("backbone_calls", {}) | {f"CFG {scale:g}": spent.total()}
         card = dataclasses.replace(
-            card, more_runs=card.more_runs | {scale: runs}, training=card.training | {"backbone_calls": calls}
+            card, schedules=card.schedules | {scale: runs}, training=card.training | {"backbone_calls": calls}
         )
         save_sidenet(settings.out, stored, card)
     return card

@@ -193,7 +193,7 @@ def open_sidenet(settings: SampleSettings, backbone: Backbone) -> tuple[SideNet 
     if settings.sidenet is None:
         return None, SideNetCard(), ""
     if settings.sidenet.suffix in (".pt", ".pth"):
-        network, card = load_official_sidenet(settings.sidenet).to(backbone.device), SideNetCard(velocity="branch")
+        network, card = load_official_sidenet(settings.sidenet).to(backbone.device), SideNetCard(cfg_mode="per_branch")
     else:
         network, card = load_sidenet(settings.sidenet, backbone.device, torch.float32)
     if card.backbone.get("fingerprint") not in (None, "", backbone.fingerprint):
@@ -237,7 +237,7 @@ def prepare(settings: SampleSettings, backbone: Backbone, sidenet: SideNet | Non
         rival,
         scale,
         settings.guidance_interval,
-        card.velocity if settings.sidenet else "guided",
+        card.cfg_mode if settings.sidenet else "combined",
         classes_of(settings.classes, backbone),
         settings.seed,
         None if settings.latents else decoder(settings, backbone),

@@ -36,7 +36,7 @@ from .processes import MAIN_PROCESS
 from .progress import say
 from .recording.trajectories import Trajectories, check_alike, open_trajectories
 from .recording.record import PREFIXES
-from .schedules.fitting import fit_weights
+from .schedules.fitting import fit_coefficients
 from .schedules.surrogate_search import search_on_surrogate
 from .schedules.tuning import tune, tuned_or_kept, tuning_loop
 from .settings import UsageError, check_device, parse_nfe, plain, prepare_folder, shareable
@@ -161,7 +161,7 @@ def fit(job: Job) -> SideNet:
 
 def finish_runs(job: Job, sidenet: SideNet) -> dict[int, Schedule]:
     """The runs with their weights, tuned if that is asked for."""
-    runs = fit_weights(sidenet, job.replay(job.trajectories), job.runs)
+    runs = fit_coefficients(sidenet, job.replay(job.trajectories), job.runs)
     if not job.training.tune:
         return runs
     loop = tuning_loop(job.training.loop(job.training.tune, 1))
@@ -202,10 +202,10 @@ def card_of(job: Job, sidenet: SideNet, settings: Any, seconds: float, found: di
     begun = job.training.start_from
     earlier = SideNetCard() if begun is None else load_sidenet(begun)[1]
     return SideNetCard(
-        velocity=job.about["velocity"],
+        cfg_mode=job.about["cfg_mode"],
         cfg_range=(low, high),
         backbone=job.about["backbone"],
-        runs=job.runs,
+        schedules={(low + high) / 2: job.runs} if job.runs else {},
         training={
             "objective": job.training.objective if job.training.trains or begun else NO_NETWORK,
             "recorded_runs": runs,
@@ -217,7 +217,7 @@ def card_of(job: Job, sidenet: SideNet, settings: Any, seconds: float, found: di
             "torch": torch.__version__,
             **({} if begun is None else {"started_from": earlier.training}),
         },
-        licence=earlier.licence,
+        license=earlier.license,
         evaluation=found,
     )
 
@@ -297,12 +297,12 @@ def train_from(
     if training.needs_backbone:
         backbone = backbone or open_backbone(choice)
     check_choice(choice, about, backbone)
-    if training.objective == "published" and about["velocity"] == "guided" and about["guidance"] != [1.0, 1.0]:
+    if training.objective == "published" and about["cfg_mode"] == "combined" and about["guidance"] != [1.0, 1.0]:
         raise CheckpointError(
             "The published objective trains on each branch of guidance, and is validated on trajectories of them: record "
             "with --cfg-mode branch."
         )
-    if training.nfe and about["velocity"] != "guided":
+    if training.nfe and about["cfg_mode"] != "combined":
         raise UsageError("Schedules need trajectories of the guided velocity: record with --cfg-mode guided.")
     parts = split_validation(recorded, training)
     job = Job(training, *parts, about, check_device(choice.device), folder, backbone, starts)

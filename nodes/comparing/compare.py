@@ -13,9 +13,9 @@ import comfy.samplers
 import comfy.utils
 from torch import Tensor
 
-from ...bas_core.baselines import run_baseline
+from ...training.baselines import run_baseline
 from ..models.attach import applied_sidenet
-from ..models.paths import Schedule, path_of
+from ..models.paths import SigmaSchedule, path_of
 from ..sampling.sampler import Options, opened, sample_ba_solver
 from ..sampling.schedule import sigmas_for
 from ..say import warn
@@ -159,7 +159,7 @@ class Comparing(comfy.samplers.Sampler):
         model = comfy.samplers.KSamplerX0Inpaint(guider, sigmas)
         model.latent_image, model.noise = latent_image, noise
         start = sampling.noise_scaling(sigmas[0], noise, latent_image, self.max_denoise(guider, sigmas))
-        schedule = Schedule.of(path_of(sampling), sigmas)
+        schedule = SigmaSchedule.of(path_of(sampling), sigmas)
         with opened(model, extra_args, schedule, start, Options("multistep"), True) as on:
             x = schedule.path.to_flow(start, sigmas[0].to(start))
             end = run_baseline(REFERENCE, on.field, x, schedule.times)

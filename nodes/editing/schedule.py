@@ -8,11 +8,11 @@ import torch
 
 from ...bas_core.editing import START, editing_grid
 from ..models.attach import applied_sidenet
-from ..models.paths import Schedule, path_of
+from ..models.paths import SigmaSchedule, path_of
 from ..sampling.schedule import stretched_sigmas
 
 
-def editing_schedule(model: Any, calls: int, strength: float) -> Schedule:
+def editing_schedule(model: Any, calls: int, strength: float) -> SigmaSchedule:
     """The sigmas of an edit: a number of calls each way, from as far up as the strength says.
 
     Args:
@@ -34,4 +34,4 @@ def editing_schedule(model: Any, calls: int, strength: float) -> Schedule:
     if times[0] <= start:
         raise ValueError(f"A strength of {strength:g} leaves nothing to edit. Set it higher; 0.6 to 1 is usual.")
     times = editing_grid(times, start).float()
-    return Schedule(path, path.sigmas(times.double()).float(), times)
+    return SigmaSchedule(path, path.sigmas(times.double()).float(), times)

@@ -13,7 +13,7 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ...bas_core.guidance import NO_GUIDANCE, Field, Guidance, Mode
+from ...bas_core.guidance import NO_GUIDANCE, Field, Guidance, CFGMode
 from ...bas_core.sit import SiTConfig
 from ...training.backbones.base import Backbone
 from ..models.identity import Identity, identity_of
@@ -88,7 +88,7 @@ class ComfyBackbone(Backbone):
     on: list[Sampling] = dataclasses.field(default_factory=list)
 
     def field(
-        self, conditions: Tensor, scale: float, interval: tuple[float, float] = WHOLE, mode: Mode = "guided"
+        self, conditions: Tensor, scale: float, interval: tuple[float, float] = WHOLE, mode: CFGMode = "combined"
     ) -> Field:
         """The field of some prompts [B], by number; in two branches too, where nothing else on the MODEL sees both.
 

@@ -41,7 +41,7 @@ class LoadedSideNet:
     @property
     def knows_mean(self) -> bool:
         """Whether it can save a run's first call."""
-        return self.network.config.mean_size > 0
+        return self.network.config.data_mean_size > 0
 
 
 def read_sidenet(path: Path, name: str, dtype: torch.dtype | None = None) -> LoadedSideNet:

@@ -33,7 +33,7 @@ def field_of(backbone: Backbone, sidenet: LoadedSideNet | None, interval: tuple[
             "A CFG interval works with KSampler, SamplerCustom, CFGGuider and BasicGuider; "
             f"{type(backbone.guider).__name__} combines its branches in its own way. Set the interval to 0 and 1."
         )
-    if sidenet is not None and sidenet.card.velocity == "branch" and _can_split(backbone):
+    if sidenet is not None and sidenet.card.cfg_mode == "per_branch" and _can_split(backbone):
         return _branch_field(backbone, sidenet, guidance, x)
 
     pair = Field(_branches_of(backbone, guidance), (None,) * (1 + (guidance.scale != 1)), guidance)

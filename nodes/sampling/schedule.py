@@ -9,15 +9,15 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ...bas_core.grids import grid_of_calls, resample_grid
-from ...bas_core.runs import FittedRun
+from ...bas_core.grids import grid_for_nfe, resample_grid
+from ...bas_core.schedule import Schedule
 from ..models.paths import path_of
 
 GRIDS = ("auto", "model")
 
 
 def sigmas_for(
-    model_sampling: Any, calls: int, denoise: float, runs: Mapping[int, FittedRun], skip_first: bool = False
+    model_sampling: Any, calls: int, denoise: float, runs: Mapping[int, Schedule], skip_first: bool = False
 ) -> Tensor:
     """The SideNet's own times for a whole run of so many calls, and else `stretched_sigmas`, which takes the same
     arguments."""
@@ -27,7 +27,7 @@ def sigmas_for(
 
 
 def stretched_sigmas(
-    model_sampling: Any, calls: int, denoise: float, runs: Mapping[int, FittedRun], skip_first: bool = False
+    model_sampling: Any, calls: int, denoise: float, runs: Mapping[int, Schedule], skip_first: bool = False
 ) -> Tensor:
     """The last `calls` + 1 sigmas of a grid long enough to start at the noise level that `denoise` asks for.
 
@@ -46,7 +46,7 @@ def stretched_sigmas(
         whole = comfy.samplers.calculate_sigmas(model_sampling, "simple", total)
     else:
         nearest = torch.stack(runs[min(runs, key=lambda known: abs(known - total))].grid)
-        times = grid_of_calls(lambda intervals: resample_grid(nearest, intervals), total, skip_first)
+        times = grid_for_nfe(lambda intervals: resample_grid(nearest, intervals), total, skip_first)
         whole = _on_path(model_sampling, times)
     return whole.cpu() if total == calls else whole[-(calls + 1) :].cpu()
 

@@ -54,8 +54,8 @@ class Demo:
         """
         if kind == "uniform":
             return solver, UNIFORM
-        if solver.name == "ba_solver" and calls in self.card.runs:
-            return replace(solver, given=self.card.runs), UNIFORM
+        if solver.name == "ba_solver" and calls in self.card.schedules_for(DEMO_CFG):
+            return replace(solver, given=self.card.schedules_for(DEMO_CFG)), UNIFORM
         known = self.grids.get(solver.name)
         return solver, known[min(known, key=lambda n: abs(n - calls))] if known else UNIFORM
 
@@ -63,7 +63,7 @@ class Demo:
 def guided_field(sit: SiT, labels: Tensor, cfg: float = DEMO_CFG) -> Field:
     """A SiT's guided velocity field for class labels [B]."""
     null = torch.full_like(labels, sit.null_class)
-    return model_field(sit, labels, null, Guidance(cfg), mode="guided")
+    return model_field(sit, labels, null, Guidance(cfg), mode="combined")
 
 
 def load_demo(device: torch.device | str = "cpu") -> Demo:

@@ -17,12 +17,13 @@ from torch import Tensor
 from ...bas_core.checkpoint import SideNetCard, load_sidenet, save_sidenet
 from ...bas_core.files import CheckpointError, write_text
 from ...bas_core.guidance import Field
+from ...bas_core.schedule import Schedule
 from ...bas_core.sidenet import SideNet
 from ..backbones import Backbone, BackboneChoice, open_backbone
 from ..progress import progress, say
 from ..recording.trajectories import open_trajectories
 from ..recording.replay import Replay
-from ..schedules.fitting import Fitting, fit_runs
+from ..schedules.fitting import Fitting, fit_schedules
 from ..schedules.solvers import UNIFORM, GridShape, Solver, endpoint_errors, search_grid, sidenet_solver
 from ..schedules.time_search import search_times
 from ..settings import UsageError, check_positive, parse_nfe, plain, prepare_folder
@@ -99,7 +100,7 @@ def learned_multistep(
     scales = torch.ones(len(recorded)) if recorded.scales is None else recorded.scales
     nearest = scales[runs][(scales[runs] - guidance).abs().argmin()]
     rows = runs[scales[runs] == nearest][:FIT_RUNS]
-    replay = Replay(backbone, recorded, {**about, "velocity": mode})
+    replay = Replay(backbone, recorded, {**about, "cfg_mode": mode})
     fitted = LearnedMultistep(replay.field_of(rows), replay.noise(rows), lambda t: replay.truth(rows, t))
     return Solver("learned_multistep", "learned multistep", fitted, start=backbone.start)
 
@@ -124,16 +125,14 @@ def search_shapes(jobs: Sequence[tuple[Solver, int]], search: Paths) -> Shapes:
     }
 
 
-def with_more_runs(
-    card: SideNetCard, sidenet: SideNet, calls: Sequence[int], search: Paths, start: float
-) -> SideNetCard:
-    """The card with fitted runs for more numbers of calls, found on the search noises."""
+def fitted_schedules(sidenet: SideNet, nfe: Sequence[int], search: Paths, start: float) -> dict[int, Schedule]:
+    """Schedules for more NFE, found on the search noises."""
     fitting = Fitting(sidenet, search.field, search.noise, search.truth, start)
-    return dataclasses.replace(card, runs=card.runs | fit_runs(search_times(fitting, calls), fitting))
+    return fit_schedules(search_times(fitting, nfe), fitting)
 
 
 def jobs_for(
-    others: Sequence[Solver], ours: Solver, calls: Sequence[int], card: SideNetCard, shapes: Shapes
+    others: Sequence[Solver], ours: Solver, calls: Sequence[int], schedules: dict[int, Schedule], shapes: Shapes
 ) -> list[tuple[Solver, int, str, GridShape]]:
     """What is measured: every solver on its uniform and best grid, ours on those in its file."""
     jobs: list[tuple[Solver, int, str, GridShape]] = []
@@ -142,8 +141,8 @@ def jobs_for(
             jobs.append((solver, n, grid, UNIFORM))
         elif (solver.name, n) in shapes:
             jobs.append((solver, n, grid, shapes[solver.name, n]))
-        elif solver is ours and n in card.runs:
-            jobs.append((dataclasses.replace(ours, given=card.runs), n, grid, UNIFORM))
+        elif solver is ours and n in schedules:
+            jobs.append((dataclasses.replace(ours, given=schedules), n, grid, UNIFORM))
     return jobs
 
 
@@ -241,24 +240,24 @@ def evaluate(
     prepare_folder(out)
     sidenet, card = load_sidenet(path, backbone.device, torch.float32)
     scale = guidance_for(choice, card, backbone)
-    stored, card = card, dataclasses.replace(card, runs=card.schedules_for(scale))
+    schedules = card.schedules_for(scale)
     recorded = card.training.get("recorded", {})
     interval = tuple(recorded.get("guidance_interval", choice.guidance_interval))
 
     def field_of(conditions: Tensor) -> Field:
-        return backbone.field(conditions, scale, interval, card.velocity)
+        return backbone.field(conditions, scale, interval, card.cfg_mode)
 
     spent: Counter[str] = Counter()
     with torch.inference_mode():
         paths, search = draw_references(scoring, backbone, field_of, more["seed"])
-        multistep = learned_multistep(more["trajectories"], backbone, search, scale, card.velocity)
+        multistep = learned_multistep(more["trajectories"], backbone, search, scale, card.cfg_mode)
         others, shapes = competitors(backbone, multistep), {}
         if search:
             shapes = search_shapes([(solver, n) for n in calls for solver in others], search)
-            unknown = [n for n in calls if n not in card.runs]
-            card = with_more_runs(card, sidenet, unknown, search, backbone.start)
+            unknown = [n for n in calls if n not in schedules]
+            schedules = schedules | fitted_schedules(sidenet, unknown, search, backbone.start)
         ours = sidenet_solver(sidenet, start=backbone.start)
-        rows, states = measure_all(jobs_for(others, ours, calls, card, shapes), paths)
+        rows, states = measure_all(jobs_for(others, ours, calls, schedules, shapes), paths)
         images = {key: to_images(backbone, x) for key, x in states.items()}
         ends = to_images(backbone, paths[0].ends[:SHOWN])
     for name, fields in (("measure", [p.field for p in paths]), ("search", [search.field] if search else [])):
@@ -271,9 +270,9 @@ def evaluate(
         "batched_backbone_calls": dict(spent),
     }
     write_report(out, rows, calls, images, ends, {"settings": more["settings"], "sidenet": str(path), **found})
-    # Runs that were found for want of others are kept with those of the scale that they were found at.
-    own = card.runs if scale == stored.guidance else stored.runs
-    card = dataclasses.replace(stored, runs=own, evaluation={**card.evaluation, **found})
+    # Schedules that were missing are added to those of their own CFG scale.
+    own = {scale: schedules} if scale == card.cfg and schedules else {}
+    card = dataclasses.replace(card, schedules=card.schedules | own, evaluation={**card.evaluation, **found})
     save_sidenet(path, load_sidenet(path)[0], card)
     say(f"Written: {out} (results.json, results.csv, errors.png, images.png); the table is in {path} too.")
     return rows

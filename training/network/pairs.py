@@ -69,14 +69,14 @@ class QueryRange:
         shift: lowest and highest time shift of the grids (drawn log-uniformly).
         cosine: lowest and highest cosine blend.
         ascending: share of examples in the other direction (noise-ward), for inversion.
-        skip_first: share of the runs that save the call at t = 1, of those whose first interval is short enough.
+        analytic_share: share of the samplings with an analytic first step, of those whose first step is short enough.
     """
 
     calls: tuple[int, int] = (4, 12)
     shift: tuple[float, float] = (0.8, 3.5)
     cosine: tuple[float, float] = (-0.3, 0.6)
     ascending: float = 0.1
-    skip_first: float = 0.0
+    analytic_share: float = 0.0
 
 
 class Queries(NamedTuple):
@@ -108,7 +108,7 @@ def draw_queries(rule: Rule, anchors: int, count: int, ranges: QueryRange, gener
     inner = [c for c in rule.nodes if 0 < c < 1]
     for a, b, c, d, e, f in uniform.tolist():
         low, high = ranges.calls
-        intervals = low + int(a * (high - low + 1 + bool(ranges.analytic_first_step)))
+        intervals = low + int(a * (high - low + 1 + bool(ranges.analytic_share)))
         shift = ranges.shift[0] * (ranges.shift[1] / ranges.shift[0]) ** b
         grid = time_grid(intervals, shift, ranges.cosine[0] + c * (ranges.cosine[1] - ranges.cosine[0])).tolist()
         last = intervals - 1
@@ -119,7 +119,7 @@ def draw_queries(rule: Rule, anchors: int, count: int, ranges: QueryRange, gener
         i, node, forward = queries[int(d * len(queries))]
         if e < ranges.ascending:
             grid = grid[::-1]
-        skipped.append(f < ranges.analytic_first_step and has_short_first_step(grid))
+        skipped.append(f < ranges.analytic_share and has_short_first_step(grid))
         left, right = grid[i], grid[i + 1]
         target = left + node * (right - left)
         if forward:

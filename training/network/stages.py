@@ -35,7 +35,7 @@ TIME_BINS, STEP_BINS = (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.05, 0.1, 0.2, 1.0)
 VALIDATION_BATCH, VALIDATION_BATCHES = 128, 16
 
 # Of the runs that could save the call at t = 1, how many do in training: the others are for noise of inversions.
-SKIP_FIRST = 0.85
+ANALYTIC_SHARE = 0.85
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Job:
     def examples(self, trajectories: Trajectories, sidenet: SideNet, count: int, generator: torch.Generator) -> Examples:
         """A batch drawn from trajectories; for training, from the starts too."""
         starts = self.starts if trajectories is self.trajectories else None
-        ranges = self.ranges if self.mean is None else dataclasses.replace(self.ranges, analytic_first_step=SKIP_FIRST)
+        ranges = self.ranges if self.mean is None else dataclasses.replace(self.ranges, analytic_share=ANALYTIC_SHARE)
         return draw_examples(trajectories, self.rule, sidenet.anchors, count, ranges, generator, starts, self.mean)
 
     @property

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...training.baselines import run_baseline
+from ..baselines import run_baseline
+from ...bas_core.guidance import CFG_MODES
 from ...bas_core.files import CheckpointError, read_user_text
 from ...bas_core.grids import time_grid, time_shift
 from ..backbones import Backbone, BackboneChoice, open_backbone
@@ -26,7 +27,7 @@ from .reference_solver import LAST_TIME, REFERENCE_SOLVER, batch_generator, rand
 COARSE = 0.1
 CHECKED_TRAJECTORIES = 8
 COMPARED_CALLS = 10
-MODES = ("guided", "branch")
+
 # What an unfinished recording may be gone on with although it differs: older ones do not tell the patch size.
 MAY_HAVE_CHANGED = ("trajectories", "patch_size")
 # Shards of the starts lie in this folder of the trajectories'. They end where the first two intervals of few-step grids do.
@@ -47,7 +48,7 @@ class Recording:
             there, and takes many noises to learn.
         prefix_points: points of these.
         record_batch: trajectories recorded together, and in one shard.
-        mode: guided (the SideNet predicts the guided velocity) or branch (each branch of CFG; the paper).
+        cfg_mode: combined (the SideNet predicts the guided velocity) or per_branch (each branch of CFG; the paper).
         storage: float32, or float16 for half the disk space.
         seed: of noise and times.
     """
@@ -57,7 +58,7 @@ class Recording:
     starts: int = 1024
     prefix_points: int = 8
     record_batch: int = 32
-    mode: str = "guided"
+    cfg_mode: str = "combined"
     storage: str = "float32"
     seed: int = 1
 
@@ -106,7 +107,7 @@ def describe(settings: BackboneChoice, recording: Recording, stretch: Stretch, b
     return {
         "backbone": backbone.identity,
         "shape": list(backbone.shape),
-        "velocity": recording.mode,
+        "cfg_mode": recording.cfg_mode,
         "guidance": list(settings.scales),
         "guidance_interval": list(settings.guidance_interval),
         "points": stretch.points,
@@ -144,10 +145,10 @@ def check_recording(recording: Recording, backbone: Backbone) -> None:
         raise UsageError(
             f"--points must be at least 8, so that trajectories are finer than what is trained; got {recording.points}."
         )
-    for name, valid in (("mode", MODES), ("storage", ("float32", "float16"))):
+    for name, valid in (("cfg_mode", CFG_MODES), ("storage", ("float32", "float16"))):
         if getattr(recording, name) not in valid:
             raise UsageError(f"--{name} must be one of {', '.join(valid)}; got {getattr(recording, name)!r}.")
-    if recording.mode == "branch" and (backbone.embedded_guidance or backbone.combine):
+    if recording.cfg_mode == "per_branch" and (backbone.embedded_guidance or backbone.combine):
         raise UsageError(
             f"--cfg-mode branch needs plain CFG of two branches, which {backbone.name} does not use. Use guided."
         )
@@ -175,13 +176,13 @@ def record_shard(path: Path, drawn: dict[str, Any], recording: Recording, choice
                  about: dict[str, Any]) -> None:  # fmt: skip
     """Record one batch of trajectories and write it."""
     noise, times, labels = drawn["noise"].to(backbone.device), drawn["times"], drawn["labels"]
-    field = backbone.field(labels, drawn["scale"], choice.guidance_interval, "branch")
+    field = backbone.field(labels, drawn["scale"], choice.guidance_interval, "per_branch")
     tensors: dict[str, Tensor] = {}
     with torch.inference_mode():
-        if recording.mode == "branch" and len(field.conditions) == 2:
+        if recording.cfg_mode == "per_branch" and len(field.conditions) == 2:
             tensors["states"], tensors["velocities"], tensors["velocities_null"] = record_branches(field, noise, times)
         else:
-            field = backbone.field(labels, drawn["scale"], choice.guidance_interval, "guided")
+            field = backbone.field(labels, drawn["scale"], choice.guidance_interval, "combined")
             tensors["states"], tensors["velocities"] = record_trajectory(field, noise, times)
     kept = torch.float16 if recording.storage == "float16" else torch.float32
     tensors = {name: tensor.to("cpu", kept) for name, tensor in tensors.items()}
@@ -205,7 +206,7 @@ def reference_error(
     drawn = draw_batch(recording, whole, choice, backbone, 0)
     noise, labels = drawn["noise"][:checked].to(backbone.device), drawn["labels"][:checked]
     times = drawn["times"]
-    field = backbone.field(labels, drawn["scale"], choice.guidance_interval, "guided")
+    field = backbone.field(labels, drawn["scale"], choice.guidance_interval, "combined")
     coarse_grid = LAST_TIME + (backbone.start - LAST_TIME) * time_grid(COMPARED_CALLS, backbone.shift)
 
     def distance(x: Tensor, reference: Tensor) -> float:
@@ -220,7 +221,7 @@ def reference_error(
 
 def plan_text(recording: Recording, backbone: Backbone) -> str:
     """What a recording will cost, before it starts."""
-    velocities = 2 if recording.mode == "branch" and backbone.null is not None else 1
+    velocities = 2 if recording.cfg_mode == "per_branch" and backbone.null is not None else 1
     points = recording.trajectories * recording.points + recording.starts * recording.prefix_points
     size = shard_bytes(backbone.shape, points, velocities, 2 if recording.storage == "float16" else 4)
     starts = f", and the starts of {recording.starts} more" if recording.starts else ""

@@ -29,10 +29,9 @@ def joined(parts: Sequence[Field], sizes: Sequence[int]) -> Field:
         pieces = zip(parts, x.split(list(sizes)), strict=True)
         return torch.cat([part.evaluate(some, t[: len(some)], branches) for part, some in pieces], 1)
 
-    told = zip(*(part.conditions for part in parts), strict=True)
-    conditions = tuple(None if any(c is None for c in each) else torch.cat(each) for each in told)
-    apart = [part.branches for part in parts if part.branches is not None]
-    return Field(evaluate, conditions, first.guidance, first.scale, joined(apart, sizes) if apart else None)
+    by_branch = zip(*(part.conditions for part in parts), strict=True)
+    conditions = tuple(None if any(c is None for c in each) else torch.cat(each) for each in by_branch)
+    return Field(evaluate, conditions, first.cfg, combined=first.combined, scale=first.scale)
 
 
 def recomputed(field: Field) -> Field:
@@ -47,8 +46,7 @@ def recomputed(field: Field) -> Field:
         found: Tensor = checkpoint(field.evaluate, x, t, branches, use_reentrant=False, preserve_rng_state=False)
         return found
 
-    apart = None if field.branches is None else recomputed(field.branches)
-    return Field(evaluate, field.conditions, field.guidance, field.scale, apart)
+    return Field(evaluate, field.conditions, field.cfg, combined=field.combined, scale=field.scale)
 
 
 class RecomputedSideNet:
@@ -101,7 +99,7 @@ class Replay:
         size = self.about.get("record_batch") or len(rows)
         some = rows.split(size)
         labels = [self.trajectories.labels[each] for each in some]
-        fields = [recomputed(self.backbone.field(each, scale, interval, self.about["velocity"])) for each in labels]
+        fields = [recomputed(self.backbone.field(each, scale, interval, self.about["cfg_mode"])) for each in labels]
         return joined(fields, [len(each) for each in some])
 
     def truth(self, rows: Tensor, t: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ TRAJECTORIES_FORMAT = "ba-solver-trajectories"
 NEEDED = {"times", "states", "velocities", "labels"}
 
 # What every shard says of itself, and training relies on.
-SAID = {"backbone", "shape", "velocity", "guidance", "guidance_interval", "points", "shift", "start", "num_classes"}
+SAID = {"backbone", "shape", "cfg_mode", "guidance", "guidance_interval", "points", "shift", "start", "num_classes"}
 
 OPTIONAL = {"scales", "velocities_null"}
 

@@ -1,12 +1,11 @@
-"""The weights of a run, for its steps and its half calls: least squares on recorded runs.
+"""The coefficients of a schedule, multistep and CFG: least squares on recorded trajectories.
 
-They are fitted closed loop: those of each step on the states that the steps before it lead to.
+They are fitted closed loop: each step's coefficients on the states that the steps before it lead to.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,28 +14,26 @@ import torch
 from torch import Tensor
 
 from ...bas_core.guidance import Field
-from ...bas_core.cfg_coefficients import HalfCallField, difference_terms
-from ...bas_core.schedule import Schedule
+from ...bas_core.prediction import SideNetProtocol
+from ...bas_core.schedule import Schedule, ScheduleHook, StepState, linear_combination
 from ...bas_core.sidenet import SideNet
-from ...bas_core.solver import Callback, make_plan, run_bi_anchor
-from ...bas_core.coefficients import add_terms, terms
-from ...bas_core.steps import SideNetProtocol, StepState, knows_mean
+from ...bas_core.solver import Callback, make_solver, run_bi_anchor
 from ..progress import progress
 from ..recording.replay import Replay
 
-# There are about as many weights in a row as steps, and thousands of numbers in a state: few runs say all.
-WEIGHT_RUNS = 32
-# Half calls, counted from a run's end. Two in a row, or any before the difference of the branches is known well, cost
-# more than they save, and a second pair gained nothing on the demo.
-HALVES = (-1, -3)
-# Of fitted runs: it asks the SideNet once a step, lobatto3 three times and lobatto4 five times, and their weights find
-# what a rule of higher order has beyond it (docs/training.md).
+# A row has about as many coefficients as there are steps, and a state has thousands of numbers: few trajectories suffice.
+FITTED_TRAJECTORIES = 32
+# The conditional-only calls, counted from the end. Two in a row, or any before v_c - v_u is known well, cost more than
+# they save, and a second pair gained nothing on the demo.
+CONDITIONAL_ONLY = (-1, -3)
+# The rule of fitted schedules asks the SideNet once a step, lobatto3 three times and lobatto4 five times; coefficients
+# make up for a higher order (docs/measurements.md).
 RULE = "lobatto2"
-# Of the Gram matrix's mean diagonal: velocities of neighbouring times are nearly alike.
+# Relative to the Gram matrix's mean diagonal: velocities of neighbouring times are nearly alike.
 RIDGE = 1e-9
 
 Truth = Callable[[Tensor], Tensor]
-Runs = dict[int, Schedule]
+Schedules = dict[int, Schedule]
 
 
 def least_squares(columns: Sequence[Tensor], wanted: Tensor) -> Tensor:
@@ -54,14 +51,14 @@ def least_squares(columns: Sequence[Tensor], wanted: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Fitting:
-    """What weights are fitted on, and for which solver.
+    """Trajectories that coefficients are fitted on, and the solver.
 
     Attributes:
-        sidenet: of the bi-anchor solver, or what stands in for one.
-        field: of the runs.
-        noise: [B, C, *spatial] where they begin.
+        sidenet: of the bi-anchor solver.
+        field: of the trajectories.
+        noise: [B, C, *spatial] their first states.
         truth: their states at a time.
-        start: the time that they begin at.
+        start: their first time.
     """
 
     sidenet: SideNetProtocol | None
@@ -71,100 +68,95 @@ class Fitting:
     start: float = 1.0
 
     @property
-    def skips(self) -> bool:
-        """Whether a run can save its first call."""
-        return self.start == 1 and self.sidenet is not None and knows_mean(self.sidenet)
-
-    def halves(self, calls: int) -> bool:
-        """Whether a number of calls is spent on one anchor more, of which two are half calls."""
-        return takes_halves(self.field, calls)
+    def analytic(self) -> bool:
+        """Whether a first step can be analytic."""
+        return self.start == 1 and self.sidenet is not None and self.sidenet.has_data_mean
 
 
-def takes_halves(field: Field, calls: int) -> bool:
-    """See `Fitting.halves`."""
-    return field.pair is not None and calls > len(HALVES) + 1
+def has_conditional_only(field: Field, nfe: int) -> bool:
+    """Whether a schedule of so many NFE takes one step more, and two of its calls conditional-only."""
+    return field.can_omit_unconditional and nfe > len(CONDITIONAL_ONLY) + 1
 
 
-class FitWeights:
-    """A `Correct` that finds each step's weights by least squares, on the states that the steps before lead to.
+class FitHook(ScheduleHook):
+    """Finds coefficients by least squares on the states that the steps before lead to; to fit a conditional-only call,
+    both branches are evaluated.
 
     Args:
+        schedule: its times and calls.
         truth: recorded states at a time.
+        conditional_only: whether the calls `CONDITIONAL_ONLY` are conditional-only.
 
     Attributes:
-        rows: what was found, as `Schedule.coefficients` takes it.
+        rows: the multistep coefficients, as `Schedule.coefficients` takes them.
+        cfg_rows: the CFG coefficients, as `Schedule.cfg_coefficients` takes them.
     """
 
-    def __init__(self, truth: Truth) -> None:
-        self.truth = truth
+    def __init__(self, schedule: Schedule, truth: Truth, conditional_only: bool) -> None:
+        calls = schedule.calls if conditional_only else 0
         self.rows: list[list[float]] = []
+        self.cfg_rows: list[list[float]] = [[] for _ in range(calls)]
+        pending = [[0.0] if call - calls in CONDITIONAL_ONLY else [] for call in range(calls)]
+        super().__init__((), pending, schedule.steps)
+        self.truth = truth
 
-    def __call__(self, proposal: StepState) -> Tensor:
-        found = terms(proposal)
-        self.rows.append(least_squares(found, self.truth(proposal.t1) - proposal.x).tolist())
-        return add_terms(proposal.x, found, self.rows[-1])
+    def predict_difference(self, field: Field, x: Tensor, t: Tensor, row: int) -> tuple[Tensor, Tensor]:
+        """See `ScheduleHook`; with fresh coefficients."""
+        conditional, unconditional = field.call_model(x, t, 2)
+        regressors = self.difference_regressors(conditional)
+        self.cfg_rows[row] = least_squares(regressors, conditional - unconditional).tolist()
+        return conditional, linear_combination(torch.zeros_like(conditional), regressors, self.cfg_rows[row])
+
+    def adjust(self, state: StepState) -> Tensor:
+        """See `ScheduleHook`; with fresh coefficients."""
+        regressors = self.state_regressors(state)
+        self.rows.append(least_squares(regressors, self.truth(state.s) - state.x).tolist())
+        return linear_combination(state.x, regressors, self.rows[-1])
 
 
-class FitHalfCalls(HalfCallField):
-    """Half calls that find their weights by least squares; to find them, each is a whole call.
+def fit_schedule(
+    fitting: Fitting, schedule: Schedule, conditional_only: bool = False, callback: Callback | None = None
+) -> tuple[Tensor, Schedule]:
+    """Sample once over a schedule's times by `RULE`, and fit its coefficients on the way.
 
     Args:
-        field, times: see `HalfCallField`.
-        made: how many calls the run makes.
-
-    Attributes:
-        found: their rows, as `Schedule.cfg_coefficients` takes them.
-    """
-
-    def __init__(self, field: Field, times: Sequence[Tensor], made: int) -> None:
-        self.found: list[list[float]] = [[] for _ in range(made)]
-        super().__init__(field, times, [[math.nan] if place - made in HALVES else [] for place in range(made)])
-
-    def half_call(self, x: Tensor, t: Tensor, place: int) -> tuple[Tensor, Tensor]:
-        """The conditional velocity and the predicted difference, [B, C, *spatial] each."""
-        conditional, unconditional = self.two.evaluate(x, t, 2)
-        known = difference_terms(conditional, self.seen)
-        self.found[place] = least_squares(known, conditional - unconditional).tolist()
-        return conditional, add_terms(torch.zeros_like(conditional), known, self.found[place])
-
-
-def fit_run(
-    fitting: Fitting, run: Schedule, halved: bool = False, callback: Callback | None = None
-) -> tuple[Tensor, Schedule]:
-    """Go over a run's times once by `RULE`, and fit step weights, and if asked for half calls, on the way; `callback`
-    sees every finished step.
+        fitting: the trajectories.
+        schedule: its times are taken.
+        conditional_only: whether to fit conditional-only calls.
+        callback: sees every finished step.
 
     Returns:
-        The ends [B, C, *spatial] that it came to, and the run with its weights.
+        The ends [B, C, *spatial], and the schedule with coefficients.
     """
-    steps = FitWeights(fitting.truth)
-    halves = FitHalfCalls(fitting.field, run.grid, run.calls) if halved else None
-    plan = make_plan(halves or fitting.field, fitting.sidenet, RULE, analytic_first_step=run.analytic_first_step)
-    ends = run_bi_anchor(plan, fitting.noise, run.grid, steps, callback)
-    found = halves.found if halves else ()
-    return ends, dataclasses.replace(run, coefficients=steps.rows, cfg_coefficients=found, rule=RULE)
+    hook = FitHook(schedule, fitting.truth, conditional_only)
+    solver = make_solver(
+        fitting.field, fitting.sidenet, RULE, hook, analytic_first_step=schedule.analytic_first_step
+    )
+    ends = run_bi_anchor(solver, fitting.noise, schedule.grid, callback)
+    fitted = dataclasses.replace(schedule, coefficients=hook.rows, cfg_coefficients=hook.cfg_rows, rule=RULE)
+    return ends, fitted
 
 
-def fit_runs(runs: Mapping[int, Schedule], fitting: Fitting) -> Runs:
-    """Runs by number of calls, with weights that are fitted on one pass over each."""
-    fitted: Runs = {}
-    for calls, run in progress(list(runs.items()), "step weights"):
-        found = fit_run(fitting, run.scaled(fitting.start), fitting.halves(calls))[1]
-        fitted[calls] = found.over(run.times)
+def fit_schedules(schedules: Mapping[int, Schedule], fitting: Fitting) -> Schedules:
+    """Schedules by NFE, with coefficients from one sampling over each."""
+    fitted: Schedules = {}
+    for nfe, schedule in progress(list(schedules.items()), "coefficients"):
+        halved = has_conditional_only(fitting.field, nfe)
+        fitted[nfe] = fit_schedule(fitting, schedule.scaled(fitting.start), halved)[1].with_times(schedule.times)
     return fitted
 
 
-def on_runs(sidenet: SideNetProtocol, replay: Replay, count: int) -> Fitting:
-    """What is fitted on so many recorded runs."""
+def fitting_on(sidenet: SideNetProtocol, replay: Replay, count: int) -> Fitting:
+    """So many recorded trajectories to fit on."""
     rows = replay.alike(count)
     field, noise, truth = replay.field_of(rows), replay.noise(rows), partial(replay.truth, rows)
     return Fitting(sidenet, field, noise, truth, replay.backbone.start)
 
 
-def fit_weights(sidenet: SideNet, replay: Replay, runs: Mapping[int, Schedule]) -> Runs:
-    """`fit_runs` on `WEIGHT_RUNS` recorded runs; what it cost is added to `replay.spent`."""
-    fitting = on_runs(sidenet, replay, WEIGHT_RUNS)
+def fit_coefficients(sidenet: SideNet, replay: Replay, schedules: Mapping[int, Schedule]) -> Schedules:
+    """`fit_schedules` on `FITTED_TRAJECTORIES`; the NFE are added to `replay.spent`."""
+    fitting = fitting_on(sidenet, replay, FITTED_TRAJECTORIES)
     with torch.inference_mode():
-        found = fit_runs(runs, fitting)
-    replay.spent["step weights"] += fitting.field.calls * len(fitting.noise)
+        found = fit_schedules(schedules, fitting)
+    replay.spent["coefficients"] += fitting.field.calls * len(fitting.noise)
     return found

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ...training.baselines import BASELINES, run_baseline
+from ..baselines import BASELINES, run_baseline
 from ...bas_core.grids import grid_for_nfe, time_grid
 from ...bas_core.guidance import Field
 from ...bas_core.schedule import Schedule, match_schedule
 from ...bas_core.solver import solve
-from ...bas_core.steps import SideNetProtocol, knows_mean
+from ...bas_core.prediction import SideNetProtocol
 
 Over = Tensor | Schedule
 Run = Callable[[Field, Tensor, Any], Tensor]
@@ -33,7 +33,7 @@ class Solver:
             exactly and keep off t = 0, where a network's velocity means little (as EDM's Heun solver does).
         start: the time that the model's noise is at; grids are scaled by it.
         given: what it runs over, by number of calls, instead of the family's grid: times, or a fitted run.
-        skip_first: whether it saves the first call where the first interval is short; it then takes one more.
+        has_data_mean: whether a short first step is analytic; the solver then takes one step more.
     """
 
     name: str
@@ -42,12 +42,12 @@ class Solver:
     calls_per_step: int = 1
     start: float = 1.0
     given: Mapping[int, Over] | None = None
-    skip_first: bool = False
+    has_data_mean: bool = False
 
     def times(self, calls: int, shape: GridShape = UNIFORM) -> Tensor:
         """The grid of the family (shift, cosine) that spends exactly `calls` backbone calls."""
         intervals = calls if self.calls_per_step == 1 else calls // 2 + 1
-        return grid_for_nfe(lambda n: time_grid(n, *shape), intervals, self.analytic_first_step)
+        return grid_for_nfe(lambda n: time_grid(n, *shape), intervals, self.has_data_mean)
 
     def over(self, calls: int, shape: GridShape = UNIFORM) -> Over:
         """What it runs over on `calls` backbone calls, from the time that the model's noise is at."""
@@ -76,14 +76,14 @@ def sidenet_solver(
     sidenet: SideNetProtocol, name: str = "ba_solver", label: str = "BA-solver", start: float = 1.0, **options: Any
 ) -> Solver:
     """The bi-anchor solver with a SideNet as a competitor; `options` go to `solve`."""
-    skips = start == 1 and knows_mean(sidenet)
+    skips = start == 1 and sidenet.has_data_mean
 
     def run(field: Field, x: Tensor, over: Over) -> Tensor:
         return solve(
             field, sidenet, x, over if isinstance(over, Schedule) else match_schedule(over, has_data_mean=skips), **options
         )
 
-    return Solver(name, label, run, start=start, analytic_first_step=skips)
+    return Solver(name, label, run, start=start, has_data_mean=skips)
 
 
 def endpoint_errors(x: Tensor, reference: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from ...bas_core.guidance import Field
 from ...bas_core.sidenet import spread_mean
-from ...bas_core.steps import StraightLine
+from ...bas_core.prediction import StraightLine
 from ..network.new_sidenet import pooled
 from ..recording.trajectories import Trajectories
 from ..recording.reference_solver import LAST_TIME
@@ -46,7 +45,7 @@ def usual_gain(t: float) -> float:
 class MeanLine(StraightLine):
     """A straight line through two anchors, and a first velocity from the mean of the data [D, 1, 1], or one a run."""
 
-    config = SimpleNamespace(data_mean_size=1, cfg_input=False)
+    has_data_mean = True
 
     def __init__(self, mean: Tensor) -> None:
         self.mean = mean

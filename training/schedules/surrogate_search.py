@@ -16,10 +16,10 @@ from torch import Tensor
 from ...bas_core.guidance import Field
 from ...bas_core.schedule import Schedule
 from ...bas_core.sidenet import spread_mean
-from ...bas_core.steps import SideNetProtocol, StraightLine
+from ...bas_core.prediction import SideNetProtocol, StraightLine
 from ..progress import say
 from ..recording.replay import Replay
-from .fitting import WEIGHT_RUNS, Fitting, Runs, fit_run, takes_halves
+from .fitting import FITTED_TRAJECTORIES, Fitting, Schedules, fit_schedule, has_conditional_only
 from .solvers import endpoint_errors
 from .time_search import search_times
 from .surrogate import MeanLine, Deviations, Surrogate, SubsampledTrajectories, deviations_of, subsampled
@@ -36,7 +36,7 @@ SHORTEST = 0.6
 def surrogate_search_nfe(runs: int, calls: Sequence[int]) -> int:
     """How many calls `search_on_surrogate` and the weights make, on so many runs; with half calls a run makes one more than
     it costs."""
-    return (PROBES * PROBED + min(WEIGHT_RUNS, runs)) * sum(n + 1 for n in calls)
+    return (PROBES * PROBED + min(FITTED_TRAJECTORIES, runs)) * sum(n + 1 for n in calls)
 
 
 def even_enough(times: Tensor) -> bool:
@@ -57,7 +57,7 @@ def on_stand_in(subsampled: SubsampledTrajectories, seen: Sequence[Deviations], 
     return Fitting(line, Surrogate(subsampled, seen).field(), noise, subsampled.truth, start)
 
 
-def search_stand_in(subsampled: SubsampledTrajectories, seen: Sequence[Deviations], start: float, made: Mapping[int, int]) -> Runs:
+def search_stand_in(subsampled: SubsampledTrajectories, seen: Sequence[Deviations], start: float, made: Mapping[int, int]) -> Schedules:
     """The best runs on a stand-in, by number of calls: with the first call saved where that is the better for it.
 
     Args:
@@ -70,7 +70,7 @@ def search_stand_in(subsampled: SubsampledTrajectories, seen: Sequence[Deviation
         fitting = on_stand_in(subsampled, seen, start, saves)
         runs = search_times(fitting, list(made.values()), ROUNDS, even_enough)
         for calls, count in made.items():
-            ends = fit_run(fitting, runs[count].scaled(start))[0]
+            ends = fit_schedule(fitting, runs[count].scaled(start))[0]
             error = endpoint_errors(ends, subsampled.truth(torch.zeros(()))).mean().item()
             if calls in found:
                 other = found[calls][0]
@@ -88,11 +88,11 @@ def watched(field: Field, subsampled: SubsampledTrajectories, calls: list[tuple[
         calls.append((float(t[0]), subsampled.thin(x), subsampled.thin(v[0])))
         return v
 
-    return Field(evaluate, field.conditions, field.guidance, field.scale)
+    return Field(evaluate, field.conditions, field.cfg, combined=field.combined, scale=field.scale)
 
 
 def probe(
-    subsampled: SubsampledTrajectories, replay: Replay, rows: Tensor, runs: Runs, mean: Tensor | None
+    subsampled: SubsampledTrajectories, replay: Replay, rows: Tensor, runs: Schedules, mean: Tensor | None
 ) -> tuple[list[Deviations], dict[int, float]]:
     """Real runs over these times from the recorded noises; the cost is added to `replay.spent`.
 
@@ -105,14 +105,14 @@ def probe(
         calls: list[tuple[float, Tensor, Tensor]] = []
         field = watched(replay.field_of(rows), subsampled, calls)
         fitting = Fitting(line, field, replay.noise(rows), partial(replay.truth, rows), start)
-        ends = fit_run(fitting, run.scaled(start))[0]
+        ends = fit_schedule(fitting, run.scaled(start))[0]
         replay.spent["probes"] += field.calls * len(rows)
         seen.append(deviations_of(subsampled, calls))
         errors[number] = endpoint_errors(ends, fitting.truth(torch.zeros(()))).mean().item()
     return seen, errors
 
 
-def search_on_surrogate(replay: Replay, calls: Sequence[int], mean: Tensor | None) -> Runs:
+def search_on_surrogate(replay: Replay, calls: Sequence[int], mean: Tensor | None) -> Schedules:
     """The best times found for each number of calls.
 
     Args:
@@ -120,16 +120,16 @@ def search_on_surrogate(replay: Replay, calls: Sequence[int], mean: Tensor | Non
         calls: numbers of them.
         mean: [C, S, S] of the data, if a first call may be saved by it.
     """
-    rows = replay.alike(WEIGHT_RUNS)
+    rows = replay.alike(FITTED_TRAJECTORIES)
     subsampled = subsampled(replay.trajectories, rows, 0 if mean is None else mean.shape[-1])
     field, start = replay.field_of(rows[:1]), replay.backbone.start
-    made = {n: n + takes_halves(field, n) for n in calls}
+    made = {n: n + has_conditional_only(field, n) for n in calls}
     few = subsampled.first(PROBED)
     with torch.inference_mode():
         found = search_stand_in(subsampled, (), start, made)
         spread = mean_for(replay, mean)
         seen: list[Deviations] = []
-        looked_at: list[tuple[Runs, dict[int, float]]] = []
+        looked_at: list[tuple[Schedules, dict[int, float]]] = []
         for index in range(PROBES):
             found = search_stand_in(few, seen, start, made) if index else found
             saw, errors = probe(few, replay, rows[:PROBED], found, spread)

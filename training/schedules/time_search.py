@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ...bas_core.guidance import Field
 from ...bas_core.schedule import Schedule, match_schedule
-from ...bas_core.steps import StraightLine
+from ...bas_core.prediction import StraightLine
 from ..progress import progress
-from .fitting import Fitting, Runs, fit_run
+from .fitting import Fitting, Schedules, fit_schedule, has_conditional_only
 from .solvers import GridShape, endpoint_errors, search_grid, sidenet_solver
 
 ROUNDS = 2
@@ -56,7 +56,7 @@ def coordinate_search(error: Callable[[Tensor], float], start: Tensor, rounds: i
 
 def search_times(
     fitting: Fitting, calls: Sequence[int], rounds: int = ROUNDS, allowed: Callable[[Tensor], bool] = lambda times: True
-) -> Runs:
+) -> Schedules:
     """For each number of calls the best times found: first of the family (shift, cosine), then one by one, in rounds,
     among those that are allowed.
 
@@ -64,18 +64,18 @@ def search_times(
     neighbouring numbers are alike, so that each search begins where the one before ended.
 
     Returns:
-        Runs from 1 to 0 without weights, by number of calls, half ones counted as half.
+        Schedules from 1 to 0 without weights, by number of calls, half ones counted as half.
     """
     plain = sidenet_solver(fitting.sidenet or StraightLine(), start=fitting.start)
     ends = fitting.truth(torch.zeros(()))
-    found: Runs = {}
+    found: Schedules = {}
     shape: GridShape | None = None
     for n in progress(sorted(calls), "time grids"):
-        halved = fitting.halves(n)
+        halved = has_conditional_only(fitting.field, n)
         made = n + halved
 
         def run(field: Field, noise: Tensor, times: Tensor, halved: bool = halved) -> Tensor:
-            return fit_run(fitting, match_schedule(times, has_data_mean=fitting.skips), halved)[0]
+            return fit_schedule(fitting, match_schedule(times, has_data_mean=fitting.analytic), halved)[0]
 
         solver = dataclasses.replace(plain, run=run)
         shape = search_grid(solver, fitting.field, fitting.noise, ends, made, shape)
@@ -87,14 +87,14 @@ def moved_times(
     fitting: Fitting, calls: int, times: Tensor, rounds: int, allowed: Callable[[Tensor], bool] = lambda times: True
 ) -> Schedule:
     """The run that a coordinate search comes to from some times, which are from 1 to 0; without weights."""
-    halved, ends = fitting.halves(calls), fitting.truth(torch.zeros(()))
+    halved, ends = has_conditional_only(fitting.field, calls), fitting.truth(torch.zeros(()))
 
     def error(grid: Tensor) -> float:
-        candidate = match_schedule(grid, has_data_mean=fitting.skips)
+        candidate = match_schedule(grid, has_data_mean=fitting.analytic)
         if candidate.calls != calls + halved or not allowed(grid):
             return math.inf  # a first time may have moved to where its call is, or is no longer, to be made
-        return endpoint_errors(fit_run(fitting, candidate.scaled(fitting.start), halved)[0], ends).mean().item()
+        return endpoint_errors(fit_schedule(fitting, candidate.scaled(fitting.start), halved)[0], ends).mean().item()
 
-    return match_schedule(coordinate_search(error, times, rounds).tolist(), has_data_mean=fitting.skips)
+    return match_schedule(coordinate_search(error, times, rounds).tolist(), has_data_mean=fitting.analytic)
 
 
