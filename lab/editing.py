@@ -158,11 +158,11 @@ class RoundTrip:
         """
         if (nfe - self.first_nfe) % self.nfe_per_step == 0:
             return self.integrate(field, x, times)
-        parts = [times[:2], times[1:]] if times[0] < times[1] else [times[:-1], times[-2:]]
-        for part in parts:
+        up = bool(times[0] < times[1])
+        parts = [(times[:2], up), (times[1:], False)] if up else [(times[:-1], False), (times[-2:], True)]
+        for part, by_euler in parts:
             if len(part) > 1:
-                at_image = float(part.min()) == T_MIN and len(part) == 2
-                x = run_baseline("euler", field, x, part) if at_image else self.integrate(field, x, part)
+                x = run_baseline("euler", field, x, part) if by_euler else self.integrate(field, x, part)
         return x
 
     def both_ways(self, field: Field, states: Tensor, nfe: int, shape: GridShape) -> tuple[Tensor, Tensor]:

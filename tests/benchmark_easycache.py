@@ -16,7 +16,7 @@ comfyui.require()
 import comfy.samplers
 import torch
 from ba_solver.bas_core.grids import time_grid
-from ba_solver.lab.sidenet import REPORT_SEED, SEARCH_SEED
+from ba_solver.lab.benchmark import REPORT_SEED, SEARCH_SEED
 from ba_solver.nodes.folders import DEMO
 from ba_solver.nodes.sampling.guider import guider_for
 from ba_solver.nodes.sampling_nodes import BAScheduler

@@ -5,7 +5,6 @@ from collections.abc import Callable
 import pytest
 import torch
 from ba_solver.bas_core import (
-    Baseline,
     Control,
     Field,
     Schedule,
@@ -16,13 +15,13 @@ from ba_solver.bas_core import (
     invert,
     load_sidenet,
     model_field,
-    run_baseline,
     save_sidenet,
     solve,
     straight_trajectory,
     time_grid,
 )
 from ba_solver.bas_core.files import CheckpointError, read_safetensors, write_safetensors
+from ba_solver.training.baselines import Baseline, run_baseline
 from problems import (
     Oracle,
     class_velocity,
@@ -87,14 +86,14 @@ def check_baseline_calls(solver: Baseline, intervals: int) -> None:
 
 def check_refused_in_a_file(path, times, metadata: dict[str, str], message: str) -> None:
     """A SideNet's file with a run for 4 calls and damaged metadata is not loaded."""
-    save_sidenet(path, small_sidenet(), SideNetCard(runs={4: Schedule(times)}))
+    save_sidenet(path, small_sidenet(), SideNetCard(schedules={1.0: {4: Schedule(times)}}))
     tensors, intact = read_safetensors(path)
     write_safetensors(path, tensors, {**intact, **metadata})
     with pytest.raises(CheckpointError, match=message):
         load_sidenet(path)
 
 
-def guided_field(batch: int, guidance: Guidance, mode: str = "branch"):
+def guided_field(batch: int, guidance: Guidance, mode: str = "per_branch"):
     return model_field(class_velocity, *labels(batch), guidance=guidance, mode=mode)
 
 
@@ -233,6 +232,6 @@ def check_fade() -> None:
         torch.testing.assert_close(
             edited("inversion", Control(fade=fade)), edited("inversion", Control(fade=like)), rtol=1e-6, atol=1e-6
         )
-    share = Control(fade=2.0).share(torch.ones(1, 2, 4, 4).cumsum(-1) - 1)
+    share = Control(fade=2.0).residual_weight(torch.ones(1, 2, 4, 4).cumsum(-1) - 1)
     expected = 1 - torch.tensor([0.5, 5 / 3, 14 / 3, 6.5]).sqrt() / 2
     torch.testing.assert_close(share, expected.clamp_min(0).expand(1, 1, 4, 4))

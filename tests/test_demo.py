@@ -1,23 +1,19 @@
 """The shipped demo: a good little model, a SideNet that earns its calls, and the command that shows both."""
 
 import csv
-import itertools
 
 import pytest
 import torch
 from ba_solver.bas_core import run_baseline, solve, time_grid
 from ba_solver.bas_core.files import fingerprint
-from ba_solver.lab.benchmark import compute_share, told_the_mean
-from ba_solver.lab.classifier import accuracy, feature_distances, load_classifier
-from ba_solver.lab.kept import kept
-from ba_solver.lab.scale import share_of_a_call
+from ba_solver.lab.classifier import accuracy, load_classifier
+from ba_solver.lab.cost import sidenet_share
 from ba_solver.lab.shapes import CLASS_NAMES, draw_shapes
-from ba_solver.lab.sidenet import CALLS, OURS, PUBLISHED, WITHOUT, tables
 from ba_solver.training.cli import main
 from ba_solver.training.demo import show
 from ba_solver.training.demo.assets import CLASSIFIER_FILE, demo_noise, load_demo
 from ba_solver.training.measuring.rivals import converged_reference, unipc
-from ba_solver.training.schedules.solvers import baseline_solver, endpoint_errors, search_grid, sidenet_solver
+from ba_solver.training.runs.samplers import baseline_sampler, endpoint_errors, search_grid, sidenet_sampler
 from matplotlib.image import imread
 
 SEED = 8_000_000
@@ -34,78 +30,6 @@ def run(demo):
     noise, labels = demo_noise(SEED, 16)
     with torch.inference_mode():
         return noise, labels, converged_reference(demo.field(labels), noise, 1e-4)
-
-
-def test_the_saved_first_call_is_given_to_rivals_too(demo, run):
-    """Told the mean, they spend the calls they are given on one step more, and come nearer for it."""
-    noise, _, reference = run
-    plain = {"unipc_mean": unipc, "predictor_corrector_mean": lambda f, x, t: solve(f, None, x, t)}
-    for solver in told_the_mean(demo.sidenet):
-        fields = [demo.field(torch.arange(16) % 10) for _ in range(3)]
-        with torch.inference_mode():
-            saved = solver.sample(fields[0], noise, 5, (2.8, 0.15))
-            whole = plain[solver.name](fields[1], noise, time_grid(5, 2.8, 0.15))
-            solver.sample(fields[2], noise, 5)  # the uniform grid's first step is too long to do without its call
-        assert [field.calls for field in fields] == [5, 5, 5]
-        errors = [endpoint_errors(x, reference).mean() for x in (saved, whole)]
-        assert errors[0] < 0.95 * errors[1]
-
-
-def test_richer_pictures_have_the_same_shapes_before_others():
-    """Of the same seed: alike inside the discs, another ground, and more of it than a picture without shapes there."""
-    plain, rich = (
-        draw_shapes(torch.Generator().manual_seed(3), 20, torch.zeros(20, dtype=torch.long), size=64, behind=behind)
-        for behind in (0, 3)
-    )
-    places = (torch.arange(64) + 0.5) / 32 - 1
-    across, down = (
-        places[None, None, :] - plain.centres[:, 0, None, None],
-        places[:, None] - plain.centres[:, 1, None, None],
-    )
-    inside = (torch.hypot(across, down) < 0.4)[:, None].expand_as(plain.images)
-    assert torch.equal(plain.images[inside], rich.images[inside])
-    changed = ((plain.behind - rich.behind).abs().amax(1) > 0.1).flatten(1).float().mean(1)
-    assert (changed > 0.02).all() and changed.mean() < 0.6
-
-
-def test_tables_hold_every_distance_and_set_each_seed_against_its_own():
-    def row(pixels, features):
-        return {calls: [pixels, features] for calls in CALLS}
-
-    text = "\n".join(
-        tables(
-            {
-                "slow": [row(0.5, 0.3)],
-                "fast": [row(0.4, 0.6)],
-                OURS: [row(0.2, 0.1), row(0.1, 0.1)],
-                WITHOUT: [row(0.3, 0.1), row(0.2, 0.1)],
-                PUBLISHED: [row(0.4, 0.2), row(0.2, 0.2)],
-            }
-        )
-    )
-    pixels, features = text.split("### Distance of a classifier's features")
-    assert "| BA-solver | 0.1500 ± 0.0707" in pixels and "| BA-solver | 0.1000 ± 0.0000" in features
-    assert "| best rival / ours | 3.0000 ± 1.4142" in pixels and "| best rival / ours | 3.0000 ± 0.0000" in features
-    assert "| without network / ours | 1.7500 ± 0.3536" in pixels and "| published / ours | 2.0000 ± 0.0000" in pixels
-
-
-def test_distances_of_features_grow_with_those_of_pixels():
-    classifier = load_classifier(CLASSIFIER_FILE)
-    images = draw_shapes(torch.Generator().manual_seed(4), 20).images
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(5))
-    found = [feature_distances(classifier, images, images + size * noise) for size in (0.0, 0.02, 0.1, 0.5)]
-    assert found[0].max() == 0
-    assert all((less < more).all() for less, more in itertools.pairwise(found))
-    # A classifier sees a shape of another class where pixels see the same ground.
-    others = draw_shapes(torch.Generator().manual_seed(4), 20, (torch.arange(20) + 1) % 10).images
-    same = draw_shapes(torch.Generator().manual_seed(4), 20, torch.arange(20) % 10).images
-    assert (feature_distances(classifier, same, others) > found[1]).all()
-
-
-def test_the_cost_beside_other_models_is_counted_as_beside_the_demo(demo):
-    """But for attention, which is counted where nothing runs, and not in every kernel of a CPU."""
-    known = compute_share(demo)["one_sidenet_call_over_one_guided_call"]
-    assert share_of_a_call(demo.sit.config, demo.sidenet.config) == pytest.approx(known, rel=0.15)
 
 
 def test_shapes_are_drawn_alike_everywhere_and_differ():
@@ -139,9 +63,10 @@ def test_samples_show_the_asked_class(demo):
 def test_sidenet_belongs_to_the_backbone_and_is_small(demo):
     assert demo.card.backbone["fingerprint"] == fingerprint(demo.sit.state_dict())
     assert demo.card.velocity == "guided"
-    share = compute_share(demo)
-    assert share["parameters"] <= 0.1
-    assert share["one_sidenet_call_over_one_guided_call"] <= 0.1
+    parameters = [sum(p.numel() for p in network.parameters()) for network in (demo.sidenet, demo.sit)]
+    assert parameters[0] <= 0.1 * parameters[1]
+    noise, labels = demo_noise(0, 8)
+    assert 0 < sidenet_share(demo.field(labels), demo.sidenet, noise) <= 0.1
 
 
 @pytest.mark.parametrize("calls", [5, 7, 10])
@@ -165,11 +90,11 @@ def test_learned_grids_spend_what_they_say_and_beat_the_best_rival(demo, run, ca
     counted = demo.sit.register_forward_hook(lambda module, inputs, output: evaluated.append(len(inputs[0])))
     try:
         with torch.inference_mode():
-            on_grid, shape = demo.on_grid(sidenet_solver(demo.sidenet), calls, "best")
+            on_grid, shape = demo.on_grid(sidenet_sampler(demo.sidenet), calls, "best")
             ours = endpoint_errors(on_grid.sample(field, noise, calls, shape), reference).mean()
     finally:
         counted.remove()
-    assert sum(evaluated) == 2 * 16 * calls and field.nfe == calls
+    assert sum(evaluated) == 2 * 16 * calls and field.cost == calls
     with torch.inference_mode():
         times = time_grid(calls, *demo.grids["unipc"][calls])
         assert ours < 0.8 * endpoint_errors(unipc(field, noise, times), reference).mean()
@@ -179,7 +104,7 @@ def test_odd_budgets_are_spent_exactly(demo):
     noise, labels = demo_noise(SEED, 2)
     for calls in (1, 4, 5):
         field = demo.field(labels)
-        baseline_solver("heun").sample(field, noise, calls)
+        baseline_sampler("heun").sample(field, noise, calls)
         assert field.calls == calls
 
 
@@ -195,10 +120,10 @@ def test_unipc_of_diffusers_runs_on_our_field_and_converges(demo, run):
 
 def test_grid_search_finds_a_better_grid(demo, run):
     noise, labels, reference = (part[:4] for part in run)
-    solver, field = baseline_solver("adams_bashforth2"), demo.field(labels)
+    sampler, field = baseline_sampler("adams_bashforth2"), demo.field(labels)
     with torch.inference_mode():
-        best = search_grid(solver, field, noise, reference, 5)
-        errors = [endpoint_errors(solver.sample(field, noise, 5, s), reference).mean() for s in ((1.0, 0.0), best)]
+        best = search_grid(sampler, field, noise, reference, 5)
+        errors = [endpoint_errors(sampler.sample(field, noise, 5, s), reference).mean() for s in ((1.0, 0.0), best)]
     assert errors[1] < errors[0]
 
 
@@ -211,7 +136,7 @@ def test_demo_command_writes_table_and_pictures(tmp_path, monkeypatch, capsys):
     with (tmp_path / "out" / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {int(row["calls"]) for row in rows} == {5, 100}
-    uniform = {row["solver"]: float(row["error"]) for row in rows if row["grid"] == "uniform" and row["calls"] == "5"}
+    uniform = {row["sampler"]: float(row["error"]) for row in rows if row["grid"] == "uniform" and row["calls"] == "5"}
     assert min(uniform, key=uniform.get) == "ba_solver"
     for name in ("images.png", "errors.png"):
         assert imread(tmp_path / "out" / name).std() > 0.05
@@ -246,16 +171,3 @@ def test_unknown_command_lists_the_commands(capsys):
 
 def test_class_names_match_the_model(demo):
     assert demo.sit.config.num_classes == len(CLASS_NAMES)
-
-
-def test_measurements_are_kept_for_the_same_question_only(tmp_path):
-    asked = []
-
-    def work():
-        asked.append(1)
-        return {"error": 0.1 * len(asked)}
-
-    path = tmp_path / "kept.json"
-    key = {"calls": (5, 7), "grids": {5: [1.0, 0.0]}}
-    assert kept(path, key, work) == kept(path, key, work) == {"error": 0.1}
-    assert kept(path, {**key, "calls": (5,)}, work) == {"error": 0.2} and len(asked) == 2

@@ -6,13 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 from ba_solver.bas_core import BASELINES
-from ba_solver.lab import editing, editing_data, edits, reversible
-from ba_solver.lab import round_trips as round_trips_module
-from ba_solver.lab.editing_data import drawn, noise_for
-from ba_solver.lab.edits import EDITS, Task, faults, seen_shape
-from ba_solver.lab.round_trips import decibels, round_trips
+from ba_solver.bas_core.baselines import Baseline
+from ba_solver.lab import editing
+from ba_solver.lab.editing import EDITS, Task, decibels, drawn, faults, fireflow, noise_for, round_trips, seen_shape
 from ba_solver.training.demo.assets import load_demo
-from torchdiffeq import odeint
+from checks import check_baseline_calls, check_baseline_order
 
 SEED = 16_000_000
 
@@ -30,7 +28,7 @@ def task(demo):
 
 
 def test_other_classes_draw_the_same_scenes(task):
-    for name in ("centres", "colours", "grounds", "behind"):
+    for name in ("centres", "colours", "grounds", "ground"):
         assert torch.equal(getattr(task.before, name), getattr(task.after, name))
     assert not torch.equal(task.before.images, task.after.images)
 
@@ -43,22 +41,22 @@ def test_the_truth_has_no_faults_and_damage_has(task):
     darker = images - 0.2
     assert faults(darker, task)["ground"].mean() == pytest.approx(0.2, abs=0.03)
     # A disc's place is its stated centre.
-    disc = seen_shape(images[1:2], task.after.behind[1:2])
-    assert (disc.centre - ((task.after.centres[1] + 1) * 16 - 0.5)).abs().max() < 0.5
+    _, centre = seen_shape(images[1:2], task.after.ground[1:2])
+    assert (centre - ((task.after.centres[1] + 1) * 16 - 0.5)).abs().max() < 0.5
 
 
-@pytest.mark.parametrize("calls", [5, 10])
-def test_round_trips_spend_their_calls_exactly(calls, demo, task):
+@pytest.mark.parametrize("nfe", [5, 10])
+def test_round_trips_spend_their_model_calls_exactly(nfe, demo, task):
     for trip in round_trips(demo):
         field = demo.field(task.before.labels)
         with torch.inference_mode():
-            back = trip.sample(field, task.before.images, calls)
-        assert field.calls == 2 * calls, trip.label
-        assert decibels(back, task.before.images).min() > 5
+            _, images = trip.both_ways(field, task.before.images, nfe, (1.0, 0.0))
+        assert field.calls == 2 * nfe, trip.label
+        assert decibels(images, task.before.images).min() > 5
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_edits_spend_their_calls_exactly(name, demo, task):
+def test_edits_spend_their_model_calls_exactly(name, demo, task):
     before = task.source.calls + task.target.calls
     with torch.inference_mode():
         images = EDITS[name][1](demo, task, 10, 0.8)
@@ -66,85 +64,64 @@ def test_edits_spend_their_calls_exactly(name, demo, task):
     assert images.shape == task.before.images.shape and images.isfinite().all()
 
 
+@pytest.mark.parametrize("ends", [(1.0, 0.0), (0.0, 1.0)], ids=["descending", "ascending"])
+def test_fireflows_step_is_of_order_2(ends):
+    step = Baseline("fireflow", "FireFlow", 2, 1, fireflow, first_calls=1)
+    check_baseline_order(step, ends)
+    check_baseline_calls(step, 6)
+
+
 def test_rf_solvers_step_is_the_midpoint():
-    """As its docstring says: with the quotient over half the step, Taylor's second order is the explicit midpoint."""
+    """With the slope over half the step, Taylor's second-order step is the explicit midpoint that stands for it."""
     x = torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(1, 1, 2, 4)
     t0, t1 = torch.tensor(0.9, dtype=torch.float64), torch.tensor(0.6, dtype=torch.float64)
 
     def velocity(x, t):
         return torch.sin(2 * x + 3 * t)
 
-    ours, theirs = (BASELINES[name].step(velocity, x, t0, t1, ())[0] for name in ("rf_solver", "midpoint"))
-    torch.testing.assert_close(ours, theirs)
+    v, step = velocity(x, t0), t1 - t0
+    slope = (velocity(x + step / 2 * v, t0 + step / 2) - v) / (step / 2)
+    midpoint, _ = BASELINES["midpoint"].step(velocity, x, t0, t1, ())
+    torch.testing.assert_close(midpoint, x + step * v + step**2 / 2 * slope)
 
 
 def test_all_pairs_are_edited():
-    source, target = edits.pairs(2)
+    source, target = editing.pairs(2)
     assert len(source) == 180 and len(set(zip(source.tolist(), target.tolist(), strict=True))) == 90
     assert (source != target).all()
-    for searched in edits.pairs(0):
+    for searched in editing.pairs(0):
         assert set(searched.tolist()) == set(range(10)), "a search sees every class on both sides"
 
 
-def small(monkeypatch, tmp_path):
-    """The benchmark with the least of everything; its settings file goes to a temporary folder."""
+def test_finished_parts_are_written_and_kept(monkeypatch, tmp_path):
+    """The benchmark with the least of everything, stopped in its second part, then resumed with another."""
     monkeypatch.setattr(editing, "SETTINGS_FILE", tmp_path / "settings.json")
-    monkeypatch.setattr(editing, "CASES", {k: replace(c, calls=(3,)) for k, c in editing.CASES.items()})
-    monkeypatch.setattr(round_trips_module, "SEARCH_SHIFTS", (1.0, 2.0))
-    monkeypatch.setattr(round_trips_module, "SEARCH_COSINES", (0.15,))
-    monkeypatch.setattr(round_trips_module, "REFERENCE_STEPS", 3)
-    monkeypatch.setattr(edits, "STARTS", (0.8,))
-    monkeypatch.setattr(edits, "GUIDANCES", (2.0, 3.5))
-    monkeypatch.setattr(edits, "pairs", lambda repeats: (torch.arange(2), torch.arange(2) + 1))
-    return editing_data.EditingSettings(tmp_path, search=True, images=2, seeds=2, search_images=1, edit_calls=(6,))
+    monkeypatch.setattr(editing, "CASES", {k: replace(c, nfe=(3,)) for k, c in editing.CASES.items()})
+    monkeypatch.setattr(editing, "SEARCH_SHIFTS", (1.0, 2.0))
+    monkeypatch.setattr(editing, "SEARCH_COSINES", (0.15,))
+    monkeypatch.setattr(editing, "REFERENCE_STEPS", 3)
+    monkeypatch.setattr(editing, "STARTS", (0.8,))
+    monkeypatch.setattr(editing, "CFG_SCALES", (2.0, 3.5))
+    monkeypatch.setattr(editing, "pairs", lambda repeats: (torch.arange(2), torch.arange(2) + 1))
+    settings = editing.EditingSettings(tmp_path, search=True, images=2, seeds=2, search_images=1, edit_nfe=(6, 8))
+    measure = editing.measure_edits
 
-
-def test_what_is_finished_is_on_disk_when_the_benchmark_is_stopped(monkeypatch, tmp_path):
-    settings = small(monkeypatch, tmp_path)
-
-    def stopped_in_the_second_seed(*arguments):
-        measured = judge(*arguments)
-        if arguments[5] != editing_data.REPORT_SEED and arguments[5] != editing_data.SEARCH_SEED:
+    def stopped(settings, demo, nfe, chosen):
+        if nfe == 8:
             raise KeyboardInterrupt
-        return measured
+        return measure(settings, demo, nfe, chosen)
 
-    judge = edits.judge
-    monkeypatch.setattr(edits, "judge", stopped_in_the_second_seed)
+    monkeypatch.setattr(editing, "measure_edits", stopped)
     with pytest.raises(KeyboardInterrupt):
         editing.run_editing(settings)
     result = json.loads((tmp_path / "editing.json").read_text())
-    assert list(result["reconstruction"]) == ["clean"]
-    rows = result["reconstruction"]["clean"]
-    assert len(rows["BA-solver"]["3"]) == 2 and rows["exact return"]["3"][0]["psnr"] > 60
-    assert {name: len(seeds) for name, seeds in result["edits"]["6"].items()} == dict.fromkeys(EDITS, 1)
-    assert (tmp_path / "edits_6.png").exists()
+    assert list(result["round_trips"]) == ["clean"] and list(result["edits"]) == ["6"]
+    rows = result["round_trips"]["clean"]
+    assert len(rows["BA-solver"]["3"]) == 2 and rows["BA-solver with its residuals"]["3"][0]["psnr"] > 60
+    assert {name: len(seeds) for name, seeds in result["edits"]["6"].items()} == dict.fromkeys(EDITS, 2)
     text = (tmp_path / "editing.md").read_text()
     assert text.count("| BA-solver |") == 2 and "| FlowEdit | 0.8, " in text
-    found = editing.load_found(editing.SETTINGS_FILE)
+    found = json.loads(editing.SETTINGS_FILE.read_text())
     assert set(found["grids"]["clean"]) == {trip.name for trip in round_trips(load_demo())}
-    assert found["edits"][6]["inversion_alone"] == found["edits"][6]["inversion"]
     result = editing.run_editing(replace(settings, parts=("noised",)))
-    assert list(result["reconstruction"]) == ["clean", "noised"] and set(result["edits"][6]) == set(EDITS)
-
-
-@pytest.mark.parametrize("calls", [4, 8])
-def test_reversible_forms_undo_themselves_and_only_with_their_whole_state(calls):
-    x = torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(1, 1, 2, 4)
-    up = torch.linspace(0.05, 1, calls + 1, dtype=torch.float64)
-
-    def velocity(x, t):
-        return torch.sin(2 * x + 3 * t)
-
-    def step(x, t0, t1):
-        return (t1 - t0) * velocity(x + (t1 - t0) / 2 * velocity(x, t0), (t0 + t1) / 2)
-
-    y, z = reversible.coupled_forward(step, x, up)
-    torch.testing.assert_close(reversible.coupled_backward(step, y, z, up), x)
-    assert (reversible.coupled_backward(step, y, y, up) - x).abs().max() > 1e-5
-    ends = torch.tensor([0.05, 1.0], dtype=torch.float64)
-    exact = odeint(lambda t, x: velocity(x, t), x, ends, rtol=1e-9, atol=1e-9)[-1]
-    assert (y - exact).abs().max() < 0.1 * (x - exact).abs().max()
-    y, z, v = reversible.heun_forward(velocity, x, up)
-    torch.testing.assert_close(reversible.heun_backward(velocity, y, z, v, up), x)
-    assert (reversible.heun_backward(velocity, y, y, velocity(y, up[-1]), up) - x).abs().max() > 1e-5
-    assert (y - exact).abs().max() < 0.1 * (x - exact).abs().max()
+    assert list(result["round_trips"]) == ["clean", "noised"] and set(result["edits"][6]) == set(EDITS)

@@ -51,7 +51,7 @@ def test_they_are_in_the_file(made, tmp_path):
     out, _ = made
     sidenet, card = load_sidenet(out)
     assert set(card.more_runs) == {MORE} and card.describe_cfg() == "2 and 6"
-    assert card.more_runs[MORE][6].times != card.runs[6].times
+    assert card.more_runs[MORE][6].times != card.schedules_for(card.cfg)[6].times
     copied = tmp_path / "copy.safetensors"
     save_sidenet(copied, sidenet, card)
     assert load_sidenet(copied)[1] == card
@@ -107,7 +107,7 @@ def test_another_scale_is_added_to_a_file(made, tmp_path):
     [
         (("--extra-guidance", "4", "4"), "each once"),
         (("--extra-guidance", "-1"), "from 0 to 100"),
-        (("--extra-guidance", "4", "--cfg-mode", "branch"), "needs recordings of the guided velocity"),
+        (("--extra-guidance", "4", "--cfg-mode", "per_branch"), "needs recordings of the guided velocity"),
     ],
 )
 def test_what_cannot_be_done_is_said(options, message, tmp_path, capsys):

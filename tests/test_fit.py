@@ -50,8 +50,8 @@ torch.set_num_threads(1)
 def folder(tmp_path_factory):
     """Recordings at CFG 2: guided, of both branches, and over a range of scales."""
     root = tmp_path_factory.mktemp("recorded")
-    record(root / "guided", "--guidance", "2", "--trajectories", "96")
-    record(root / "branch", "--guidance", "2", "--trajectories", "48", "--cfg-mode", "branch")
+    record(root / "combined", "--guidance", "2", "--trajectories", "96")
+    record(root / "per_branch", "--guidance", "2", "--trajectories", "48", "--cfg-mode", "per_branch")
     record(root / "range", "--guidance", "1.5", "3", "--trajectories", "64")
     return root
 
@@ -63,7 +63,7 @@ def tensors(path):
 def test_four_steps_equal_two_stop_resume_two(folder, tmp_path, monkeypatch, capsys):
     """Bit for bit, through the command; without --resume nothing is gone on with or lost."""
     options = (*SMALL, "--steps", "4", "--save-every", "1")
-    run(folder / "guided", tmp_path / "whole.safetensors", *options)
+    run(folder / "combined", tmp_path / "whole.safetensors", *options)
     calls, real = [], stages.relative_loss
 
     def interrupted(*arguments):
@@ -74,14 +74,14 @@ def test_four_steps_equal_two_stop_resume_two(folder, tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(stages, "relative_loss", interrupted)
     part = tmp_path / "part.safetensors"
-    run(folder / "guided", part, *options, status=130)
+    run(folder / "combined", part, *options, status=130)
     monkeypatch.setattr(stages, "relative_loss", real)
     assert not part.exists()
-    run(folder / "guided", part, *options, status=2)
+    run(folder / "combined", part, *options, status=2)
     assert "Go on with --resume" in capsys.readouterr().err
-    run(folder / "guided", part, *options, "--resume", "--seed", "9", status=2)
+    run(folder / "combined", part, *options, "--resume", "--seed", "9", status=2)
     assert "seed was 1, now 9" in capsys.readouterr().err
-    run(folder / "guided", part, *options, "--resume")
+    run(folder / "combined", part, *options, "--resume")
     whole, resumed = tensors(tmp_path / "whole.safetensors"), tensors(part)
     assert whole and all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert not list((tmp_path / "part.run").glob("*.pt"))
@@ -97,7 +97,7 @@ def test_a_killed_training_goes_on_from_its_last_save(folder, tmp_path):
         "ba_solver.training",
         "train",
         "--trajectories",
-        str(folder / "guided"),
+        str(folder / "combined"),
         "--out",
         str(out),
     ]
@@ -108,8 +108,8 @@ def test_a_killed_training_goes_on_from_its_last_save(folder, tmp_path):
         time.sleep(0.01)
     process.kill()
     assert process.wait() != 0 and not out.exists() and read_pickled_tensors(state)["step"] % 10 == 0
-    run(folder / "guided", out, *options, "--resume")
-    run(folder / "guided", tmp_path / "whole.safetensors", *options)
+    run(folder / "combined", out, *options, "--resume")
+    run(folder / "combined", tmp_path / "whole.safetensors", *options)
     whole, resumed = tensors(tmp_path / "whole.safetensors"), tensors(out)
     assert whole and all(torch.equal(whole[name], resumed[name]) for name in whole)
 
@@ -121,8 +121,8 @@ def test_two_processes_equal_one(folder, tmp_path):
     """
     options = [*QUICK, "--steps", "12", "--save-every", "6", "--warmup", "2"]
     options += ["--backbone", BACKBONE, "--nfe", "4", "--grid-runs", "4", "--tune", "40"]
-    card = run(folder / "guided", tmp_path / "one.safetensors", *options)[1]
-    command = ["train", "--trajectories", str(folder / "guided"), "--out", str(tmp_path / "two.safetensors"), *options]
+    card = run(folder / "combined", tmp_path / "one.safetensors", *options)[1]
+    command = ["train", "--trajectories", str(folder / "combined"), "--out", str(tmp_path / "two.safetensors"), *options]
     said = in_two_processes(command, tmp_path)
     one, two = tensors(tmp_path / "one.safetensors"), tensors(tmp_path / "two.safetensors")
     start = tensors_of_untrained(folder, tmp_path)
@@ -142,18 +142,18 @@ def test_two_processes_equal_one(folder, tmp_path):
 
 def tensors_of_untrained(folder, tmp_path):
     still = ("--steps", "1", "--warmup", "1", "--learning-rate", "1e-12")
-    run(folder / "guided", tmp_path / "start.safetensors", *SMALL, *still)
+    run(folder / "combined", tmp_path / "start.safetensors", *SMALL, *still)
     return tensors(tmp_path / "start.safetensors")
 
 
 def test_accumulated_passes_equal_one(folder, tmp_path, capsys):
     options = (*QUICK, "--steps", "10", "--warmup", "2")
-    run(folder / "guided", tmp_path / "one.safetensors", *options)
-    run(folder / "guided", tmp_path / "four.safetensors", *options, "--accumulate", "4")
+    run(folder / "combined", tmp_path / "one.safetensors", *options)
+    run(folder / "combined", tmp_path / "four.safetensors", *options, "--accumulate", "4")
     one, four = tensors(tmp_path / "one.safetensors"), tensors(tmp_path / "four.safetensors")
     for name in one:
         torch.testing.assert_close(four[name], one[name], rtol=2e-3, atol=2e-5)
-    run(folder / "guided", tmp_path / "x.safetensors", *options, "--accumulate", "5", status=2)
+    run(folder / "combined", tmp_path / "x.safetensors", *options, "--accumulate", "5", status=2)
     assert "must be a multiple of processes times --accumulate" in capsys.readouterr().err
 
 
@@ -173,18 +173,18 @@ def test_early_stopping_keeps_the_best():
 
 @pytest.fixture(scope="module")
 def trained(folder, tmp_path_factory):
-    return train_on_pairs(folder / "guided", tmp_path_factory.mktemp("trained") / "sidenet.safetensors")
+    return train_on_pairs(folder / "combined", tmp_path_factory.mktemp("trained") / "sidenet.safetensors")
 
 
 def test_training_from_chains_beats_the_solver_without_a_sidenet(folder, trained, tmp_path):
     table = trained[2].evaluation["residual_variance"]
     assert set(table) == {"kind", "time", "step"} and len(table["step"]) >= 3
-    check_pairs(folder / "guided", trained[0], tmp_path)
+    check_pairs(folder / "combined", trained[0], tmp_path)
 
 
 @pytest.mark.parametrize("check", [check_closed_loop, check_end_point, check_fitted_weights, check_tuning])
 def test_each_later_stage_lowers_the_error_of_the_real_sampler(check, folder, trained, tmp_path):
-    check(folder / "guided", trained[0], tmp_path)
+    check(folder / "combined", trained[0], tmp_path)
 
 
 def test_the_default_body_and_optimizer_learn_with_starts_at_hand(tmp_path):
@@ -194,7 +194,7 @@ def test_the_default_body_and_optimizer_learn_with_starts_at_hand(tmp_path):
     assert len(list((folder / PREFIXES).glob("*.safetensors"))) == 6
     quick = ("--warmup", "10", "--learning-rate", "2e-2", "--ema", "0.9", "--batch", "64", "--steps", "150")
     sidenet, card = run(folder, tmp_path / "a.safetensors", *TOKENS, *quick)
-    assert sidenet.config.body == "tokens" and card.training["backbone_calls"] == {"trajectories": 64 * 40, "starts": 96 * 10}
+    assert sidenet.config.body == "transformer" and card.training["backbone_calls"] == {"trajectories": 64 * 40, "starts": 96 * 10}
     assert card.evaluation["residual_variance"]["kind"]["beyond"] < 0.9
     (folder / PREFIXES / "trajectories-0001-00003.safetensors").write_bytes(b"damaged")
     assert main(["train", "--trajectories", str(folder), "--out", str(tmp_path / "b.safetensors")]) == 1
@@ -216,21 +216,21 @@ def test_the_mean_of_the_data_is_kept_where_the_first_velocity_leads_there(folde
     options = (*TOKENS, "--steps", "3", "--batch", "8", "--nfe", "5", "--grid-runs", "4", "--mean-size", "4")
     sidenet, card = run(tmp_path / "trajectories", tmp_path / "a.safetensors", *options, "--backbone", backbone)
     torch.testing.assert_close(sidenet.data_mean, GAUSSIAN_MEAN, atol=1e-5, rtol=0)
-    run5 = card.runs[5]
-    assert len(run5.times) == 7 and run5.analytic_first_step and run5.cost == 5
+    run5 = card.schedules_for(card.cfg)[5]
+    assert len(run5.times) == 7 and run5.analytic_first_step and run5.nfe == 5
     capsys.readouterr()
-    sidenet, _ = run(folder / "guided", tmp_path / "b.safetensors", *TOKENS, "--steps", "1", "--batch", "4")
+    sidenet, _ = run(folder / "combined", tmp_path / "b.safetensors", *TOKENS, "--steps", "1", "--batch", "4")
     assert sidenet.config.data_mean_size == 0 and "so its call is not saved" in capsys.readouterr().out
 
 
 def test_the_card_says_how_it_was_made(folder, trained):
     out, _, card = trained
-    assert card.velocity == "guided" and card.cfg_range == (2.0, 2.0)
+    assert card.velocity == "combined" and card.cfg_range == (2.0, 2.0)
     assert card.backbone == {"name": "swirl", "kind": "python", "fingerprint": "swirl-1"}
     training = card.training
     assert training["backbone_calls"] == {"trajectories": 96 * 40} and training["recorded_runs"] == 96
     assert training["held_out_runs"] == 12 and training["settings"]["learning_rate"] == 0.01
-    assert training["settings"]["trajectories"] == ["guided"] and "/" not in json.dumps(training["settings"])
+    assert training["settings"]["trajectories"] == ["combined"] and "/" not in json.dumps(training["settings"])
     assert training["recorded"]["reference_error"] > 0
     journal = out.with_suffix(".run")
     assert list((journal / "tensorboard").iterdir()) and (journal / "all_pairs_loss.png").stat().st_size > 5000
@@ -240,22 +240,22 @@ def test_learned_runs_spend_what_they_say_and_lower_the_error(folder, trained, t
     """Learned times with weights and half calls end nearer than the uniform grid, and are counted."""
     out, sidenet, _ = trained
     options = ("--steps", "0", "--start-from", out, "--backbone", BACKBONE, *QUICK)
-    learned, card = run(folder / "guided", tmp_path / "g.safetensors", *options, "--nfe", "5")
-    grid = torch.tensor(card.runs[5].times)
+    learned, card = run(folder / "combined", tmp_path / "g.safetensors", *options, "--nfe", "5")
+    grid = torch.tensor(card.schedules_for(card.cfg)[5].times)
     assert grid[0] == 1 and grid[-1] == 0 and (grid.diff() < 0).all() and len(grid) == 7
-    assert card.runs[5].halves == 2
-    weighted = rollout_error(learned, folder / "guided", card.runs[5])
-    assert weighted < 0.4 * rollout_error(sidenet, folder / "guided")
+    assert card.schedules_for(card.cfg)[5].conditional_only == 2
+    weighted = rollout_error(learned, folder / "combined", card.schedules_for(card.cfg)[5])
+    assert weighted < 0.4 * rollout_error(sidenet, folder / "combined")
     assert card.training["backbone_calls"]["step weights"] == 6 * WEIGHT_RUNS
 
 
 def test_tuning_is_counted_and_the_past_is_kept(folder, trained, tmp_path):
     out, sidenet, _ = trained
     options = ("--steps", "0", "--start-from", out, "--backbone", BACKBONE, "--nfe", "4", "--grid-runs", "4")
-    card = run(folder / "guided", tmp_path / "t.safetensors", *options, *QUICK, "--tune", "2")[1]
+    card = run(folder / "combined", tmp_path / "t.safetensors", *options, *QUICK, "--tune", "2")[1]
     # Two steps on two runs, two reports and two scores at the end on the twelve that were held out.
     assert card.training["backbone_calls"]["tuning"] == 4 * (2 * 2 + 4 * 12)
-    assert card.runs[4].halves == 2
+    assert card.schedules_for(card.cfg)[4].conditional_only == 2
     # What it began as is not forgotten.
     assert card.training["started_from"] == trained[2].training
     assert f"began as:   one trained: {trained[2].training['objective']}" in describe_sidenet(sidenet, card)
@@ -265,9 +265,9 @@ def test_tuning_that_does_not_help_is_undone(folder, trained, tmp_path, monkeypa
     """With too high a learning rate the run gets worse; what is written is what least squares found."""
     options = ("--steps", "0", "--start-from", trained[0], "--backbone", BACKBONE, "--nfe", "5", *QUICK)
     monkeypatch.setattr(training, "ROUNDS", 0)  # as where the grids are tuned
-    fitted = run(folder / "guided", tmp_path / "fitted.safetensors", *options)[1]
+    fitted = run(folder / "combined", tmp_path / "fitted.safetensors", *options)[1]
     monkeypatch.setattr(tuning, "LEARNING_RATE", 3.0)
-    tuned = run(folder / "guided", tmp_path / "tuned.safetensors", *options, "--tune", "4")[1]
+    tuned = run(folder / "combined", tmp_path / "tuned.safetensors", *options, "--tune", "4")[1]
     assert "did not help" in capsys.readouterr().out
     assert tuned.runs == fitted.runs
 
@@ -276,7 +276,7 @@ def test_without_the_memory_for_gradients_the_runs_stay_as_they_were(folder, tra
     """Of one number of calls; the other is tuned."""
     options = ("--steps", "0", "--start-from", trained[0], "--backbone", BACKBONE, "--nfe", "4,5", *QUICK)
     monkeypatch.setattr(training, "ROUNDS", 0)  # as where the grids are tuned
-    fitted = run(folder / "guided", tmp_path / "fitted.safetensors", *options)[1]
+    fitted = run(folder / "combined", tmp_path / "fitted.safetensors", *options)[1]
 
     def too_large(sidenet, parts, begun, calls, *rest):
         if calls == 5:
@@ -284,7 +284,7 @@ def test_without_the_memory_for_gradients_the_runs_stay_as_they_were(folder, tra
         return replace(begun, rule="lobatto3")
 
     monkeypatch.setattr(training, "tune", too_large)
-    tuned = run(folder / "guided", tmp_path / "tuned.safetensors", *options, "--tune", "4")[1]
+    tuned = run(folder / "combined", tmp_path / "tuned.safetensors", *options, "--tune", "4")[1]
     assert "not enough memory for a call with gradients" in capsys.readouterr().out
     assert tuned.runs[5] == fitted.runs[5] and tuned.runs[4] == replace(fitted.runs[4], rule="lobatto3")
 
@@ -301,7 +301,7 @@ def test_an_interrupted_tuning_goes_on_to_the_same_numbers(folder, trained, tmp_
     options = ("--steps", "0", "--start-from", trained[0], "--backbone", BACKBONE, "--nfe", "4,5", *QUICK)
     options += ("--tune", "40", "--grid-runs", "4", "--resume")
     monkeypatch.setattr(tuning, "LEARNING_RATE", 1e-3)
-    whole = run(folder / "guided", tmp_path / "whole.safetensors", *options)[1]
+    whole = run(folder / "combined", tmp_path / "whole.safetensors", *options)[1]
     assert "did not help" not in capsys.readouterr().out
     real, seen = tuning.TunedRun.forward, []
 
@@ -313,12 +313,12 @@ def test_an_interrupted_tuning_goes_on_to_the_same_numbers(folder, trained, tmp_
 
     monkeypatch.setattr(tuning.TunedRun, "forward", interrupted)
     out = tmp_path / "resumed.safetensors"
-    command = ["train", "--trajectories", str(folder / "guided"), "--out", str(out), *map(str, options)]
+    command = ["train", "--trajectories", str(folder / "combined"), "--out", str(out), *map(str, options)]
     assert main(command) == 130 and not out.exists()
     assert {path.name for path in out.with_suffix(".run").glob("*.pt")} == {"time_grids.pt", "tune_4.pt", "tune_5.pt"}
     monkeypatch.setattr(tuning.TunedRun, "forward", real)
     monkeypatch.setattr(training, "learn_times", None)
-    resumed = run(folder / "guided", out, *options)[1]
+    resumed = run(folder / "combined", out, *options)[1]
     assert resumed.runs == whole.runs
     # What was spent before the interruption counts, finished steps' results or not.
     once, twice = (card.training["backbone_calls"] for card in (whole, resumed))
@@ -328,7 +328,7 @@ def test_an_interrupted_tuning_goes_on_to_the_same_numbers(folder, trained, tmp_
 
 def test_closed_loop_losses_are_one_without_a_sidenet(folder):
     """They are relative to the solver's own line; the interval loss does not differentiate through the backbone."""
-    trajectories, about = open_trajectories([folder / "guided"])
+    trajectories, about = open_trajectories([folder / "combined"])
     backbone = open_backbone(BackboneChoice(backbone=BACKBONE))
     rollout = Rollout(Replay(backbone, trajectories, about), get_rule("lobatto4"), [time_grid(5)], 8)
     from ba_solver.bas_core import SideNet, SideNetConfig
@@ -344,9 +344,9 @@ def test_closed_loop_losses_are_one_without_a_sidenet(folder):
 
 def test_branches_and_guidance_ranges_train(folder, tmp_path):
     """In branch mode the SideNet sees the null class; over a range it is told the scale, and listens."""
-    branch, card = run(folder / "branch", tmp_path / "b.safetensors", *QUICK, "--batch", "64", "--steps", "200")
-    assert card.velocity == "branch" and card.training["recorded_runs"] == 48
-    assert rollout_error(branch, folder / "branch") < 0.9 * rollout_error(None, folder / "branch")
+    branch, card = run(folder / "per_branch", tmp_path / "b.safetensors", *QUICK, "--batch", "64", "--steps", "200")
+    assert card.velocity == "per_branch" and card.training["recorded_runs"] == 48
+    assert rollout_error(branch, folder / "per_branch") < 0.9 * rollout_error(None, folder / "per_branch")
     ranged, card = run(folder / "range", tmp_path / "r.safetensors", *QUICK, "--batch", "64", "--steps", "200")
     assert card.cfg_range == (1.5, 3.0) and ranged.config.cfg_input
     x = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
@@ -374,7 +374,7 @@ def test_published_objective_trains_and_counts_its_calls(tmp_path, folder):
     write_safetensors(tmp_path / "data.safetensors", {"latents": latents, "labels": torch.arange(64) % 2}, {})
     options = ("--objective", "published", "--latents", tmp_path / "data.safetensors", "--backbone", BACKBONE)
     _, card = run(
-        folder / "branch",
+        folder / "per_branch",
         tmp_path / "p.safetensors",
         *options,
         *QUICK,
@@ -435,11 +435,11 @@ def test_coordinate_search_finds_the_minimum():
 def test_bfloat16_trains_and_float16_needs_a_gpu(folder, tmp_path, capsys):
     AcceleratorState._reset_state()
     _, card = run(
-        folder / "guided", tmp_path / "b.safetensors", *QUICK, "--batch", "64", "--steps", "150", "--precision", "bf16"
+        folder / "combined", tmp_path / "b.safetensors", *QUICK, "--batch", "64", "--steps", "150", "--precision", "bf16"
     )
     AcceleratorState._reset_state()
     assert card.evaluation["residual_variance"]["kind"]["beyond"] < 0.95
-    run(folder / "guided", tmp_path / "c.safetensors", *SMALL, "--precision", "fp16", status=2)
+    run(folder / "combined", tmp_path / "c.safetensors", *SMALL, "--precision", "fp16", status=2)
     assert "fp16 needs a GPU" in capsys.readouterr().err
 
 
@@ -471,7 +471,7 @@ def test_bfloat16_trains_and_float16_needs_a_gpu(folder, tmp_path, capsys):
 )
 def test_bad_settings_are_refused_in_words(options, message, folder, tmp_path, capsys):
     out = tmp_path / "out.safetensors"
-    assert main(["train", "--trajectories", str(folder / "guided"), "--out", str(out), *options]) in (1, 2)
+    assert main(["train", "--trajectories", str(folder / "combined"), "--out", str(out), *options]) in (1, 2)
     assert message in capsys.readouterr().err
     assert not out.exists()
 
@@ -480,27 +480,27 @@ def test_a_sidenet_of_another_model_is_not_started_from(folder, trained, tmp_pat
 
     _, sidenet, card = trained
     save_sidenet(tmp_path / "s.safetensors", sidenet, replace(card, backbone={"name": "else", "fingerprint": "0"}))
-    run(folder / "guided", tmp_path / "o.safetensors", "--start-from", tmp_path / "s.safetensors", status=1)
+    run(folder / "combined", tmp_path / "o.safetensors", "--start-from", tmp_path / "s.safetensors", status=1)
     assert "belongs to 'else', the trajectories to 'swirl'" in capsys.readouterr().err
 
 
 def test_unwritable_places_and_wrong_suffixes_are_refused(folder, tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
-    run(folder / "guided", tmp_path / "file" / "o.safetensors", status=2)
+    run(folder / "combined", tmp_path / "file" / "o.safetensors", status=2)
     assert "cannot be written" in capsys.readouterr().err
-    run(folder / "guided", tmp_path / "o.pt", status=2)
+    run(folder / "combined", tmp_path / "o.pt", status=2)
     assert "must end in .safetensors" in capsys.readouterr().err
 
 
 def test_a_run_state_of_another_network_is_refused(folder, tmp_path, capsys):
     out = tmp_path / "o.safetensors"
-    run(folder / "guided", out, *SMALL, "--steps", "0")
+    run(folder / "combined", out, *SMALL, "--steps", "0")
     (tmp_path / "o.run").mkdir(exist_ok=True)
     torch.save({"step": 3}, tmp_path / "o.run" / "all_pairs.pt")
     out.unlink()
-    run(folder / "guided", out, *SMALL, "--steps", "2", "--resume", status=2)
+    run(folder / "combined", out, *SMALL, "--steps", "2", "--resume", status=2)
     assert "steps was 0, now 2" in capsys.readouterr().err
     settings = json.loads((tmp_path / "o.run" / "settings.json").read_text()) | {"steps": 2}
     (tmp_path / "o.run" / "settings.json").write_text(json.dumps(settings))
-    run(folder / "guided", out, *SMALL, "--steps", "2", "--resume", status=1)
+    run(folder / "combined", out, *SMALL, "--steps", "2", "--resume", status=1)
     assert "is the state of another run" in capsys.readouterr().err

@@ -93,9 +93,9 @@ def test_states_between_points_are_of_fourth_order():
 
 
 def test_branch_mode_records_both_branches_on_the_guided_path(tmp_path):
-    trajectories, about = record(tmp_path / "branches", mode="branch", guidance_interval=(0.0, 0.7))
-    path, _ = record(tmp_path / "guided", guidance_interval=(0.0, 0.7))
-    assert len(trajectories) == 20 and trajectories.branches == 2 and about["velocity"] == "branch"
+    trajectories, about = record(tmp_path / "branches", mode="per_branch", guidance_interval=(0.0, 0.7))
+    path, _ = record(tmp_path / "combined", guidance_interval=(0.0, 0.7))
+    assert len(trajectories) == 20 and trajectories.branches == 2 and about["velocity"] == "per_branch"
     assert trajectories.labels.tolist()[:4] == [0, 2, 1, 2]
     rows = torch.arange(20)
     for point in (0, 7, 23):

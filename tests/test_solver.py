@@ -171,7 +171,7 @@ def test_guided_mode_integrates_the_combined_velocity(guidance, sidenet):
         return torch.lerp(class_velocity(x, t, uncond), v, scale) if low < t[0] <= high else v
 
     x = noise(2, 2, 4, 4)
-    got = solve(guided_field(2, Guidance(*guidance), "guided"), sidenet, x, UNIFORM)
+    got = solve(guided_field(2, Guidance(*guidance), "combined"), sidenet, x, UNIFORM)
     torch.testing.assert_close(got, solve(model_field(combined, cond), sidenet, x, UNIFORM), **TIGHT)
 
 
@@ -181,8 +181,8 @@ def test_guided_mode_integrates_the_combined_velocity(guidance, sidenet):
     [
         (name, mode)
         for name in BASELINES
-        for mode in ("branch", "guided")
-        if (name, mode) != (WITHOUT_SIDENET, "branch")
+        for mode in ("per_branch", "combined")
+        if (name, mode) != (WITHOUT_SIDENET, "per_branch")
     ],
 )
 def test_baselines_integrate_the_guided_velocity(name, mode):
@@ -200,7 +200,7 @@ def test_baselines_integrate_the_guided_velocity(name, mode):
 def test_both_modes_agree_without_a_sidenet_where_guidance_applies_throughout():
     """Straight lines through the branches combine to the straight line through the guided velocity."""
     x, times = noise(2, 2, 4, 4), smooth_grid(5, 1.0, 0.1)
-    results = [solve(guided_field(2, Guidance(2.0), mode), None, x, times) for mode in ("branch", "guided")]
+    results = [solve(guided_field(2, Guidance(2.0), mode), None, x, times) for mode in ("per_branch", "combined")]
     torch.testing.assert_close(*results, **TIGHT)
 
 
@@ -231,9 +231,9 @@ def test_the_guidance_scale_reaches_a_sidenet_that_asks_for_it():
     def told(x, v, t, h, cond):
         return sidenet(x, v, t, h, cond, scale=torch.full_like(t, 3.0))
 
-    results = [solve(guided_field(2, guidance, "guided"), net, x, UNIFORM) for net in (sidenet, told)]
+    results = [solve(guided_field(2, guidance, "combined"), net, x, UNIFORM) for net in (sidenet, told)]
     torch.testing.assert_close(*results, **TIGHT)
-    other = solve(guided_field(2, Guidance(3.001), "guided"), sidenet, x, UNIFORM)
+    other = solve(guided_field(2, Guidance(3.001), "combined"), sidenet, x, UNIFORM)
     assert not torch.allclose(other, results[0], **TIGHT)
 
 

@@ -169,16 +169,16 @@ def test_they_suit_their_own_grid_and_no_other():
     run = random_weights()
     card = SideNetCard(runs={4: run, 2: Schedule([1.0, 0.5, 0.0])})
     for times in (TIMES, torch.tensor(TIMES) * 0.93, torch.tensor(TIMES) + 5e-4 * torch.tensor([0, 1, -1, 1, 0])):
-        found = match_schedule(times, card.runs)
+        found = match_schedule(times, card.schedules_for(card.cfg))
         assert found.coefficients == run.coefficients and list(found.times) == list(times)
     for times in ([1.0, 0.7, 0.45, 0.21, 0.0], TIMES[:-1], [1.0, 0.5, 0.0]):
-        assert not match_schedule(times, card.runs).coefficients
+        assert not match_schedule(times, card.schedules_for(card.cfg)).coefficients
 
 
 def test_files_keep_them(tmp_path):
     card = SideNetCard(runs={4: random_weights().detached()})
     save_sidenet(tmp_path / "a.safetensors", small_sidenet(), card)
-    assert load_sidenet(tmp_path / "a.safetensors")[1].runs == card.runs
+    assert load_sidenet(tmp_path / "a.safetensors")[1].runs == card.schedules_for(card.cfg)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_files_keep_them(tmp_path):
     ],
 )
 def test_damaged_weights_in_a_file_are_refused(weights, message, tmp_path):
-    runs = f'{{"4": {{"times": {TIMES}, "step_weights": {weights}}}}}'
+    runs = f'{{"4": {{"times": {TIMES}, "coefficients": {weights}}}}}'
     check_refused_in_a_file(tmp_path / "a.safetensors", TIMES, {"runs": runs}, message)
 
 

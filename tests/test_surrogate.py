@@ -33,7 +33,7 @@ LABELS = torch.arange(12) % 2
 def replay():
     """Recorded runs of the swirl, and the swirl."""
     trajectories = trajectories_of(swirl, LABELS, 40)
-    about = {"guidance": [1.0, 1.0], "guidance_interval": [0.0, 1.0], "velocity": "guided"}
+    about = {"guidance": [1.0, 1.0], "guidance_interval": [0.0, 1.0], "velocity": "combined"}
     return Replay(swirl_backbone(None, None), trajectories, about, Counter())
 
 
@@ -85,7 +85,7 @@ def test_whether_a_first_call_is_saved_is_decided_by_other_conditions():
 
 def test_a_first_call_is_saved_where_the_mean_says_it_all():
     backbone = two_points_backbone(None, None)
-    about = {"guidance": [1.0, 1.0], "guidance_interval": [0.0, 1.0], "velocity": "guided"}
+    about = {"guidance": [1.0, 1.0], "guidance_interval": [0.0, 1.0], "velocity": "combined"}
     trajectories = trajectories_of(lambda x, t, y: backbone.velocity(x, t, y, 1.0), LABELS, 48)
     known = Replay(backbone, trajectories, about, Counter())
     runs = search_on_surrogate(known, [2], GAUSSIAN_MEAN)
@@ -101,7 +101,7 @@ def test_the_better_way_is_taken_and_of_what_was_looked_at_the_best(capsys, monk
         return seen, errors
 
     monkeypatch.setattr(on_paths, "probe", noted)
-    about = {"guidance": [1.0, 1.0], "guidance_interval": [0.0, 1.0], "velocity": "guided"}
+    about = {"guidance": [1.0, 1.0], "guidance_interval": [0.0, 1.0], "velocity": "combined"}
     replay = Replay(swirl_backbone(None, None), trajectories_of(swirl, LABELS, 24), about, Counter())
     found = search_on_surrogate(replay, [3, 4], torch.zeros(2, 4, 4))
     # In each search, what it comes to with the first call saved and without is said, and the better is taken.
@@ -138,7 +138,7 @@ def test_probes_see_the_model_beside_the_paths(replay):
 
 def test_times_are_moved_on_the_model(monkeypatch):
     """Of runs with few calls; they end nearer than before, on the runs that they are moved on."""
-    about = {"guidance": [1.0, 1.0], "guidance_interval": [0.0, 1.0], "velocity": "guided"}
+    about = {"guidance": [1.0, 1.0], "guidance_interval": [0.0, 1.0], "velocity": "combined"}
     replay = Replay(swirl_backbone(None, None), trajectories_of(swirl, LABELS, 24), about, Counter())
     monkeypatch.setattr(on_paths, "REFINED", 4)
     runs = {n: match_schedule(time_grid(n)) for n in (4, 5)}
@@ -185,7 +185,7 @@ def test_quick_makes_runs_without_a_network(quick, capsys):
     out, command = quick
     sidenet, card = load_sidenet(out)
     assert sum(p.numel() for p in sidenet.parameters()) < 10_000 and not sidenet.output_conv.weight.any()
-    assert card.runs[6].coefficients and card.runs[6].calls == 6
+    assert card.schedules_for(card.cfg)[6].coefficients and card.schedules_for(card.cfg)[6].calls == 6
     errors = {(row["solver"], row["calls"]): row["error"] for row in card.evaluation["endpoint_error"]}
     assert errors["ba_solver", 6] < 0.5 * min(errors["adams_bashforth2", 6], errors["dpmpp_2m", 6])
     spent = sum(card.training["backbone_calls"].values())
@@ -197,9 +197,9 @@ def test_quick_makes_runs_without_a_network(quick, capsys):
 
 def test_paths_are_searched_for_the_guided_velocity_alone(quick, tmp_path):
     trajectories = tmp_path / "trajectories"
-    record = ["record", "--backbone", BACKBONE, "--guidance", "2", "--cfg-mode", "branch", "--trajectories", "4", "--prefixes", "0"]
+    record = ["record", "--backbone", BACKBONE, "--guidance", "2", "--cfg-mode", "per_branch", "--trajectories", "4", "--prefixes", "0"]
     assert main([*record, "--out", str(trajectories)]) == 0
-    assert open_trajectories((trajectories,))[1]["velocity"] == "branch"
+    assert open_trajectories((trajectories,))[1]["velocity"] == "per_branch"
     train = ["train", "--trajectories", str(trajectories), "--backbone", BACKBONE, "--out", str(tmp_path / "x.safetensors")]
     settings = TrainSettings(
         trajectories=(trajectories,), backbone=BACKBONE, out=tmp_path / "x.safetensors", nfe="5", grid_search="paths"

@@ -20,7 +20,7 @@ SCALE = 2.5
 
 def begun():
     """A run of fitted weights and half calls, with its field, noise and network, in double precision."""
-    field, x, sidenet = guided_field(2, Guidance(SCALE), "guided"), noise(2, 2, 4, 4), small_sidenet().double()
+    field, x, sidenet = guided_field(2, Guidance(SCALE), "combined"), noise(2, 2, 4, 4), small_sidenet().double()
     fitting = Fitting(sidenet, field, x, lambda t: x * float(t) ** 2)
     run = fit_run(fitting, Schedule(torch.tensor(GRID, dtype=torch.float64)), True)[1]
     return TunedRun(run).double(), field, x, sidenet
@@ -34,7 +34,7 @@ def check_run_is_the_samplers():
         times = torch.tensor(found.times, dtype=torch.float64)
         theirs = solve(field, sidenet, x, found.over(times))
     torch.testing.assert_close(times, torch.tensor(GRID, dtype=torch.float64), atol=1e-6, rtol=0)
-    assert found.halves == 2 and len(found.coefficients) == 9
+    assert found.conditional_only == 2 and len(found.coefficients) == 9
     torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
 
 

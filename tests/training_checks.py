@@ -20,7 +20,7 @@ from ba_solver.training.schedules.tuning import tune, tuning_loop
 from training_problems import BACKBONE
 
 SMALL = ("--base-channels", "16", "--embedding-dim", "16", "--num-layers", "2", "--patch-size", "1", "--batch", "16")
-SMALL += ("--architecture", "convolution", "--kernel-size", "3", "--no-muon")
+SMALL += ("--architecture", "conv", "--kernel-size", "3", "--no-muon")
 QUICK = (*SMALL, "--warmup", "10", "--learning-rate", "1e-2", "--ema", "0.95")
 
 
@@ -59,7 +59,7 @@ def rollout_error(sidenet, folder, over=None):
         over = Schedule(time_grid(5)) if over is None else over
         field = replay.field_of(rows)
         x = solve(field, sidenet, replay.noise(rows), over)
-        assert field.nfe == over.cost
+        assert field.nfe == over.nfe
     return endpoint_errors(x, replay.truth(rows, torch.tensor(0.0))).mean().item()
 
 
