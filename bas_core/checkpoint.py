@@ -15,7 +15,6 @@ from torch import Tensor
 
 from .files import (
     CheckpointError,
-    sniff_model,
     check_format,
     check_tensors,
     count_blocks,
@@ -24,6 +23,7 @@ from .files import (
     parse_object,
     read_pickled_tensors,
     read_safetensors,
+    sniff_model,
     state_dict_of,
     write_safetensors,
 )

@@ -115,9 +115,7 @@ class ScheduleHook(StepHook):
         """A conditional-only call: the conditional velocity and the predicted v_c - v_u."""
         conditional = field.call_conditional(x, t)
         regressors = self.difference_regressors(conditional)
-        return conditional, linear_combination(
-            torch.zeros_like(conditional), regressors, self.cfg_coefficients[row]
-        )
+        return conditional, linear_combination(torch.zeros_like(conditional), regressors, self.cfg_coefficients[row])
 
     def difference_regressors(self, conditional: Tensor) -> list[Tensor]:
         """What v_c - v_u is predicted from: itself at earlier calls, and the change of v_c since every earlier call.

@@ -1,8 +1,8 @@
 """The bi-anchor solver (arXiv 2601.21542, section 3), its single-anchor baseline, and the loop over the steps.
 
-`solve` is what to call. `bi_anchor_step` is the method, from predictor to corrector. Three things act on it: the field's
-guidance combines the branches of CFG at every node's time, the SideNet predicts velocities (`prediction.predict`), and
-the hook of a schedule adjusts states and model calls (`schedule.ScheduleHook`).
+`solve` is the entry point. `bi_anchor_step` is the method, from predictor to corrector. Three parts act on it: the
+field's guidance combines the branches of CFG at every node's time, the SideNet predicts velocities
+(`prediction.predict`), and the hook of a schedule adjusts states and model calls (`schedule.ScheduleHook`).
 
 Gradients are left as the caller has them: sample under `torch.inference_mode()`.
 """
@@ -47,7 +47,7 @@ class Solver:
 
     @property
     def corrected_nodes(self) -> tuple[float, ...]:
-        """The inner nodes that the corrector predicts anew: those nearer to the right anchor, or with two anchors all."""
+        """The inner nodes that the corrector predicts anew: all with two anchors, else those near the right."""
         return tuple(c for c in self.rule.nodes if 0 < c < 1 and (self.two_anchors or c > 0.5))
 
     def branches_at(self, times: Times) -> int:
@@ -178,10 +178,7 @@ def single_anchor_step(solver: Solver, index: int, x: Tensor, times: Times) -> S
     """
     t, s, rule, guidance = times[index], times[index + 1], solver.rule, solver.field.guidance
     branches = 2 if guidance.active(t) else 1
-    if index == 0:
-        anchor = solver.first_anchor(x, t, branches)
-    else:
-        anchor = Anchor(x, solver.field(x, t, branches), t)
+    anchor = Anchor(x, solver.field(x, t, branches), t) if index else solver.first_anchor(x, t, branches)
     queries = [Query(anchor, None, node_time(t, s, c)) for c in rule.nodes]
     predicted = predict(solver.sidenet, queries, solver.field, branches, solver.chunk)
     v = {c: guidance.combine(each, t) for c, each in zip(rule.nodes, predicted, strict=True)}
@@ -286,9 +283,7 @@ def run_bi_anchor(solver: Solver, x: Tensor, times: Times, callback: Callback | 
 
 def run_single_anchor(solver: Solver, x: Tensor, times: Times, callback: Callback | None = None) -> Tensor:
     """The single-anchor solver, as `run_bi_anchor`."""
-    return run_steps(
-        lambda index, x, _: single_anchor_step(solver, index, x, times), solver.field, x, times, callback
-    )
+    return run_steps(lambda index, x, _: single_anchor_step(solver, index, x, times), solver.field, x, times, callback)
 
 
 def solve(

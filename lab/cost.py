@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..training.baselines import run_baseline
 from ..bas_core.grids import time_grid
 from ..bas_core.guidance import Field
 from ..bas_core.schedule import Schedule
 from ..bas_core.sidenet import SideNet
 from ..bas_core.solver import solve
+from ..training.baselines import run_baseline
 from ..training.measuring.rivals import unipc
 
 STEPS = 7

@@ -25,13 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..training.baselines import BASELINES, Baseline, History, Velocity, run_baseline
 from ..bas_core.editing import FADE, NO_CONTROL, T_MIN, Control, edit, editing_grid, invert, straight_trajectory
 from ..bas_core.files import write_text
 from ..bas_core.flow import interpolate
 from ..bas_core.grids import time_grid
 from ..bas_core.guidance import Field
 from ..bas_core.solver import solve
+from ..training.baselines import BASELINES, Baseline, History, Velocity, run_baseline
 from ..training.demo.assets import CLASSIFIER_FILE, DEMO_CFG, WEIGHTS, Demo, load_demo
 from ..training.progress import progress, say
 from ..training.schedules.solvers import GridShape, endpoint_errors

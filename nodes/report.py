@@ -31,7 +31,7 @@ def report(name: str, config: SideNetConfig, card: SideNetCard) -> str:
         f"Latents: {config.in_channels} channels; classes: {config.num_classes or 'none'}",
         f"Predicts: {'each branch of CFG' if card.cfg_mode == 'branch' else 'the guided velocity'}, "
         f"CFG {card.describe_cfg()}; anchors: {config.anchors}",
-        f"Fitted runs: {describe_schedules(card.runs)}",
+        f"Fitted runs: {describe_schedules(card.schedules_for(card.cfg))}",
         *(f"Training {key.replace('_', ' ')}: {_short(trained[key])}" for key in trained if key != "settings"),
         *(f"{series} error: {_row(errors)}" for series, errors in error_curves(card.evaluation).items()),
         f"Licence: {card.license or 'not stated'}",

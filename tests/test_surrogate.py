@@ -12,7 +12,7 @@ from ba_solver.bas_core.files import CheckpointError
 from ba_solver.bas_core.grids import time_grid
 from ba_solver.bas_core.steps import StraightLine
 from ba_solver.training.cli import main
-from ba_solver.training.presets import PRESETS, with_effort
+from ba_solver.training.presets import PRESETS, with_preset
 from ba_solver.training.make import MakeSettings, planned_nfe
 from ba_solver.training.recording.trajectories import open_trajectories
 from ba_solver.training.recording.replay import Replay
@@ -161,13 +161,13 @@ def test_times_are_moved_on_the_model(monkeypatch):
 
 def test_efforts_change_what_was_left_as_it_is():
     usual = MakeSettings(backbone="x", out=Path("x.safetensors"), points=30)
-    quick = with_effort(usual, "quick")
-    assert usual.tune == 480 and quick.tune == with_effort(usual, "standard").tune == 0
+    quick = with_preset(usual, "quick")
+    assert usual.tune == 480 and quick.tune == with_preset(usual, "standard").tune == 0
     assert quick.steps == 0 and quick.points == 30 and quick.trajectories == PRESETS["quick"]["trajectories"]
-    assert with_effort(usual, "thorough").tune == 480 and with_effort(usual, "standard").steps == usual.steps
+    assert with_preset(usual, "thorough").tune == 480 and with_preset(usual, "standard").steps == usual.steps
     with pytest.raises(UsageError, match="one of quick, standard, thorough"):
-        with_effort(usual, "hasty")
-    planned = {e: planned_nfe(with_effort(dataclasses.replace(usual, effort=e, points=40), e)) for e in PRESETS}
+        with_preset(usual, "hasty")
+    planned = {e: planned_nfe(with_preset(dataclasses.replace(usual, preset=e, points=40), e)) for e in PRESETS}
     assert planned["quick"] < 2_000 and planned["standard"] < 20_000 < planned["thorough"]
 
 
@@ -189,8 +189,8 @@ def test_quick_makes_runs_without_a_network(quick, capsys):
     errors = {(row["solver"], row["calls"]): row["error"] for row in card.evaluation["endpoint_error"]}
     assert errors["ba_solver", 6] < 0.5 * min(errors["adams_bashforth2", 6], errors["dpmpp_2m", 6])
     spent = sum(card.training["backbone_calls"].values())
-    settings = MakeSettings(backbone=BACKBONE, out=out, effort="quick", nfe="6")
-    assert 0.8 * planned_nfe(with_effort(settings, "quick")) < spent <= planned_nfe(with_effort(settings, "quick"))
+    settings = MakeSettings(backbone=BACKBONE, out=out, preset="quick", nfe="6")
+    assert 0.8 * planned_nfe(with_preset(settings, "quick")) < spent <= planned_nfe(with_preset(settings, "quick"))
     assert main(["info", str(out)]) == 0 and "no network" in capsys.readouterr().out
     assert main([*command, "--resume"]) == 0
 

@@ -43,7 +43,9 @@ COMMANDS = {
         "run_record",
         "--record-batch, or use --offload",
     ),
-    "train": Command("train a SideNet from recorded runs", "train", "TrainSettings", "run_train", needs=("matplotlib",)),
+    "train": Command(
+        "train a SideNet from recorded runs", "train", "TrainSettings", "run_train", needs=("matplotlib",)
+    ),
     "evaluate": Command(
         "measure a SideNet beside other solvers",
         "measuring.score",

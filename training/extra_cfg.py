@@ -11,14 +11,14 @@ from typing import Any
 from ..bas_core.checkpoint import SideNetCard, load_sidenet, save_sidenet
 from ..bas_core.sidenet import SideNet
 from .backbones import Backbone
-from .presets import CHECKED, PRESETS, QUICK
 from .network.options import Training
+from .presets import CHECKED, PRESETS, QUICK
 from .progress import say
-from .recording.trajectories import open_trajectories
 from .recording.record import Recording, record
 from .recording.replay import Replay
+from .recording.trajectories import open_trajectories
 from .schedules.fitting import Schedules, fit_coefficients
-from .schedules.surrogate_search import surrogate_search_nfe, search_on_surrogate
+from .schedules.surrogate_search import search_on_surrogate, surrogate_search_nfe
 from .settings import UsageError, parse_nfe
 
 # What a scale's recording takes of the settings' own: no more runs and points than a quick SideNet is made of.
@@ -66,7 +66,8 @@ def runs_at_scale(
 
 
 def add_extra_cfg(settings: Any, trajectories: Path, opened: Callable[[float], Backbone]) -> SideNetCard:
-    """Add runs for each scale of `extra_guidance` to the SideNet's file, unless it has them; returns what the file says.
+    """Add runs for each scale of `extra_guidance` to the SideNet's file, unless it has them; returns what the file
+    says.
 
     Args:
         settings: of `ba-solver make`; `out` is the file.
@@ -82,7 +83,12 @@ def add_extra_cfg(settings: Any, trajectories: Path, opened: Callable[[float], B
         sidenet = load_sidenet(settings.out, backbone.device)[0]
         spent: Counter[str] = Counter()
         runs = runs_at_scale(
-            settings, scale, backbone, sidenet, trajectories.with_name(f"{settings.out.stem}.cfg{scale:g}.trajectories"), spent
+            settings,
+            scale,
+            backbone,
+            sidenet,
+            trajectories.with_name(f"{settings.out.stem}.cfg{scale:g}.trajectories"),
+            spent,
         )
         calls = card.training.get("backbone_calls", {}) | {f"CFG {scale:g}": spent.total()}
         card = dataclasses.replace(

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .backbones import BackboneChoice, open_backbone
-from .presets import CHECKED, QUICK, with_effort
-from .measuring.validation import RIVALS, SCORED
-from .measuring.rivals import Measurement
+from .extra_cfg import add_extra_cfg, check_extra_cfg, nfe_for_cfg
 from .measuring.evaluate import Evaluation, evaluate
-from .extra_cfg import add_extra_cfg, nfe_for_cfg, check_extra_cfg
+from .measuring.rivals import Measurement
+from .measuring.validation import RIVALS, SCORED
 from .network.options import Training
+from .presets import CHECKED, FULL, QUICK, with_preset
 from .progress import say
-from .recording.record import CHECKED_TRAJECTORIES, COMPARED_CALLS, Recording, record
+from .recording.record import COMPARED_CALLS, Recording, record
 from .schedules.surrogate_search import surrogate_search_nfe
 from .schedules.tuning import BATCH
 from .settings import UsageError, parse_nfe, plain, prepare_folder
@@ -26,21 +26,22 @@ class MakeSettings(BackboneChoice, Recording, Training, Evaluation):
     """Record a model's sampling runs, train a SideNet on them and evaluate it.
 
     Attributes:
-        out: the SideNet's file. Trajectories, log and report lie beside it, in NAME.trajectories, NAME.run and NAME.report.
-        effort: quick (no network: times and weights alone, in some 1,500 calls), standard (some 20,000 calls), thorough
-            (tuned by gradients too); other flags change what it says. Left out: as standard, with times searched on the
-            model, which takes some 5,000 to 40,000 calls more.
-        extra_guidance: further CFG scales to find times and weights for, a quick SideNet's work each; what is found for
-            one scale serves from half to one and a half times of it.
+        out: the SideNet's file. Trajectories, log and report lie beside it, in NAME.trajectories, NAME.run and
+            NAME.report.
+        preset: quick (no network: schedules alone, in some 1,500 model calls) or full (a network too, and schedules
+            tuned by gradients); other flags change its values.
+        nfe: fit schedules for these numbers of model calls, such as 5,7,10.
+        extra_guidance: further CFG scales to fit schedules for, with a quick SideNet's work each; the schedules of one
+            scale serve from half to one and a half times of it.
         seed: of noises, weights and batches.
         trajectories: how many sampling runs to record.
-        tune: steps that tune each number of calls' times and weights by gradients through whole runs; 0 = none, where
-            the memory of a call with gradients is not there. Where it does not help runs that were held out, it is
-            undone.
+        tune: steps that tune each schedule by gradients through whole samplings, which takes the memory of a model call
+            with gradients; 0 = none. A tuning that does not help the validation trajectories is undone.
     """
 
     out: Path
-    effort: str = ""
+    preset: str = FULL
+    nfe: str = "5,7,10"
     extra_guidance: tuple[float, ...] = ()
     seed: int = 1
     tune: int = 480
@@ -68,27 +69,27 @@ def run_make(settings: MakeSettings) -> list[Measurement]:
     Returns:
         The evaluation's lines; none for a quick SideNet, whose file holds a short one.
     """
-    settings = with_effort(settings, settings.effort) if settings.effort else settings
-    training = settings if settings.nfe else dataclasses.replace(settings, nfe=settings.nfe)
+    settings = with_preset(settings, settings.preset)
+    # The paper's objective trains the network alone, per branch; schedules are fitted for combined CFG.
+    training = dataclasses.replace(settings, nfe="", tune=0) if settings.objective == "published" else settings
     training.check()
     parse_nfe(settings.nfe)
-    check_extra_cfg(settings.extra_guidance, settings, training)
+    check_extra_cfg(settings.extra_guidance, settings, settings)
     if settings.out.suffix != ".safetensors":
         raise UsageError(f"--out must end in .safetensors; got {settings.out}.")
     trajectories, report = settings.out.with_suffix(".trajectories"), settings.out.with_suffix(".report")
     prepare_folder(report)
     backbone = open_backbone(settings)
     say("1 of 3: record")
-    quick = settings.effort == QUICK
-    record(settings, settings, trajectories, backbone, CHECKED if settings.effort else CHECKED_TRAJECTORIES)
+    record(settings, settings, trajectories, backbone, CHECKED)
     say("2 of 3: train")
     if settings.out.exists() and settings.resume:
         say(f"{settings.out} is trained already.")
     else:
         train_from(training, training, (trajectories,), settings.out, settings, backbone)
     add_extra_cfg(settings, trajectories, lambda scale: backbone)
-    if quick:
-        say("3 of 3: evaluated on held-out runs. `ba-solver evaluate` measures more.")
+    if settings.preset == QUICK:
+        say("3 of 3: evaluated on validation trajectories. `ba-solver evaluate` measures more.")
         return []
     say("3 of 3: evaluate")
     more = {"trajectories": (trajectories,), "seed": settings.seed, "settings": plain(settings)}

@@ -1,7 +1,8 @@
 """`ba-solver train`: a SideNet from recorded trajectories, in stages each of which can be interrupted.
 
 1. the times of schedules for the numbers of calls that it will be used with (needs the backbone);
-2. the network, from pairs of the trajectories' points (or by the published objective, which needs the backbone and data);
+2. the network, from pairs of the trajectories' points (or by the published objective, which needs the backbone and
+data);
 3. the schedules' coefficients, and if asked for, schedules tuned by gradients (needs the backbone).
 """
 
@@ -27,15 +28,15 @@ from ..bas_core.files import CheckpointError, read_pickled_tensors, write_atomic
 from ..bas_core.schedule import Schedule
 from ..bas_core.sidenet import SideNet
 from .backbones import Backbone, BackboneChoice, open_backbone
-from .measuring.validation import SCORED, score_validation
 from .measuring.report import table as error_table
-from .network.new_sidenet import data_mean, new_sidenet, mean_in
+from .measuring.validation import SCORED, score_validation
+from .network.new_sidenet import data_mean, mean_in, new_sidenet
 from .network.options import Training
 from .network.stages import Job, all_pairs_stage, published_stage, residual_table
 from .processes import MAIN_PROCESS
 from .progress import say
-from .recording.trajectories import Trajectories, check_alike, open_trajectories
 from .recording.record import PREFIXES
+from .recording.trajectories import Trajectories, check_alike, open_trajectories
 from .schedules.fitting import fit_coefficients
 from .schedules.surrogate_search import search_on_surrogate
 from .schedules.tuning import tune, tuned_or_kept, tuning_loop
@@ -72,21 +73,21 @@ def check_choice(choice: BackboneChoice, about: dict[str, Any], backbone: Backbo
     """
     if choice.guidance and list(choice.scales) != about["guidance"]:
         raise CheckpointError(
-            f"The trajectories were recorded with guidance {about['guidance']}; {list(choice.scales)} is asked for. Record "
-            "trajectories with that, or leave --guidance out."
+            f"The trajectories were recorded with guidance {about['guidance']}; {list(choice.scales)} is asked for. "
+            "Record trajectories with that, or leave --guidance out."
         )
     if backbone is None:
         return
     if backbone.fingerprint != about["backbone"]["fingerprint"]:
         raise CheckpointError(
             f"The trajectories were recorded from {about['backbone']['name']!r} (fingerprint "
-            f"{about['backbone']['fingerprint']}); {backbone.name!r} ({backbone.fingerprint}) is asked for. Record "
-            "trajectories of it."
+            f"{about['backbone']['fingerprint']}); {backbone.name!r} ({backbone.fingerprint}) is asked for. "
+            "Record trajectories of it."
         )
     if list(backbone.shape) != about["shape"]:
         raise CheckpointError(
-            f"The trajectories hold states of {about['shape']}; {backbone.name} is asked for at {list(backbone.shape)}. Give "
-            "the resolution they were recorded at."
+            f"The trajectories hold states of {about['shape']}; {backbone.name} is asked for at {list(backbone.shape)}. "
+            "Give the resolution they were recorded at."
         )
 
 
@@ -299,8 +300,8 @@ def train_from(
     check_choice(choice, about, backbone)
     if training.objective == "published" and about["cfg_mode"] == "combined" and about["guidance"] != [1.0, 1.0]:
         raise CheckpointError(
-            "The published objective trains on each branch of guidance, and is validated on trajectories of them: record "
-            "with --cfg-mode branch."
+            "The published objective trains on each branch of guidance, and is validated on trajectories of them: "
+            "record with --cfg-mode branch."
         )
     if training.nfe and about["cfg_mode"] != "combined":
         raise UsageError("Schedules need trajectories of the guided velocity: record with --cfg-mode guided.")

@@ -97,13 +97,14 @@ def jobs_for(model: Any, samplers: Sequence[str], schedulers: Sequence[str]) -> 
     jobs += [Job(MULTISTEP, s, multistep, grid("euler", s)) for s in schedulers]
     sidenet = applied_sidenet(model)
     if sidenet is not None and sidenet.strength:
-        sampling, held = model.get_model_object("model_sampling"), sidenet
+        sampling, analytic = model.get_model_object("model_sampling"), sidenet.has_data_mean
+        schedules = sidenet.card.schedules_for(sidenet.card.cfg)
         jobs.append(
             Job(
                 OURS,
                 LEARNED,
                 comfy.samplers.KSAMPLER(sample_ba_solver),
-                lambda calls: sigmas_for(sampling, calls, 1.0, held.card.runs, held.knows_mean),
+                lambda calls: sigmas_for(sampling, calls, 1.0, schedules, analytic),
                 fitted=True,
             )
         )

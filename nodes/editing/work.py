@@ -118,7 +118,9 @@ def _moved(source: SourceTrajectory, device: torch.device | str) -> SourceTrajec
     )
 
 
-def sampled(way: Way, latent: Tensor, noise: Tensor, schedule: SigmaSchedule, work: Work, doubted: bool = True) -> Tensor:
+def sampled(
+    way: Way, latent: Tensor, noise: Tensor, schedule: SigmaSchedule, work: Work, doubted: bool = True
+) -> Tensor:
     """Run `work` in ComfyUI's sampling; returns the latent that the state it ends in stands for."""
     steps = len(schedule.times) - 1
     out = way.guider().sample(

@@ -10,7 +10,7 @@ import comfy.model_sampling
 import torch
 from torch import Tensor
 
-from ...bas_core.flow import ve_to_flow, per_sample, ve_sigma_to_time, time_to_ve_sigma
+from ...bas_core.flow import per_sample, time_to_ve_sigma, ve_sigma_to_time, ve_to_flow
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from tqdm.auto import tqdm
 
 from ...bas_core.grids import same_times
 from ...bas_core.guidance import Field, Guidance
+from ...bas_core.prediction import SideNetProtocol
 from ...bas_core.schedule import Schedule, match_schedule
 from ...bas_core.solver import Step, solve
-from ...bas_core.steps import SideNetProtocol
 from ..models.attach import LoadedSideNet
 from ..models.paths import SigmaSchedule, path_of
 from ..say import warn
@@ -35,13 +35,13 @@ class Options:
         method: one of METHODS.
         rule: name of a quadrature rule; None = the method's own.
         interval: (lo, hi), the flow times between which CFG applies.
-        skip_first: a SideNet that knows the mean of the model's data may save the first call.
+        analytic_first_step: a SideNet with a data mean may replace the first model call.
     """
 
     method: str = "bi_anchor"
     rule: str | None = None
     interval: tuple[float, float] = WHOLE_RANGE
-    skip_first: bool = True
+    analytic_first_step: bool = True
 
     def __post_init__(self) -> None:
         Guidance(1.0, self.interval)  # checks the interval
@@ -86,8 +86,8 @@ def sample_ba_solver(
         on.progress.reset(run.calls)
         if run.conditional_only and on.backbone.scale != 1 and not on.backbone.separable:
             warn(
-                f"{run.conditional_only} of the {run.calls} calls could leave the negative out, but the guider, or a node on the "
-                "MODEL, works on both branches in its own way: both are evaluated at every call."
+                f"{run.conditional_only} of the {run.calls} calls could leave the negative out, but the guider, or a "
+                "node on the MODEL, works on both branches in its own way: both are evaluated at every call."
             )
             run = replace(run, cfg_coefficients=())
         shape = x.shape if x.ndim > 3 else (*x.shape[:2], 1, x.shape[2])  # the core knows no audio [B, C, L]
@@ -165,10 +165,10 @@ def run_for(options: Options, sidenet: LoadedSideNet | None, times: Tensor, scal
     a run of as many for a scale that is nearer to this one, that is taken, with its times.
     """
     if sidenet is None:
-        return Schedule(times)
+        return Schedule(times.tolist())
     card = sidenet.card
     usual = sidenet.strength == 1 and options == Options(analytic_first_step=options.analytic_first_step)
-    run = match_schedule(times, card.runs if usual else {}, sidenet.knows_mean)
+    run = match_schedule(times, card.schedules_for(card.cfg) if usual else {}, sidenet.has_data_mean)
     if run.fitted:
         nearer = card.schedules_for(scale).get(round(run.nfe))
         if nearer is not None and not same_times(times, nearer.times):

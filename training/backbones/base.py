@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ...bas_core.guidance import NO_GUIDANCE, Field, Guidance, CFGMode, just_inside, model_field
+from ...bas_core.guidance import NO_GUIDANCE, CFGMode, Field, Guidance, just_inside, model_field
 from ..settings import UsageError
 
 Velocity = Callable[[Tensor, Tensor, Tensor, float], Tensor]

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ...bas_core.files import CheckpointError
 from ...bas_core.flow import (
-    vp_alpha_to_time,
     eps_to_velocity,
     flow_to_vp,
     v_prediction_to_velocity,
+    vp_alpha_to_time,
 )
 from ..settings import UsageError
 from .base import BackboneChoice, Combine

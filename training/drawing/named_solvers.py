@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from ..baselines import BASELINES
+from ...bas_core.prediction import SideNetProtocol
 from ...bas_core.schedule import Schedule
 from ...bas_core.solver import METHODS, solve
-from ...bas_core.prediction import SideNetProtocol
+from ..baselines import BASELINES
 from ..schedules.solvers import Solver, baseline_solver, sidenet_solver
 from ..settings import UsageError, parse_nfe
 

@@ -21,8 +21,8 @@ from ...bas_core.schedule import Schedule
 from ...bas_core.sidenet import SideNet
 from ..backbones import Backbone, BackboneChoice, open_backbone
 from ..progress import progress, say
-from ..recording.trajectories import open_trajectories
 from ..recording.replay import Replay
+from ..recording.trajectories import open_trajectories
 from ..schedules.fitting import Fitting, fit_schedules
 from ..schedules.solvers import UNIFORM, GridShape, Solver, endpoint_errors, search_grid, sidenet_solver
 from ..schedules.time_search import search_times
@@ -64,7 +64,8 @@ class EvaluateSettings(BackboneChoice, Evaluation):
     Attributes:
         sidenet: its file.
         out: folder for the report.
-        trajectories: folders of recorded runs, to fit the learned multistep solver on; left out, it gets runs of its own.
+        trajectories: folders of recorded runs, to fit the learned multistep solver on; left out, it gets runs of its
+            own.
         guidance: CFG scale; left out, what the SideNet was trained for (the middle of a range).
         seed: of the noises.
     """
@@ -92,8 +93,8 @@ def learned_multistep(
     recorded, about = open_trajectories(trajectories)
     if about["backbone"]["fingerprint"] != backbone.fingerprint:
         raise CheckpointError(
-            f"--trajectories were recorded from {about['backbone']['name']!r}; {backbone.name!r} is evaluated. Give its "
-            "trajectories, or none."
+            f"--trajectories were recorded from {about['backbone']['name']!r}; {backbone.name!r} is evaluated. "
+            "Give its trajectories, or none."
         )
     runs = torch.arange(0, len(recorded), recorded.branches)
     # Over a range, those nearest to the scale that is evaluated.

@@ -72,7 +72,8 @@ SMALLEST = {
 
 
 def new_sidenet(training: Training, about: dict[str, Any], mean: Tensor | None = None) -> SideNet:
-    """A fresh SideNet that fits the trajectories, and keeps the mean of the data if it is given; or the one to start from.
+    """A fresh SideNet that fits the trajectories, and keeps the mean of the data if it is given; or the one to start
+    from.
 
     One that is not to be trained is as small as can be.
 

@@ -38,7 +38,8 @@ class Training:
         rule: quadrature that the network is trained for; fitted runs have one of their own.
         anchors: 2, or 1 (the paper).
         body: of the SideNet: tokens (transformer blocks) or convolution (the paper).
-        data_mean_size: it keeps the mean of the model's data on a grid of this side, which saves each run's first backbone
+        data_mean_size: it keeps the mean of the model's data on a grid of this side, which saves each run's first
+            backbone
             call, if the trajectories show that the model says no more there; 0 = it does not.
         base_channels: the SideNet's width.
         embedding_dim: width of its time, step and class embeddings.

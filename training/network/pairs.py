@@ -1,4 +1,5 @@
-"""Training examples from trajectories: what the solver will ask of the SideNet, with the recorded velocity as the answer.
+"""Training examples from trajectories: what the solver will ask of the SideNet, with the recorded velocity as the
+answer.
 
 All ordered pairs (or triples, with a second anchor) of a trajectory's points are usable, in both directions. Those are
 drawn that the solver asks for: a number of calls, a grid and an interval of it are drawn at random, and each of its
@@ -18,7 +19,7 @@ from torch import Tensor
 from ...bas_core.flow import per_sample
 from ...bas_core.grids import has_short_first_step, time_grid
 from ...bas_core.quadrature import Rule
-from ..recording.trajectories import Trajectories, Points
+from ..recording.trajectories import Points, Trajectories
 
 KINDS = ("between", "beyond", "first", "last")
 
@@ -176,7 +177,9 @@ def joined(parts: Sequence[Examples]) -> Examples:
     return Examples(*together)
 
 
-def read_examples(trajectories: Trajectories, queries: Queries, generator: torch.Generator, mean: Tensor | None = None) -> Examples:
+def read_examples(
+    trajectories: Trajectories, queries: Queries, generator: torch.Generator, mean: Tensor | None = None
+) -> Examples:
     """Answer queries from randomly drawn trajectories."""
     wanted = queries.times
     rows = torch.randint(len(trajectories), (len(wanted),), generator=generator)

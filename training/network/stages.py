@@ -18,8 +18,8 @@ from ...bas_core.schedule import Schedule
 from ...bas_core.sidenet import SideNet
 from ..backbones import Backbone
 from ..progress import say
-from ..recording.trajectories import Trajectories
 from ..recording.replay import Replay
+from ..recording.trajectories import Trajectories
 from ..settings import UsageError
 from .loop import LoopSettings, Numbers, Share, train
 from .losses import predicted, relative_loss, squared_errors
@@ -74,7 +74,9 @@ class Job:
         highest = max(usual.shift[1], 1.5 * self.about["shift"])
         return dataclasses.replace(usual, calls=self.training.nfe_range, shift=(usual.shift[0], highest))
 
-    def examples(self, trajectories: Trajectories, sidenet: SideNet, count: int, generator: torch.Generator) -> Examples:
+    def examples(
+        self, trajectories: Trajectories, sidenet: SideNet, count: int, generator: torch.Generator
+    ) -> Examples:
         """A batch drawn from trajectories; for training, from the starts too."""
         starts = self.starts if trajectories is self.trajectories else None
         ranges = self.ranges if self.mean is None else dataclasses.replace(self.ranges, analytic_share=ANALYTIC_SHARE)
@@ -144,7 +146,9 @@ def run_stage(job: Job, sidenet: SideNet, name: str, loop: LoopSettings, loss_of
 
 def bytes_each(job: Job, sidenet: SideNet) -> float:
     """How much memory training keeps for the backward pass, for one example."""
-    drawn = job.examples(job.trajectories, sidenet, 2, torch.Generator().manual_seed(0)).share(lambda c: c.to(job.device))
+    drawn = job.examples(job.trajectories, sidenet, 2, torch.Generator().manual_seed(0)).share(
+        lambda c: c.to(job.device)
+    )
     return saved_bytes(lambda: relative_loss(sidenet, drawn, sidenet.anchors)) / 2
 
 
@@ -177,5 +181,3 @@ def published_stage(job: Job, sidenet: SideNet) -> SideNet:
         return published_loss(network, backbone, latents, loop.batch, generator, share)
 
     return run_stage(job, sidenet, "published", loop, loss)
-
-

@@ -11,16 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..baselines import run_baseline
-from ...bas_core.guidance import CFG_MODES
 from ...bas_core.files import CheckpointError, read_user_text
 from ...bas_core.grids import time_grid, time_shift
+from ...bas_core.guidance import CFG_MODES
 from ..backbones import Backbone, BackboneChoice, open_backbone
+from ..baselines import run_baseline
 from ..processes import processes
 from ..progress import progress, say
 from ..settings import UsageError, check_positive, prepare_folder
+from .reference_solver import (
+    LAST_TIME,
+    REFERENCE_SOLVER,
+    batch_generator,
+    random_times,
+    record_branches,
+    record_trajectory,
+    refined_times,
+)
 from .shards import open_shard, save_shard, shard_bytes
-from .reference_solver import LAST_TIME, REFERENCE_SOLVER, batch_generator, random_times, record_branches, record_trajectory, refined_times
 
 # The teacher's own error, over that of ten calls of the multistep method, from which on it is warned about: a
 # SideNet cannot become more exact than what it is taught.
@@ -30,7 +38,8 @@ COMPARED_CALLS = 10
 
 # What an unfinished recording may be gone on with although it differs: older ones do not tell the patch size.
 MAY_HAVE_CHANGED = ("trajectories", "patch_size")
-# Shards of the starts lie in this folder of the trajectories'. They end where the first two intervals of few-step grids do.
+# Shards of the starts lie in this folder of the trajectories'. They end where the first two intervals of few-step
+# grids do.
 PREFIXES = "starts"
 PREFIXES_UNTIL = 0.69
 # Added to the seed, so that starts have other noises than the whole runs.
@@ -194,7 +203,11 @@ def record_shard(path: Path, drawn: dict[str, Any], recording: Recording, choice
 
 
 def reference_error(
-    recording: Recording, whole: Stretch, choice: BackboneChoice, backbone: Backbone, checked: int = CHECKED_TRAJECTORIES
+    recording: Recording,
+    whole: Stretch,
+    choice: BackboneChoice,
+    backbone: Backbone,
+    checked: int = CHECKED_TRAJECTORIES,
 ) -> dict[str, float]:
     """How far the teacher's ends are from those of one twice as fine, on the first `checked` noises.
 
@@ -226,7 +239,8 @@ def plan_text(recording: Recording, backbone: Backbone) -> str:
     size = shard_bytes(backbone.shape, points, velocities, 2 if recording.storage == "float16" else 4)
     starts = f", and the starts of {recording.starts} more" if recording.starts else ""
     return (
-        f"Recording {recording.trajectories} trajectories of {recording.points} points of {backbone.name}{starts}: {points:,} "
+        f"Recording {recording.trajectories} trajectories of {recording.points} points of {backbone.name}{starts}: "
+        f"{points:,} "
         f"backbone calls (in batches of {recording.record_batch}), {size / 1e9:.3g} GB on disk."
     )
 

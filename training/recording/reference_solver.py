@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..baselines import run_baseline
 from ...bas_core.grids import time_shift
 from ...bas_core.guidance import Field, Guidance, just_inside
 from ...bas_core.solver import Step
+from ..baselines import run_baseline
 
 REFERENCE_SOLVER = "adams_pec"
 

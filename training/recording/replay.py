@@ -93,8 +93,13 @@ class Replay:
         return rows[scales == scales.median()][:count]
 
     def field_of(self, rows: Tensor) -> Field:
-        """The field that rows of trajectories were recorded from; the model is called with as many at once as it was then."""
-        scale = float(self.trajectories.scales[rows[0]]) if self.trajectories.scales is not None else self.about["guidance"][0]
+        """The field that rows of trajectories were recorded from; the model is called with as many at once as it was
+        then."""
+        scale = (
+            float(self.trajectories.scales[rows[0]])
+            if self.trajectories.scales is not None
+            else self.about["guidance"][0]
+        )
         interval = tuple(self.about["guidance_interval"])
         size = self.about.get("record_batch") or len(rows)
         some = rows.split(size)

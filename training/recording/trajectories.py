@@ -1,4 +1,5 @@
-"""Trajectories: recorded sampling runs, the states and velocities that a fine-grained solver visits. No data set needed."""
+"""Trajectories: recorded sampling runs, the states and velocities that a fine-grained solver visits. No data set
+needed."""
 
 from __future__ import annotations
 
@@ -58,7 +59,8 @@ class Trajectories:
     """M recorded runs of N + 1 points each, from noise (point 0) to data (point N).
 
     Attributes:
-        times: [M, N + 1], descending from 1 to `LAST_TIME`, or to an earlier end; each batch of trajectories has times of
+        times: [M, N + 1], descending from 1 to `LAST_TIME`, or to an earlier end; each batch of trajectories has times
+            of
             its own. Those of inversions ascend.
         states, velocities: [M, N + 1, C, *spatial]. The velocity is the guided one, or that of one branch.
         labels: [M] indices of the conditions (classes, prompts); the null class for an unconditional branch.
@@ -84,13 +86,15 @@ class Trajectories:
     def rows(self, rows: slice) -> Trajectories:
         """Some of the trajectories."""
         states, velocities = (
-            part.select(rows) if isinstance(part, ShardedPoints) else part[rows] for part in (self.states, self.velocities)
+            part.select(rows) if isinstance(part, ShardedPoints) else part[rows]
+            for part in (self.states, self.velocities)
         )
         scales = None if self.scales is None else self.scales[rows]
         return Trajectories(self.times[rows], states, velocities, self.labels[rows], scales, self.branches)
 
     def at(self, rows: Tensor, t: float | Tensor) -> Tensor:
-        """[B, C, *spatial] states of trajectories `rows` at time t, by the cubic through states and velocities around it."""
+        """[B, C, *spatial] states of trajectories `rows` at time t, by the cubic through states and velocities around
+        it."""
         times = self.times[rows]
         rising = bool(times[0, -1] > times[0, 0])
         after = (times <= t if rising else times >= t).sum(1).clamp(1, times.shape[1] - 1)
@@ -198,5 +202,7 @@ def open_trajectories(folders: Sequence[Path]) -> tuple[Trajectories, dict[str, 
         states += [tensors["states"]] * len(branches)
         velocities += [tensors[name] for name in branches]
     times, labels, scales, where = (torch.cat(columns[name]) for name in ("times", "labels", "scales", "where"))
-    trajectories = Trajectories(times, ShardedPoints(states, where), ShardedPoints(velocities, where), labels, scales, len(branches))
+    trajectories = Trajectories(
+        times, ShardedPoints(states, where), ShardedPoints(velocities, where), labels, scales, len(branches)
+    )
     return trajectories, about

@@ -21,7 +21,8 @@ from ...bas_core.solver import Callback, make_solver, run_bi_anchor
 from ..progress import progress
 from ..recording.replay import Replay
 
-# A row has about as many coefficients as there are steps, and a state has thousands of numbers: few trajectories suffice.
+# A row has about as many coefficients as there are steps, and a state has thousands of numbers: few trajectories
+# suffice.
 FITTED_TRAJECTORIES = 32
 # The conditional-only calls, counted from the end. Two in a row, or any before v_c - v_u is known well, cost more than
 # they save, and a second pair gained nothing on the demo.
@@ -129,9 +130,7 @@ def fit_schedule(
         The ends [B, C, *spatial], and the schedule with coefficients.
     """
     hook = FitHook(schedule, fitting.truth, conditional_only)
-    solver = make_solver(
-        fitting.field, fitting.sidenet, RULE, hook, analytic_first_step=schedule.analytic_first_step
-    )
+    solver = make_solver(fitting.field, fitting.sidenet, RULE, hook, analytic_first_step=schedule.analytic_first_step)
     ends = run_bi_anchor(solver, fitting.noise, schedule.grid, callback)
     fitted = dataclasses.replace(schedule, coefficients=hook.rows, cfg_coefficients=hook.cfg_rows, rule=RULE)
     return ends, fitted

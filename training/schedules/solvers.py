@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ..baselines import BASELINES, run_baseline
 from ...bas_core.grids import grid_for_nfe, time_grid
 from ...bas_core.guidance import Field
+from ...bas_core.prediction import SideNetProtocol
 from ...bas_core.schedule import Schedule, match_schedule
 from ...bas_core.solver import solve
-from ...bas_core.prediction import SideNetProtocol
+from ..baselines import BASELINES, run_baseline
 
 Over = Tensor | Schedule
 Run = Callable[[Field, Tensor, Any], Tensor]
@@ -80,7 +80,11 @@ def sidenet_solver(
 
     def run(field: Field, x: Tensor, over: Over) -> Tensor:
         return solve(
-            field, sidenet, x, over if isinstance(over, Schedule) else match_schedule(over, has_data_mean=skips), **options
+            field,
+            sidenet,
+            x,
+            over if isinstance(over, Schedule) else match_schedule(over, has_data_mean=skips),
+            **options,
         )
 
     return Solver(name, label, run, start=start, has_data_mean=skips)

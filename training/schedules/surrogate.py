@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from ...bas_core.guidance import Field
-from ...bas_core.sidenet import spread_mean
 from ...bas_core.prediction import StraightLine
+from ...bas_core.sidenet import spread_mean
 from ..network.new_sidenet import pooled
-from ..recording.trajectories import Trajectories
 from ..recording.reference_solver import LAST_TIME
+from ..recording.trajectories import Trajectories
 
 # Numbers of each state that are kept.
 KEPT = 512
@@ -87,7 +87,9 @@ class SubsampledTrajectories:
         return self.trajectories.truth(torch.arange(len(self)), t)
 
 
-def subsampled(trajectories: Trajectories, rows: Tensor, data_mean_size: int, kept: int = KEPT) -> SubsampledTrajectories:
+def subsampled(
+    trajectories: Trajectories, rows: Tensor, data_mean_size: int, kept: int = KEPT
+) -> SubsampledTrajectories:
     """Some of the runs, subsampled; of each but the part that is kept is read and forgotten.
 
     Args:

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from ...bas_core.guidance import Field
+from ...bas_core.prediction import SideNetProtocol, StraightLine
 from ...bas_core.schedule import Schedule
 from ...bas_core.sidenet import spread_mean
-from ...bas_core.prediction import SideNetProtocol, StraightLine
 from ..progress import say
 from ..recording.replay import Replay
 from .fitting import FITTED_TRAJECTORIES, Fitting, Schedules, fit_schedule, has_conditional_only
 from .solvers import endpoint_errors
+from .surrogate import Deviations, MeanLine, SubsampledTrajectories, Surrogate, deviations_of, subsampled
 from .time_search import search_times
-from .surrogate import MeanLine, Deviations, Surrogate, SubsampledTrajectories, deviations_of, subsampled
 
 # How often real runs are looked at, and how many of them for each number of calls. Of the times that were looked at the
 # best are taken: once in a few recordings the stand-in is wrong about the last ones that it finds.
@@ -34,7 +34,8 @@ SHORTEST = 0.6
 
 
 def surrogate_search_nfe(runs: int, calls: Sequence[int]) -> int:
-    """How many calls `search_on_surrogate` and the weights make, on so many runs; with half calls a run makes one more than
+    """How many calls `search_on_surrogate` and the weights make, on so many runs; with half calls a run makes one more
+    than
     it costs."""
     return (PROBES * PROBED + min(FITTED_TRAJECTORIES, runs)) * sum(n + 1 for n in calls)
 
@@ -53,11 +54,15 @@ def line_through(mean: Tensor | None) -> SideNetProtocol:
 def on_stand_in(subsampled: SubsampledTrajectories, seen: Sequence[Deviations], start: float, saves: bool) -> Fitting:
     """What is fitted on a stand-in, with or without the first call saved."""
     line = line_through(subsampled.means if saves else None)
-    noise = subsampled.trajectories.states[torch.arange(len(subsampled)), torch.zeros(len(subsampled), dtype=torch.long)]
+    noise = subsampled.trajectories.states[
+        torch.arange(len(subsampled)), torch.zeros(len(subsampled), dtype=torch.long)
+    ]
     return Fitting(line, Surrogate(subsampled, seen).field(), noise, subsampled.truth, start)
 
 
-def search_stand_in(subsampled: SubsampledTrajectories, seen: Sequence[Deviations], start: float, made: Mapping[int, int]) -> Schedules:
+def search_stand_in(
+    subsampled: SubsampledTrajectories, seen: Sequence[Deviations], start: float, made: Mapping[int, int]
+) -> Schedules:
     """The best runs on a stand-in, by number of calls: with the first call saved where that is the better for it.
 
     Args:
@@ -121,12 +126,12 @@ def search_on_surrogate(replay: Replay, calls: Sequence[int], mean: Tensor | Non
         mean: [C, S, S] of the data, if a first call may be saved by it.
     """
     rows = replay.alike(FITTED_TRAJECTORIES)
-    subsampled = subsampled(replay.trajectories, rows, 0 if mean is None else mean.shape[-1])
+    subset = subsampled(replay.trajectories, rows, 0 if mean is None else mean.shape[-1])
     field, start = replay.field_of(rows[:1]), replay.backbone.start
     made = {n: n + has_conditional_only(field, n) for n in calls}
-    few = subsampled.first(PROBED)
+    few = subset.first(PROBED)
     with torch.inference_mode():
-        found = search_stand_in(subsampled, (), start, made)
+        found = search_stand_in(subset, (), start, made)
         spread = mean_for(replay, mean)
         seen: list[Deviations] = []
         looked_at: list[tuple[Schedules, dict[int, float]]] = []
@@ -141,5 +146,3 @@ def search_on_surrogate(replay: Replay, calls: Sequence[int], mean: Tensor | Non
 def mean_for(replay: Replay, mean: Tensor | None) -> Tensor | None:
     """The mean of the data [C, S, S] as the model's states are, and where they are."""
     return None if mean is None else spread_mean(mean, replay.backbone.shape).to(replay.backbone.device)
-
-

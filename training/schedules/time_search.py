@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ...bas_core.guidance import Field
-from ...bas_core.schedule import Schedule, match_schedule
 from ...bas_core.prediction import StraightLine
+from ...bas_core.schedule import Schedule, match_schedule
 from ..progress import progress
 from .fitting import Fitting, Schedules, fit_schedule, has_conditional_only
 from .solvers import GridShape, endpoint_errors, search_grid, sidenet_solver
@@ -96,5 +96,3 @@ def moved_times(
         return endpoint_errors(fit_schedule(fitting, candidate.scaled(fitting.start), halved)[0], ends).mean().item()
 
     return match_schedule(coordinate_search(error, times, rounds).tolist(), has_data_mean=fitting.analytic)
-
-

@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ...bas_core.guidance import Field
 from ...bas_core.grids import as_grid
+from ...bas_core.guidance import Field
 from ...bas_core.schedule import Schedule, ScheduleHook
 from ...bas_core.sidenet import SideNet
 from ...bas_core.solver import make_solver, run_bi_anchor
