@@ -23,7 +23,7 @@ from ba_solver.nodes.sampling_nodes import BAScheduler
 from ba_solver.nodes.sidenet_nodes import ApplySideNet, LoadSideNet
 from ba_solver.nodes.sit_nodes import ClassLabel, LoadSiT
 from ba_solver.training.demo.assets import DEMO_CFG, demo_noise
-from ba_solver.training.runs.samplers import endpoint_errors
+from ba_solver.training.schedules.solvers import endpoint_errors
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 
 CALLS = (5, 7, 10)

@@ -14,7 +14,8 @@ import comfy.sample
 import comfy.samplers
 import comfy_models as models
 import folder_paths
-from ba_solver.bas_core import Guidance, load_sidenet, load_sit, model_field, run_baseline, solve, time_grid
+from ba_solver.training.baselines import run_baseline
+from ba_solver.bas_core import Guidance, load_sidenet, load_sit, model_field, solve, time_grid
 from ba_solver.nodes.compare_nodes import CompareSolvers, PromptLines, csv_path
 from ba_solver.nodes.comparing.compare import compare, jobs_for
 from ba_solver.nodes.folders import DEMO, SIDENETS, SITS
@@ -69,14 +70,14 @@ def test_errors_are_those_of_the_core_and_of_stock_sampling(demo):
     sit, (net, card) = load_sit(SITS.demo), load_sidenet(SIDENETS.demo)
     noise = torch.randn(2, 3, 32, 32, generator=torch.manual_seed(7))
     labels = torch.full((2,), 4)
-    field = model_field(sit, labels, torch.full_like(labels, sit.null_class), Guidance(2.0), "guided")
+    field = model_field(sit, labels, torch.full_like(labels, sit.null_class), Guidance(2.0), "combined")
     converged = run_baseline("adams_bashforth4", field, noise, time_grid(120))
     assert (found.reference - converged).square().mean().sqrt() < 0.01 and found.own_error < 0.02
 
     def distance(x):
         return float((x - found.reference).square().mean().sqrt())
 
-    assert errors["BA-Solver"] == pytest.approx(distance(solve(field, net, noise, card.runs[5])), rel=1e-3)
+    assert errors["BA-Solver"] == pytest.approx(distance(solve(field, net, noise, card.schedules_for(card.cfg)[5])), rel=1e-3)
     assert errors["euler"] == pytest.approx(distance(run_baseline("euler", field, noise, time_grid(5))), rel=0.02)
     assert errors["BA-Solver"] < 0.6 * errors["euler"]
 
@@ -89,7 +90,7 @@ def test_rivals_of_the_core_are_comfyuis(demo, name):
     noise, latent = torch.randn(2, 3, 32, 32, generator=torch.manual_seed(7)), torch.zeros(2, 3, 32, 32)
     theirs = guider.sample(noise, latent, comfy.samplers.sampler_object(name), sigmas, disable_pbar=True, seed=7)
     sit, labels = load_sit(SITS.demo), torch.full((2,), 4)
-    field = model_field(sit, labels, torch.full_like(labels, sit.null_class), Guidance(2.0), "guided")
+    field = model_field(sit, labels, torch.full_like(labels, sit.null_class), Guidance(2.0), "combined")
     if name == "dpm_2":  # ends by Euler's step
         ours = run_baseline("euler", field, run_baseline(name, field, noise, sigmas[:-1]), sigmas[-2:])
     else:

@@ -85,8 +85,8 @@ def test_demo_equals_the_core_on_plain_torch(demo):
     z, labels = noise(), torch.full((2,), 4)
     ours = sample(model, label(model, "demo 4: star"), z)
     sit, (net, card) = load_sit(SITS.demo), load_sidenet(SIDENETS.demo)
-    field = model_field(sit, labels, torch.full_like(labels, sit.null_class), Guidance(2.0), mode=card.velocity)
-    theirs = solve(field, net, z, card.runs[5])
+    field = model_field(sit, labels, torch.full_like(labels, sit.null_class), Guidance(2.0), mode=card.cfg_mode)
+    theirs = solve(field, net, z, card.schedules_for(card.cfg)[5])
     torch.testing.assert_close(ours, theirs, **CLOSE)
     assert field.nfe == 5 and field.calls == 6
 
@@ -199,7 +199,7 @@ def test_public_sit_checkpoints(tmp_path):
     positive, negative = label(model, "ImageNet 207: golden retriever")
     z, labels = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([207])
     ours = sample(model, (positive, negative), z, cfg=1.5, options={"method": "multistep", "cfg_until": 0.7})
-    field = model_field(plain, labels, torch.tensor([1000]), Guidance(1.5, (0.0, 0.7)), mode="guided")
+    field = model_field(plain, labels, torch.tensor([1000]), Guidance(1.5, (0.0, 0.7)), mode="combined")
     theirs = solve(field, None, z, BAScheduler.execute(model, 5).result[0])
     torch.testing.assert_close(ours * 0.18215, theirs, **CLOSE)
     reverse = read_sit(tmp_path / "repa.pt", "data_at_one")
@@ -342,7 +342,7 @@ def test_removed_and_replaced_files(sidenet_folder):
 def test_info_says_what_the_file_says(demo, tmp_path):
     _, sidenet, _ = demo
     text, plot = SideNetInfo.execute(sidenet).result
-    run = "5 calls (7 steps, the first call saved, 2 half calls, step weights)"
+    run = "5 model calls (7 steps, the first one analytic, 2 conditional-only calls, multistep coefficients)"
     for part in ("demo SiT", "3 channels", "the guided velocity, CFG 2", "anchors: 2", run, "MIT"):
         assert part in text
     assert plot.shape[0] == 1 and plot.shape[3] == 3

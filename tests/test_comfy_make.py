@@ -18,7 +18,6 @@ import folder_paths
 from ba_solver.bas_core import Guidance, load_sidenet, load_sit, model_field, solve
 from ba_solver.nodes.folders import DEMO, SIDENETS, SITS
 from ba_solver.nodes.make_nodes import MakeSideNet
-from ba_solver.nodes.making import backbone as opening
 from ba_solver.nodes.making.make import check_name
 from ba_solver.nodes.making.prompts import digest_of, each_alone
 from ba_solver.nodes.models.fit import doubts, facts_of, misfits
@@ -26,12 +25,12 @@ from ba_solver.nodes.models.identity import identity_of
 from ba_solver.nodes.models.labels import conditioning_of
 from ba_solver.nodes.sidenet_nodes import ApplySideNet, LoadSideNet
 from ba_solver.nodes.sit_nodes import ClassLabel, LoadSiT
-from ba_solver.training.efforts import EFFORTS
+from ba_solver.training.presets import PRESETS
 from ba_solver.training.make import MakeSettings, run_make
 from ba_solver.training.network import stages
 from ba_solver.training.recording import record as recording
-from ba_solver.training.recording.chains import open_chains
-from ba_solver.training.runs import on_paths, samplers
+from ba_solver.training.recording.trajectories import open_trajectories
+from ba_solver.training.schedules import solvers, surrogate_search
 
 pytestmark = pytest.mark.comfyui
 
@@ -43,17 +42,16 @@ def as_in_comfyui(tmp_path, monkeypatch):
     """Nodes run in inference mode; and what takes minutes is asked for less."""
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path / "output"))
     for module, name, fewer in (
-        (on_paths, "ROUNDS", 1),
-        (on_paths, "PROBES", 1),
+        (surrogate_search, "ROUNDS", 1),
+        (surrogate_search, "PROBES", 1),
         (stages, "VALIDATION_BATCHES", 1),
         (stages, "VALIDATION_BATCH", 16),
-        (samplers, "SEARCH_SHIFTS", (1.0, 2.0)),
-        (samplers, "SEARCH_COSINES", (0.15,)),
-        (samplers, "SEARCH_REFINEMENTS", 1),
+        (solvers, "SEARCH_SHIFTS", (1.0, 2.0)),
+        (solvers, "SEARCH_COSINES", (0.15,)),
+        (solvers, "SEARCH_REFINEMENTS", 1),
     ):
         monkeypatch.setattr(module, name, fewer)
-    for effort, fewer in (("standard", {}), ("thorough", {"tune": 2})):
-        monkeypatch.setitem(EFFORTS, effort, {**EFFORTS[effort], "starts": 4, "batch": 8, **fewer})
+    monkeypatch.setitem(PRESETS, "full", {**PRESETS["full"], "starts": 4, "batch": 8})
     with torch.inference_mode():
         yield
 
@@ -100,18 +98,18 @@ def test_it_makes_what_the_command_line_makes(demo, tmp_path):
     sidenet, report, text = made_on_demo(demo)
     settings = MakeSettings(
         backbone=f"sit:{SITS.demo}", guidance=(2.0,), out=tmp_path / "x.safetensors", preset="quick", nfe=CALLS,
-        chains=6, points=9, record_batch=3,
+        trajectories=6, points=9, record_batch=3,
     )  # fmt: skip
     with torch.inference_mode(False):
         run_make(settings)
     ours, theirs = load_sidenet(sidenet_file())[1], load_sidenet(settings.out)[1]
     assert ours.backbone["fingerprint"] == theirs.backbone["fingerprint"]
     assert ours.training["backbone_calls"] == theirs.training["backbone_calls"]
-    assert ours.runs[4].times == pytest.approx(theirs.runs[4].times, abs=1e-6)
+    assert ours.schedules_for(ours.cfg)[4].times == pytest.approx(theirs.schedules_for(2.0)[4].times, abs=1e-6)
     errors = [[row["error"] for row in card.evaluation["endpoint_error"]] for card in (ours, theirs)]
     assert errors[0] == pytest.approx(errors[1], rel=0.01)
     assert report.shape[0] == 1 and report.max() == 1 and "no network" in text and "BA-solver error" in text
-    assert sidenet.card.runs == ours.runs
+    assert sidenet.card.schedules_for(sidenet.card.cfg) == ours.schedules_for(ours.cfg)
 
 
 def test_its_sidenet_samples_nearer_than_multistep(demo):
@@ -134,20 +132,20 @@ def test_runs_for_another_cfg_are_made_and_taken(demo):
     from ba_solver.nodes.sampling_nodes import BAScheduler
 
     sidenet = made_on_demo(demo, more_cfg="6")[0]
-    assert list(sidenet.card.more_runs) == [6.0]
+    assert 6.0 in sidenet.card.schedules
     positive, null = classes(demo)
     model = ApplySideNet.execute(demo, sidenet).result[0]
     grid = BAScheduler.execute(model, 4, 1.0).result[0]
     latent = torch.zeros(10, 3, 32, 32)
     noise = comfy.sample.prepare_noise(latent, 3)
     sampler = comfy.samplers.sampler_object("ba_solver")
-    own, more = sidenet.card.runs[4], sidenet.card.more_runs[6.0][4]
+    own, more = sidenet.card.schedules_for(sidenet.card.cfg)[4], sidenet.card.schedules[6.0][4]
     for cfg, run, other in ((2.0, own, more), (5.0, more, own)):
         drawn = comfy.sample.sample_custom(model, noise, cfg, sampler, grid, positive, null, latent, disable_pbar=True)
         network, card = load_sidenet(sidenet_file())
         sit = load_sit(SITS.demo)
         null_class = torch.full((10,), sit.null_class)
-        field = model_field(sit, torch.arange(10), null_class, Guidance(cfg), mode="guided")
+        field = model_field(sit, torch.arange(10), null_class, Guidance(cfg), mode="combined")
         near, far = ((drawn - solve(field, network, noise, one)).square().mean().sqrt() for one in (run, other))
         assert near < 1e-3 < 0.01 < far
         assert card.schedules_for(cfg)[4] == run
@@ -157,9 +155,9 @@ def test_a_cfg_that_was_forgotten_is_added_by_the_same_name(demo):
     first = made_on_demo(demo)[0]
     with pytest.raises(ValueError, match="made with other settings"):
         made_on_demo(demo, runs=7)
-    assert not first.card.more_runs
+    assert 6.0 not in first.card.schedules
     more = made_on_demo(demo, more_cfg="6")[0]
-    assert more.card.runs == first.card.runs and list(more.card.more_runs) == [6.0]
+    assert more.card.schedules_for(more.card.cfg) == first.card.schedules_for(first.card.cfg) and 6.0 in more.card.schedules
     with pytest.raises(ValueError, match="more_cfg must be numbers"):
         made_on_demo(demo, more_cfg="six")
 
@@ -171,13 +169,13 @@ def test_recordings_are_not_listed_as_sidenets(demo, monkeypatch):
     )
     folder_paths.filename_list_cache.clear()
     assert SIDENETS.names() == [DEMO, "mine.safetensors"]
-    assert LoadSideNet.execute("mine.safetensors").result[0].card.runs
+    assert LoadSideNet.execute("mine.safetensors").result[0].card.schedules
 
 
 # --- every kind of model ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("effort", list(EFFORTS))
+@pytest.mark.parametrize("effort", list(PRESETS))
 @pytest.mark.parametrize("name", [*models.NAMES, "one frame"])
 def test_every_kind_of_model_gets_a_sidenet(name, effort):
     """Two prompts, guided as that kind is; then it samples with what it got."""
@@ -188,7 +186,7 @@ def test_every_kind_of_model_gets_a_sidenet(name, effort):
     for positive in positives if kind == "flux" else ():
         positive[0][1]["guidance"] = 2.5
     negative = models.text(kind, 2)
-    sidenet, report, _ = made(model, positives, torch.zeros(1, *shape), negative=negative, cfg=cfg, preset=effort)
+    sidenet, report, _ = made(model, positives, torch.zeros(1, *shape), negative=negative, cfg=cfg, effort=effort)
     assert sidenet.card.cfg_range == ((2.5, 2.5) if kind == "flux" else (cfg, cfg))
     assert sidenet.card.backbone["kind"] == type(model.model).__name__.lower()
     assert bool(sidenet.network.output_conv.weight.any()) == (effort != "quick")
@@ -265,7 +263,7 @@ def test_what_is_recorded_is_what_comfyui_samples_by(rider, demo):
     model, positives = RIDERS[rider](plain, [models.text("sd3", seed) for seed in (0, 1)])
     negative = models.text("sd3", 2)
     made(model, positives, torch.zeros(1, 16, 8, 8), negative=negative, cfg=3.0, batch=6)
-    chains, about = open_chains((sidenet_file().with_suffix(".chains"),))
+    chains, about = open_trajectories((sidenet_file().with_suffix(".trajectories"),))
     assert (about["shift"] == pytest.approx(5.0)) == (rider == "shift")
     others = []
     for run in range(4):
@@ -282,7 +280,7 @@ def test_what_is_recorded_is_what_comfyui_samples_by(rider, demo):
     assert min(others) > 0.1
 
 
-@pytest.mark.parametrize("effort", ["quick", "thorough"])
+@pytest.mark.parametrize("effort", ["quick", "full"])
 def test_a_compiled_model_makes_what_the_model_makes(effort):
     """`torch.compile` as ComfyUI's node lays it on a MODEL; with gradients through it too."""
     from comfy_api.torch_helpers import set_torch_compile_wrapper
@@ -295,7 +293,7 @@ def test_a_compiled_model_makes_what_the_model_makes(effort):
         given = {"negative": models.text("sd3", 2), "cfg": 3.0, "effort": effort, "name": name}
         cards.append(made(model, texts, torch.zeros(1, 16, 8, 8), **given)[0].card)
         assert bool(graphs) == (name == "compiled")
-    plain, compiled = (card.runs[4] for card in cards)
+    plain, compiled = (card.schedules_for(card.cfg)[4] for card in cards)
     assert compiled.times == pytest.approx(plain.times, abs=1e-3)
     torch.testing.assert_close(
         torch.tensor(sum(compiled.coefficients, ())), torch.tensor(sum(plain.coefficients, ())), atol=0.02, rtol=0.02
@@ -338,9 +336,9 @@ def test_weights_of_few_bits(change):
     model = models.make_model("sd3")
     change(model.model.diffusion_model)
     before = {name: value.dtype for name, value in model.model.state_dict().items()}
-    for effort in ("quick", "thorough"):
-        sidenet = made(model, [models.text("sd3", 0)], torch.zeros(1, 16, 8, 8), preset=effort, name=effort)[0]
-        assert sidenet.card.runs
+    for effort in ("quick", "full"):
+        sidenet = made(model, [models.text("sd3", 0)], torch.zeros(1, 16, 8, 8), effort=effort, name=effort)[0]
+        assert sidenet.card.schedules_for(sidenet.card.cfg)
     assert {name: value.dtype for name, value in model.model.state_dict().items()} == before
 
 
@@ -361,7 +359,7 @@ def test_full_memory_is_said_in_a_sentence(demo):
 def test_recordings_can_lie_elsewhere(demo, tmp_path):
     made_on_demo(demo, folder=str(tmp_path / "elsewhere"))
     assert len(list((tmp_path / "elsewhere" / "mine").glob("*.safetensors"))) == 2
-    assert not sidenet_file().with_suffix(".chains").exists()
+    assert not sidenet_file().with_suffix(".trajectories").exists()
     (tmp_path / "output" / "taken").write_text("a file where a folder should be")
     with pytest.raises(ValueError, match="taken"):
         made_on_demo(demo, name="other", folder=str(tmp_path / "output" / "taken"))
@@ -376,7 +374,7 @@ def test_a_controlnet_of_one_prompt_acts_on_that_prompt_alone():
     found = {}
     for name, positives in (("with", [plain, controlled]), ("without", [plain, other])):
         made(model, positives, latent, negative=negative, cfg=3.0, name=name)
-        chains = open_chains((sidenet_file(name).with_suffix(".chains"),))[0]
+        chains = open_trajectories((sidenet_file(name).with_suffix(".trajectories"),))[0]
         found[name] = [chains.velocities[run][0] for run in range(6)]
         assert chains.labels.tolist() == [0, 1] * 3
     apart = [(one - two).abs().max() for one, two in zip(found["with"], found["without"], strict=True)]
@@ -396,22 +394,22 @@ def interrupt_after(monkeypatch, calls):
     return lambda: monkeypatch.setattr(comfy.model_management, "throw_exception_if_processing_interrupted", intact)
 
 
-@pytest.mark.parametrize("effort", list(EFFORTS))
+@pytest.mark.parametrize("effort", list(PRESETS))
 def test_cancelled_and_gone_on_with_it_is_the_same_to_the_bit(demo, effort, monkeypatch):
-    whole = made_on_demo(demo, preset=effort, name="whole")[0]
+    whole = made_on_demo(demo, effort=effort, name="whole")[0]
     points = (15, 40, 70) if effort == "quick" else (40, 110, 150)
     for calls in points:
         undo = interrupt_after(monkeypatch, calls)
         with pytest.raises(comfy.model_management.InterruptProcessingException):
-            made_on_demo(demo, preset=effort)
+            made_on_demo(demo, effort=effort)
         undo()
-    again = made_on_demo(demo, preset=effort)[0]
-    assert again.card.runs == whole.card.runs
+    again = made_on_demo(demo, effort=effort)[0]
+    assert again.card.schedules_for(again.card.cfg) == whole.card.schedules_for(whole.card.cfg)
     for one, other in zip(again.network.state_dict().values(), whole.network.state_dict().values(), strict=True):
         assert torch.equal(one, other)
     # A second time in one session: it is there already.
     monkeypatch.setattr(recording, "record_shard", None)
-    assert made_on_demo(demo, preset=effort)[0].card.runs == whole.card.runs
+    assert made_on_demo(demo, effort=effort)[0].card.schedules == whole.card.schedules
 
 
 def test_what_cannot_be_done_is_said_in_a_sentence(demo, monkeypatch):
@@ -441,7 +439,7 @@ def test_what_cannot_be_done_is_said_in_a_sentence(demo, monkeypatch):
             ValueError, match=r"No space left on device: somewhere. Make room .*What was recorded stays"
         ):
             made_on_demo(demo, name="other")
-    assert made_on_demo(demo, name="other")[0].card.runs
+    assert made_on_demo(demo, name="other")[0].card.schedules
     assert check_name("a.safetensors") == "a"
 
 
@@ -453,17 +451,11 @@ def test_a_model_that_returns_nan_says_so_and_leaves_nothing_broken(demo):
     assert not sidenet_file().exists()
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_no_gradient_state_is_left_behind(demo, fails, monkeypatch):
-    """Weights are what they were, object for object, also after an exception; and ComfyUI's inference mode is back."""
+def test_no_gradient_state_is_left_behind(demo):
+    """The weights are what they were, object for object, and ComfyUI's inference mode is back."""
     network = demo.model.diffusion_model
     before = {name: (id(value), value.requires_grad) for name, value in network.named_parameters()}
-    if fails:
-        monkeypatch.setattr("ba_solver.training.train.tune", lambda *given: 1 / 0)
-        with pytest.raises(ValueError, match="division by zero"):
-            made_on_demo(demo, preset="thorough")
-    else:
-        made_on_demo(demo, preset="thorough")
+    made_on_demo(demo, effort="full")
     assert {name: (id(value), value.requires_grad) for name, value in network.named_parameters()} == before
     assert all(value.grad is None for value in network.parameters()) and torch.is_inference_mode_enabled()
 
@@ -487,12 +479,3 @@ def test_prompts_are_told_apart():
     assert digest_of([first, second]) != digest_of([second, first])
     labels = each_alone([conditioning_of(torch.tensor([3, 5])), first])
     assert len(labels) == 3 and labels[1][0][1]["class_label"].tolist() == [5]
-
-
-def test_weights_share_their_memory_with_their_twins(demo):
-    network = demo.model.diffusion_model
-    whole = dict(network.named_parameters())
-    with opening.gradients_through(network):
-        for name, twin in network.named_parameters():
-            assert not twin.is_inference() and not twin.requires_grad and twin.data_ptr() == whole[name].data_ptr()
-            assert torch.equal(twin, whole[name])

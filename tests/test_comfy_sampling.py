@@ -24,9 +24,9 @@ from ba_solver.bas_core import (
     solve,
     with_strength,
 )
-from ba_solver.bas_core.flow import ve_to_flow, ve_sigma_to_time, x0_to_velocity
+from ba_solver.bas_core.flow import ve_sigma_to_time, ve_to_flow, x0_to_velocity
+from ba_solver.bas_core.guidance import NO_GUIDANCE
 from ba_solver.bas_core.schedule import Schedule, match_schedule
-from ba_solver.bas_core.coefficients import row_length
 from ba_solver.nodes.models.attach import applied_sidenet
 from ba_solver.nodes.models.fit import doubts, facts_of, misfits
 from ba_solver.nodes.sampling.sampler import METHODS, Options, sample_ba_solver
@@ -54,9 +54,9 @@ def no_gradients():
 def sidenet(tmp_path):
     """Makes a SideNet file and reads it; `sidenet.path` is the last file."""
 
-    def make(channels, velocity="guided", **config):
+    def make(channels, velocity="combined", **config):
         make.path = tmp_path / "random.safetensors"
-        card = SideNetCard(velocity=velocity, cfg_range=(1.0, 10.0))
+        card = SideNetCard(cfg_mode=velocity, cfg_range=(1.0, 10.0))
         return models.make_sidenet(make.path, channels, card, **config)
 
     return make
@@ -120,10 +120,8 @@ def reference(path, strength=1.0, branches=False, guidance=None, calls=None, sca
             return torch.stack([x0_to_velocity(y, denoised, t) for denoised in out])
 
         conditions = (None, None) if guidance and guidance.scale != 1 else (None,)
-        field = Field(velocities, conditions, guidance) if guidance else Field(velocities, scale=scale)
-        if guidance and not branches:
-            pair = field
-            field = Field(lambda y, t, count: guidance.combine(pair.evaluate(y, t, 2), t[0])[None], branches=pair)
+        combined = bool(guidance) and not branches
+        field = Field(velocities, conditions, guidance or NO_GUIDANCE, combined=combined, scale=scale)
         start = x if flow else ve_to_flow(x, sigmas[0])
         end = solve(field, with_strength(network, strength), start, over(times), **more)
         return end if flow else end * (1 + sigmas[-1])
@@ -148,30 +146,30 @@ def test_result_is_the_cores_on_the_same_velocities(name, cfg, anchors, model, s
     assert (ours - without).abs().max() > 100 * CLOSE["atol"], "the random SideNet must do something"
 
 
-@pytest.mark.parametrize("velocity", ["guided", "branch"])
+@pytest.mark.parametrize("velocity", ["combined", "per_branch"])
 @pytest.mark.parametrize("name", ["flux", "sd3", "wan"])
 def test_a_sidenet_that_knows_the_mean_saves_the_first_call(name, velocity, model, sidenet):
     """Where the first step is short, and unless the node says no; the result is the core's."""
     net = sidenet(CHANNELS[name], velocity, anchors=2, data_mean_size=4)
-    applied, branches = models.with_sidenet(model(name), net), velocity == "branch"
+    applied, branches = models.with_sidenet(model(name), net), velocity == "per_branch"
     guidance = Guidance(3.0) if branches else None
-    for first, skip_first, expected in ((0.9, True, 3), (0.9, False, 4), (0.85, True, 4)):
+    for first, analytic_first_step, expected in ((0.9, True, 3), (0.9, False, 4), (0.85, True, 4)):
         sigmas, calls = torch.tensor([1.0, first, 0.6, 0.3, 0.0]), []
-        ours = run(applied, name, sampler(analytic_first_step=skip_first), sigmas)
-        over = partial(match_schedule, has_data_mean=skip_first)
+        ours = run(applied, name, sampler(analytic_first_step=analytic_first_step), sigmas)
+        over = partial(match_schedule, has_data_mean=analytic_first_step)
         solver = reference(sidenet.path, 1.0, branches, guidance, calls=calls, over=over)
         torch.testing.assert_close(ours, run(model(name), name, solver, sigmas), **CLOSE)
         assert len(calls) == expected
 
 
-@pytest.mark.parametrize("velocity", ["guided", "branch"])
+@pytest.mark.parametrize("velocity", ["combined", "per_branch"])
 @pytest.mark.parametrize("name", ["sd3", "wan", "sdxl"])
 def test_half_calls_leave_the_negative_out(name, velocity, model, tmp_path, caplog):
     """As in the core; with CFG changed by another node both branches are evaluated, and the user is told."""
     grid, path = [1.0, 0.8, 0.5, 0.25, 0.0], tmp_path / "halves.safetensors"
     rows = [[], [0.7, -0.2], [], [0.4, 0.3, 0.1, -0.2, 0.2]]
     fitted = Schedule(grid, cfg_coefficients=rows)
-    card = SideNetCard(velocity, (1.0, 10.0), runs={3: fitted})
+    card = SideNetCard(velocity, (1.0, 10.0), schedules={3.0: {3: fitted}})
     applied = models.with_sidenet(model(name), models.make_sidenet(path, CHANNELS[name], card, anchors=2))
     sigmas, evaluated = BAScheduler.execute(applied, 3).result[0], []
     network = model(name).model.diffusion_model
@@ -179,8 +177,8 @@ def test_half_calls_leave_the_negative_out(name, velocity, model, tmp_path, capl
     try:
         ours = run(applied, name, sampler(), sigmas)
         assert sum(evaluated) == 2 + 1 + 2 + 1
-        options, branches = {"guidance": Guidance(3.0)}, velocity == "branch"
-        theirs = reference(path, branches=branches, over=fitted.over, **options)
+        options, branches = {"guidance": Guidance(3.0)}, velocity == "per_branch"
+        theirs = reference(path, branches=branches, over=fitted.with_times, **options)
         torch.testing.assert_close(ours, run(model(name), name, theirs, sigmas), **CLOSE)
         whole = run(model(name), name, reference(path, branches=branches, **options), sigmas)
         assert (ours - whole).abs().max() > 100 * CLOSE["atol"]
@@ -253,7 +251,7 @@ def between_hooks(path, velocity, guidance):
 
         whole = Field(branches, (None, None), guidance)
         guided = Field(lambda y, t, count: guidance.combine(branches(y, t, 2), t[0])[None])
-        return solve(whole if velocity == "branch" else guided, load_sidenet(path)[0], x, sigmas)
+        return solve(whole if velocity == "per_branch" else guided, load_sidenet(path)[0], x, sigmas)
 
     return comfy.samplers.KSAMPLER(sample)
 
@@ -267,13 +265,13 @@ SEE_BOTH = {
 }
 
 
-@pytest.mark.parametrize("velocity", ["guided", "branch"])
+@pytest.mark.parametrize("velocity", ["combined", "per_branch"])
 @pytest.mark.parametrize("change", SEE_BOTH.values(), ids=SEE_BOTH)
 def test_what_sees_both_branches_has_them_at_every_call(change, velocity, model, tmp_path, caplog):
     """The run's half calls become whole ones, and the user is told."""
     grid, path = [1.0, 0.8, 0.5, 0.25, 0.0], tmp_path / "halves.safetensors"
     fitted = Schedule(grid, cfg_coefficients=[[], [0.7, -0.2], [], [0.4, 0.3, 0.1, -0.2, 0.2]])
-    card = SideNetCard(velocity, (1.0, 10.0), runs={3: fitted})
+    card = SideNetCard(velocity, (1.0, 10.0), schedules={3.0: {3: fitted}})
     net = models.make_sidenet(path, 16, card, anchors=2)
     sigmas = BAScheduler.execute(models.with_sidenet(model("sd3"), net), 3).result[0]
     ours = run(models.with_sidenet(change(model("sd3")), net), "sd3", sampler(), sigmas)
@@ -285,7 +283,7 @@ def test_what_sees_both_branches_has_them_at_every_call(change, velocity, model,
         assert (theirs - run(model("sd3"), "sd3", solver, sigmas)).abs().max() > 100 * CLOSE["atol"]
 
 
-@pytest.mark.parametrize("velocity", ["guided", "branch"])
+@pytest.mark.parametrize("velocity", ["combined", "per_branch"])
 @pytest.mark.parametrize("change", [with_apg, with_patch_that_asks])
 def test_cfg_interval_leaves_what_acts_before_cfg_no_zeros(change, velocity, model, sidenet):
     """Outside the interval the positive is taken as it was before such a node acted."""
@@ -296,21 +294,21 @@ def test_cfg_interval_leaves_what_acts_before_cfg_no_zeros(change, velocity, mod
     torch.testing.assert_close(ours, run(change(model("sd3")), "sd3", solver, sigmas), **CLOSE)
 
 
-@pytest.mark.parametrize("velocity", ["guided", "branch"])
+@pytest.mark.parametrize("velocity", ["combined", "per_branch"])
 @pytest.mark.parametrize("name", ["flux", "wan", "sdxl"])
 def test_step_weights_act_on_the_grid_that_they_were_fitted_on(name, velocity, model, tmp_path):
     """As in the core; and not on other grids, with part of the SideNet's strength or another quadrature."""
     grid, path = [1.0, 0.8, 0.5, 0.25, 0.0], tmp_path / "weighted.safetensors"
     generator = torch.Generator().manual_seed(3)
-    rows = [(0.2 * torch.randn(row_length(row), generator=generator)).tolist() for row in range(7)]
+    rows = [(0.2 * torch.randn((1 + row // 2 + 2 * (row % 2)), generator=generator)).tolist() for row in range(7)]
     fitted = Schedule(grid, rows)
-    card = SideNetCard(velocity, (1.0, 10.0), runs={4: fitted})
+    card = SideNetCard(velocity, (1.0, 10.0), schedules={3.0: {4: fitted}})
     net = models.make_sidenet(path, CHANNELS[name], card, anchors=2)
-    applied, branches = models.with_sidenet(model(name), net), velocity == "branch"
+    applied, branches = models.with_sidenet(model(name), net), velocity == "per_branch"
     guidance = Guidance(3.0) if branches else None
     sigmas = BAScheduler.execute(applied, 4).result[0]
     ours = run(applied, name, sampler(), sigmas)
-    solver = reference(path, 1.0, branches, guidance, over=fitted.over)
+    solver = reference(path, 1.0, branches, guidance, over=fitted.with_times)
     torch.testing.assert_close(ours, run(model(name), name, solver, sigmas), **CLOSE)
     plain = reference(path, 1.0, branches, guidance)
     assert (ours - run(model(name), name, plain, sigmas)).abs().max() > 100 * CLOSE["atol"]
@@ -326,7 +324,7 @@ def test_step_weights_act_on_the_grid_that_they_were_fitted_on(name, velocity, m
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
 @pytest.mark.parametrize("name", models.NAMES)
 def test_branch_sidenets_see_the_branches(name, cfg, model, sidenet):
-    applied = models.with_sidenet(model(name), sidenet(CHANNELS[name], "branch"))
+    applied = models.with_sidenet(model(name), sidenet(CHANNELS[name], "per_branch"))
     sigmas = sigmas_of(applied)
     options = {"interval": (0.0, 0.8)}
     ours = run(applied, name, sampler(**options), sigmas, cfg)
@@ -373,13 +371,13 @@ def dual(model, nested):
 
 
 @pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("velocity", ["guided", "branch"])
+@pytest.mark.parametrize("velocity", ["combined", "per_branch"])
 def test_dual_guider_is_sampled_on_its_guided_velocity(velocity, nested, model, sidenet, caplog):
     applied = models.with_sidenet(model("sd3"), sidenet(16, velocity))
     sigmas = sigmas_of(applied)
     with caplog.at_level(logging.WARNING):
         ours = run(applied, "sd3", sampler(), sigmas, guider=dual(applied, nested))
-    assert ("given the guided velocity instead" in caplog.text) == (velocity == "branch")
+    assert ("given the guided velocity instead" in caplog.text) == (velocity == "per_branch")
     theirs = run(applied, "sd3", reference(sidenet.path), sigmas, guider=dual(applied, nested))
     torch.testing.assert_close(ours, theirs, **CLOSE)
     with pytest.raises(ValueError, match="CFG interval works with"):
@@ -432,7 +430,7 @@ def test_cfg_interval_leaves_the_negative_out_outside_it(model, sidenet):
 
 def test_rescaling_nodes_are_kept(model, sidenet, caplog):
     """A node that changes how branches are combined acts, also where the SideNet would take the branches apart."""
-    applied = models.with_sidenet(model("sd3"), sidenet(16, "branch"))
+    applied = models.with_sidenet(model("sd3"), sidenet(16, "per_branch"))
     applied.set_model_sampler_post_cfg_function(lambda arguments: arguments["denoised"] * 0.9)
     sigmas = sigmas_of(applied)
     with caplog.at_level(logging.WARNING):
@@ -455,7 +453,7 @@ def test_batch_equals_single_runs(name, model, sidenet):
 
 
 @pytest.mark.parametrize("soft", [False, True])
-@pytest.mark.parametrize("velocity", ["guided", "branch"])
+@pytest.mark.parametrize("velocity", ["combined", "per_branch"])
 @pytest.mark.parametrize("name", ["flux", "wan", "sdxl"])
 def test_mask_keeps_the_rest_of_the_image(name, velocity, soft, model, sidenet):
     applied = models.with_sidenet(model(name), sidenet(CHANNELS[name], velocity))
@@ -549,7 +547,7 @@ class ControlStub(comfy.controlnet.ControlBase):
         return []
 
 
-@pytest.mark.parametrize("velocity", ["guided", "branch"])
+@pytest.mark.parametrize("velocity", ["combined", "per_branch"])
 def test_controlnet_acts(velocity, model, sidenet):
     applied = models.with_sidenet(model("sdxl"), sidenet(4, velocity))
     sigmas, z, latent = sigmas_of(applied), models.noise("sdxl"), torch.zeros(1, 4, 8, 8)
@@ -558,7 +556,7 @@ def test_controlnet_acts(velocity, model, sidenet):
     ]
     negative = models.text("sdxl", 2)
     ours = comfy.sample.sample_custom(applied, z, 3.0, sampler(), sigmas, positive, negative, latent)
-    check = reference(sidenet.path, branches=velocity == "branch", guidance=Guidance(3.0))
+    check = reference(sidenet.path, branches=velocity == "per_branch", guidance=Guidance(3.0))
     theirs = comfy.sample.sample_custom(applied, z, 3.0, check, sigmas, positive, negative, latent)
     torch.testing.assert_close(ours, theirs, **CLOSE)
     assert (ours - run(applied, "sdxl", sampler(), sigmas)).abs().max() > 0.01
@@ -566,7 +564,7 @@ def test_controlnet_acts(velocity, model, sidenet):
 
 @pytest.mark.parametrize("name", ["sd3", "sdxl"])
 def test_area_conditioning_acts(name, model, sidenet):
-    applied = models.with_sidenet(model(name), sidenet(CHANNELS[name], "branch"))
+    applied = models.with_sidenet(model(name), sidenet(CHANNELS[name], "per_branch"))
     sigmas, z = sigmas_of(applied), models.noise(name)
     left = [[c, {**d, "area": (8, 4, 0, 0), "strength": 1.0}] for c, d in models.text(name, 5)]
     arguments = (sigmas, models.text(name, 1) + left, models.text(name, 2), torch.zeros_like(z))
@@ -635,7 +633,7 @@ def test_callback_sees_every_step_as_of_other_samplers(name, model, sidenet):
 
 
 def test_interruption_leaves_the_next_run_clean(model, sidenet):
-    applied = models.with_sidenet(model("flux"), sidenet(16, "branch"))
+    applied = models.with_sidenet(model("flux"), sidenet(16, "per_branch"))
     sigmas = sigmas_of(applied)
     expected = run(applied, "flux", sampler(interval=(0.0, 0.8)), sigmas)
 
@@ -682,7 +680,7 @@ def test_applying_and_sampling_leave_no_trace(model, sidenet):
     bare = model("sd3")
     before, sigmas = traces(bare), sigmas_of(bare)
     euler = run(bare, "sd3", comfy.samplers.ksampler("euler"), sigmas)
-    applied = models.with_sidenet(bare, sidenet(16, "branch"))
+    applied = models.with_sidenet(bare, sidenet(16, "per_branch"))
     kept = traces(applied)
     run(applied, "sd3", sampler(interval=(0.0, 0.8)), sigmas)
     assert traces(bare) == before and applied_sidenet(bare) is None
@@ -761,7 +759,7 @@ def test_sidenet_memory_is_bounded_without_changing_the_result(model, sidenet, m
 
 def test_scheduler_counts_calls_and_uses_the_learned_grid(model, tmp_path):
     grid = [1.0, 0.9, 0.7, 0.4, 0.0]
-    card = SideNetCard(runs={4: Schedule(grid)})
+    card = SideNetCard(schedules={1.0: {4: Schedule(grid)}})
     for name in ("sd3", "sdxl"):
         net = models.make_sidenet(tmp_path / "grid.safetensors", CHANNELS[name], card)
         applied = models.with_sidenet(model(name), net)
@@ -783,10 +781,10 @@ def test_scheduler_counts_calls_and_uses_the_learned_grid(model, tmp_path):
 
 
 def test_scheduler_gives_the_call_that_is_saved_to_another_step(model, tmp_path):
-    card = SideNetCard(runs={4: Schedule([1.0, 0.94, 0.8, 0.6, 0.3, 0.0], analytic_first_step=True)})
+    card = SideNetCard(schedules={1.0: {4: Schedule([1.0, 0.94, 0.8, 0.6, 0.3, 0.0], analytic_first_step=True)}})
     net = models.make_sidenet(tmp_path / "mean.safetensors", CHANNELS["sd3"], card, data_mean_size=4)
     applied = models.with_sidenet(model("sd3"), net)
-    assert BAScheduler.execute(applied, 4).result[0].tolist() == pytest.approx(card.runs[4].times)
+    assert BAScheduler.execute(applied, 4).result[0].tolist() == pytest.approx(card.schedules_for(card.cfg)[4].times)
     steps = {calls: len(BAScheduler.execute(applied, calls).result[0]) - 1 for calls in (1, 2, 4, 8)}
     assert steps == {1: 1, 2: 2, 4: 5, 8: 9}  # stretched to few, the grid does not start short
     assert len(BAScheduler.execute(applied, 4, 0.5).result[0]) == 5  # not from pure noise

@@ -153,9 +153,9 @@ def test_demo_workflow_draws_what_the_core_draws(server):
     sit, (net, card) = load_sit(SITS.demo), load_sidenet(SIDENETS.demo)
     noise = torch.randn(4, 3, 32, 32, generator=torch.manual_seed(7))
     labels = torch.full((4,), 4)
-    field = model_field(sit, labels, torch.full_like(labels, sit.null_class), Guidance(2.0), mode=card.velocity)
+    field = model_field(sit, labels, torch.full_like(labels, sit.null_class), Guidance(2.0), mode=card.cfg_mode)
     with torch.inference_mode():
-        drawn = solve(field, net, noise, card.runs[5])
+        drawn = solve(field, net, noise, card.schedules_for(card.cfg)[5])
     expected = (drawn.clamp(-1, 1) + 1) / 2
     assert (shown - expected).abs().max() < 2 / 255
     other = next(n for n, p in parts.items() if p.get("_meta", {}).get("title") == "Euler, 50 calls")

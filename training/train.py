@@ -86,8 +86,8 @@ def check_choice(choice: BackboneChoice, about: dict[str, Any], backbone: Backbo
         )
     if list(backbone.shape) != about["shape"]:
         raise CheckpointError(
-            f"The trajectories hold states of {about['shape']}; {backbone.name} is asked for at {list(backbone.shape)}. "
-            "Give the resolution they were recorded at."
+            f"The trajectories hold states of {about['shape']}; {backbone.name} is asked for at "
+            f"{list(backbone.shape)}. Give the resolution they were recorded at."
         )
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,11 +43,10 @@ class Working(comfy.samplers.Sampler):
     Args:
         begin: told what is there.
         work: called next.
-        gradients: whether it takes gradients through the model, which is loaded by then.
     """
 
-    def __init__(self, begin: Callable[[Sampling], None], work: Callable[[], Any], gradients: bool) -> None:
-        self.begin, self.work, self.gradients, self.result = begin, work, gradients, None
+    def __init__(self, begin: Callable[[Sampling], None], work: Callable[[], Any]) -> None:
+        self.begin, self.work, self.result = begin, work, None
 
     def sample(
         self,
@@ -65,8 +63,7 @@ class Working(comfy.samplers.Sampler):
         model = comfy.samplers.KSamplerX0Inpaint(model_wrap, sigmas)
         model.latent_image, model.noise = latent_image, noise
         self.begin(Sampling(model, {**extra_args, "denoise_mask": None}))
-        network = model_wrap.inner_model.diffusion_model
-        with gradients_through(network) if self.gradients else torch.inference_mode():
+        with torch.inference_mode():
             self.result = self.work()
         return noise
 
@@ -186,12 +183,14 @@ def open_model(
     weights = identity_of(model)
 
     def within(work: Callable[[], Any], gradients: bool = False) -> Any:
+        if gradients:
+            raise RuntimeError("Gradients through the model are for the command line.")
         if on:
             return work()
-        working = Working(on.append, work, gradients)
+        working = Working(on.append, work)
         sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", 20)
         noise = torch.randn(1, *latent.shape[1:], generator=torch.Generator().manual_seed(0))
-        with torch.inference_mode(not gradients), torch.no_grad():
+        with torch.inference_mode():
             try:
                 guider.sample(noise, torch.zeros_like(noise), working, sigmas, disable_pbar=True, seed=0)
             finally:
@@ -219,45 +218,6 @@ def open_model(
         called=called,
         on=on,
     )
-
-
-@contextmanager
-def gradients_through(network: torch.nn.Module) -> Iterator[None]:
-    """Lets gradients pass through a network, and none into it, for a while.
-
-    ComfyUI loads models in inference mode, whose tensors autograd refuses: twins that share their memory take their
-    places. Afterwards the network is as it was, also after an exception.
-    """
-    kept: list[tuple[dict[str, Any], str, Any]] = []
-    trained = [p for p in network.parameters() if p.requires_grad and not p.is_inference()]
-    management: Any = comfy.model_management
-    before = getattr(management, "in_training", False)
-    with torch.inference_mode(False), torch.enable_grad():
-        for module in network.modules():
-            for held in (module._parameters, module._buffers):
-                for name, value in held.items():
-                    if value is not None and value.is_inference() and type(value) in (Tensor, torch.nn.Parameter):
-                        kept.append((held, name, value))
-        for places, name, value in kept:
-            places[name] = plain_twin(value)
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        management.in_training = True  # ComfyUI then leaves out kernels that have no derivative
-        try:
-            yield
-        finally:
-            for places, name, value in kept:
-                places[name] = value
-            for parameter in trained:
-                parameter.requires_grad_(True)
-            management.in_training = before
-
-
-def plain_twin(value: Tensor) -> Tensor:
-    """A tensor of the same memory that is no inference tensor; a parameter where the other is one."""
-    twin = torch.empty(0, dtype=value.dtype, device=value.device)
-    twin.set_(value.untyped_storage(), value.storage_offset(), value.size(), value.stride())
-    return torch.nn.Parameter(twin, requires_grad=False) if isinstance(value, torch.nn.Parameter) else twin
 
 
 def make_room() -> int:

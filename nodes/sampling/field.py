@@ -14,7 +14,13 @@ from .backbone import Backbone
 WHOLE_RANGE = (0.0, 1.0)
 
 
-def field_of(backbone: Backbone, sidenet: LoadedSideNet | None, interval: tuple[float, float], x: Tensor) -> Field:
+def field_of(
+    backbone: Backbone,
+    sidenet: LoadedSideNet | None,
+    interval: tuple[float, float],
+    x: Tensor,
+    conditional_only: bool = False,
+) -> Field:
     """The velocity field of a run.
 
     Args:
@@ -22,6 +28,7 @@ def field_of(backbone: Backbone, sidenet: LoadedSideNet | None, interval: tuple[
         sidenet: what it predicts decides whether the branches are kept apart; None = guided by ComfyUI.
         interval: (lo, hi), the flow times between which CFG applies.
         x: [B, C, *spatial]; its batch and device are those of class labels.
+        conditional_only: whether some calls may leave out the negative, so that the branches are needed apart.
 
     Raises:
         ValueError: a CFG interval with a guider that has no single CFG scale.
@@ -37,7 +44,7 @@ def field_of(backbone: Backbone, sidenet: LoadedSideNet | None, interval: tuple[
         return _branch_field(backbone, sidenet, guidance, x)
 
     positive = _labels(backbone, sidenet, "positive", x)
-    if backbone.separable and not limited and guidance.scale != 1:
+    if conditional_only and backbone.separable and not limited and guidance.scale != 1:
         return Field(
             _branches_of(backbone, guidance), (positive, None), guidance, combined=True, scale=backbone.told_scale
         )

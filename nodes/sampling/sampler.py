@@ -81,7 +81,8 @@ def sample_ba_solver(
     asked = SigmaSchedule.of(path_of(guider.inner_model.model_sampling), sigmas)
     run = run_for(options, sidenet_of(options, guider), asked.times, guidance_of(guider))
     schedule = asked.over(run.grid)
-    with opened(model, extra_args or {}, schedule, x, options, disable) as on:
+    split = run.conditional_only > 0
+    with opened(model, extra_args or {}, schedule, x, options, disable, split) as on:
         on.say_doubts()
         on.progress.reset(run.calls)
         if run.conditional_only and on.backbone.scale != 1 and not on.backbone.separable:
@@ -131,7 +132,13 @@ class Opened(NamedTuple):
 
 @contextmanager
 def opened(
-    model: Any, extra_args: dict[str, Any], schedule: SigmaSchedule, x: Tensor, options: Options, disable: bool | None
+    model: Any,
+    extra_args: dict[str, Any],
+    schedule: SigmaSchedule,
+    x: Tensor,
+    options: Options,
+    disable: bool | None,
+    conditional_only: bool = False,
 ) -> Iterator[Opened]:
     """Open a run on a MODEL: the one way from ComfyUI's sampling into the core.
 
@@ -139,6 +146,7 @@ def opened(
         model, extra_args, x, disable: see `sample_ba_solver`; of x, shape and device are used.
         schedule: of the run.
         options: of the solver.
+        conditional_only: whether some calls may leave out the negative.
 
     Raises:
         ValueError: see `sample_ba_solver`.
@@ -148,7 +156,7 @@ def opened(
         check_latent(sidenet, x)
     with tqdm(total=len(schedule.times) - 1, disable=disable, desc="backbone calls") as progress:
         backbone = Backbone(model, extra_args, schedule, x.shape, progress.update)
-        field = field_of(backbone, sidenet, options.interval, x)
+        field = field_of(backbone, sidenet, options.interval, x, conditional_only)
         chunk = None if sidenet is None else sidenet_chunk(sidenet, x)
         yield Opened(backbone, field, sidenet, predictor_of(backbone, sidenet), chunk, progress)
 

@@ -26,8 +26,9 @@ MEAN_TOLERANCE, MEAN_CHAINS = 0.05, 1024
 
 def mean_in(sidenet: SideNet, shape: Sequence[int]) -> Tensor | None:
     """The mean of the data that a SideNet keeps, as states of `shape`; None if it keeps none."""
-    known = sidenet.analytic_velocity(torch.zeros(1, *shape), torch.tensor(1.0))
-    return None if known is None else -known[0]
+    if not sidenet.has_data_mean:
+        return None
+    return -sidenet.analytic_velocity(torch.zeros(1, *shape), torch.tensor(1.0))[0]
 
 
 def data_mean(trajectories: Trajectories, start: float, size: int, tolerance: float = MEAN_TOLERANCE) -> Tensor | None:
