@@ -1,60 +1,65 @@
-"""The BA-solver and its SideNet in plain torch. Start reading at `flow.py`."""
+"""The BA-solver and its SideNet in plain torch. Start reading at `flow.py`, or at `solver.py` for the method."""
 
-from .baselines import BASELINES, Baseline, get_baseline, run_baseline
 from .checkpoint import SideNetCard, load_official_sidenet, load_sidenet, load_sit, save_sidenet, save_sit
-from .editing import Control, DivergedError, SourcePath, edit, editing_grid, invert, reconstruct, straight_path
+from .editing import (
+    Control,
+    DivergedError,
+    SourceTrajectory,
+    edit,
+    editing_grid,
+    invert,
+    reconstruct,
+    straight_trajectory,
+)
 from .files import CheckpointError
 from .flow import interpolate, velocity_to_noise, velocity_to_x0
 from .grids import resample_grid, time_grid, time_shift
 from .guidance import Field, Guidance, NonFiniteError, model_field
+from .prediction import SideNetProtocol
 from .quadrature import RULES, Rule, get_rule, symmetric_four_point
-from .runs import FittedRun, Inversion, run_over
+from .schedule import Schedule, StepHook, StepState, match_schedule
 from .sidenet import SideNet, SideNetConfig
 from .sit import SiT, SiTConfig
 from .solver import Step, solve
-from .steps import Proposal
-from .weighting import WeightedSideNet, with_strength
+from .strength import WeightedSideNet, with_strength
 
 __all__ = [
-    "BASELINES",
     "RULES",
-    "Baseline",
     "CheckpointError",
     "Control",
     "DivergedError",
     "Field",
-    "FittedRun",
     "Guidance",
-    "Inversion",
     "NonFiniteError",
-    "Proposal",
     "Rule",
+    "Schedule",
     "SiT",
     "SiTConfig",
     "SideNet",
     "SideNetCard",
     "SideNetConfig",
-    "SourcePath",
+    "SideNetProtocol",
+    "SourceTrajectory",
     "Step",
+    "StepHook",
+    "StepState",
     "WeightedSideNet",
     "edit",
     "editing_grid",
-    "get_baseline",
     "get_rule",
     "interpolate",
     "invert",
     "load_official_sidenet",
     "load_sidenet",
     "load_sit",
+    "match_schedule",
     "model_field",
     "reconstruct",
     "resample_grid",
-    "run_baseline",
-    "run_over",
     "save_sidenet",
     "save_sit",
     "solve",
-    "straight_path",
+    "straight_trajectory",
     "symmetric_four_point",
     "time_grid",
     "time_shift",

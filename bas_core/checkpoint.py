@@ -15,7 +15,6 @@ from torch import Tensor
 
 from .files import (
     CheckpointError,
-    belongs_to,
     check_format,
     check_tensors,
     count_blocks,
@@ -24,22 +23,22 @@ from .files import (
     parse_object,
     read_pickled_tensors,
     read_safetensors,
+    sniff_model,
     state_dict_of,
     write_safetensors,
 )
-from .grids import starts_short
-from .guidance import Mode
-from .runs import FittedRun, Inversion
+from .guidance import CFG_MODES, CFGMode
+from .schedule import Schedule
 from .sidenet import SideNet, SideNetConfig
 from .sit import SiT, SiTConfig, sit_config_from_state_dict
 
-SIDENET_FORMAT, SIDENET_VERSION = "ba-solver-sidenet", 3
+SIDENET_FORMAT, SIDENET_VERSION = "ba-solver-sidenet", 4
 SIT_FORMAT, SIT_VERSION = "ba-solver-sit", 1
 OWN_TENSOR = "emb_fusion.0.weight"  # which only SideNets have
-# Runs that were fitted at a CFG scale are as good as any from this to that multiple of it (docs/training.md).
-SERVED = (0.5, 1.5)
-# What sizes and numbers that no network can have end in.
-IMPOSSIBLE = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError)
+# Schedules that were fitted at a CFG scale serve from this to that multiple of it (docs/measurements.md).
+CFG_RANGE = (0.5, 1.5)
+# What a configuration with impossible sizes raises.
+CONFIG_ERRORS = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError)
 
 
 # --- SiT --------------------------------------------------------------------------------------------------------
@@ -96,7 +95,7 @@ def load_sit(
             expected = SiT(config).state_dict()
     except CheckpointError:
         raise
-    except IMPOSSIBLE as error:
+    except CONFIG_ERRORS as error:
         raise CheckpointError(f"{path}: {error} {_hint(state, 'x_embedder.proj.weight')}".rstrip()) from error
     check_tensors(state, expected, path)
     model = SiT(config, device="meta")
@@ -112,7 +111,7 @@ def _check_depth(depth: int, state: Mapping[str, Tensor]) -> None:
 
 def _hint(state: Mapping[str, Tensor], own: str) -> str:
     """What a file is that lacks the tensor `own`."""
-    return "" if own in state else belongs_to(state)
+    return "" if own in state else sniff_model(state)
 
 
 # --- SideNet ----------------------------------------------------------------------------------------------------
@@ -120,69 +119,64 @@ def _hint(state: Mapping[str, Tensor], own: str) -> str:
 
 @dataclass(frozen=True)
 class SideNetCard:
-    """What a SideNet file says of itself beside its configuration.
+    """What a SideNet's file says beside the network's configuration.
 
     Attributes:
-        velocity: "branch" (the SideNet predicts each branch of CFG) or "guided" (the guided velocity).
-        guidance_range: lowest and highest CFG scale it was trained for.
-        backbone: name, kind and fingerprint of the model it belongs to.
-        runs: the fitted run that costs a number of backbone calls.
-        more_runs: others for other CFG scales, by the scale; see `runs_at`.
-        inversions: runs to the noise and back without guidance, by the calls of each way.
-        training: objective, chains, calls, steps, seconds, seed, versions.
+        cfg_mode: "per_branch" (the SideNet predicts each branch of CFG) or "combined" (the guided velocity).
+        cfg_range: lowest and highest CFG scale of the training.
+        backbone: name, kind and fingerprint of the model.
+        schedules: by CFG scale, and by NFE.
+        training: objective, trajectories, NFE, steps, seconds, seed, versions.
         evaluation: the error table.
-        licence: of the weights.
+        license: of the weights.
 
     Raises:
-        ValueError: a run or an inversion costs another number of calls than it is listed under, or a scale is none.
+        ValueError: a schedule takes another NFE than it is listed under, or a CFG scale is not positive and finite.
     """
 
-    velocity: Mode = "branch"
-    guidance_range: tuple[float, float] = (1.0, 1.0)
+    cfg_mode: CFGMode = "per_branch"
+    cfg_range: tuple[float, float] = (1.0, 1.0)
     backbone: dict[str, str] = field(default_factory=dict)
-    runs: dict[int, FittedRun] = field(default_factory=dict)
-    more_runs: dict[float, dict[int, FittedRun]] = field(default_factory=dict)
-    inversions: dict[int, Inversion] = field(default_factory=dict)
+    schedules: dict[float, dict[int, Schedule]] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
-    licence: str = ""
+    license: str = ""
 
     def __post_init__(self) -> None:
-        for scale in self.more_runs:
-            if not 0 < scale < math.inf:
-                raise ValueError(f"Runs are for a CFG scale above 0; some are listed under {scale:g}.")
-        ways = {calls: inversion.up for calls, inversion in self.inversions.items()}
-        for runs in (self.runs, *self.more_runs.values(), ways):
-            for calls, run in runs.items():
-                if run.cost != calls:
-                    raise ValueError(f"The run listed under {calls} calls costs {run.cost:g}.")
+        for cfg, schedules in self.schedules.items():
+            if not 0 < cfg < math.inf:
+                raise ValueError(f"Schedules are for a CFG scale above 0; some are listed under {cfg:g}.")
+            for nfe, schedule in schedules.items():
+                if schedule.nfe != nfe:
+                    raise ValueError(f"The schedule listed under {nfe} model calls takes {schedule.nfe:g}.")
 
     @property
-    def guidance(self) -> float:
-        """The CFG scale that it is for, or the middle of their range."""
-        return sum(self.guidance_range) / 2
+    def cfg(self) -> float:
+        """The CFG scale of the training, or the middle of its range."""
+        return sum(self.cfg_range) / 2
 
-    def serves(self, scale: float) -> bool:
-        """Whether it has been trained for a CFG scale, or has runs that suit it."""
-        low, high = self.guidance_range
-        fitted = [*([self.guidance] if self.runs else []), *self.more_runs]
-        return low - 1e-3 <= scale <= high + 1e-3 or any(_misfit(own, scale) <= 1 for own in fitted)
+    def supports_cfg(self, cfg: float) -> bool:
+        """Whether the SideNet was trained for a CFG scale, or has schedules that serve it."""
+        low, high = self.cfg_range
+        return low - 1e-3 <= cfg <= high + 1e-3 or any(_cfg_distance(own, cfg) <= 1 for own in self.schedules)
 
-    def scales(self) -> str:
-        """The CFG scales that it was made for in words, such as "2", "1 to 2" or "2 and 4"."""
-        low, high = self.guidance_range
+    def describe_cfg(self) -> str:
+        """The CFG scales of training and schedules in words, such as "2", "1 to 2" or "2 and 4"."""
+        low, high = self.cfg_range
         own = f"{low:g}{'' if low == high else f' to {high:g}'}"
-        return " and ".join([own, *(f"{scale:g}" for scale in sorted(self.more_runs))])
+        return " and ".join([own, *(f"{cfg:g}" for cfg in sorted(self.schedules) if cfg != self.cfg)])
 
-    def runs_at(self, scale: float) -> dict[int, FittedRun]:
-        """The fitted runs for a CFG scale: those of the nearest, where nearer is rather a smaller one (`SERVED`)."""
-        return min({self.guidance: self.runs, **self.more_runs}.items(), key=lambda pair: _misfit(pair[0], scale))[1]
+    def schedules_for(self, cfg: float) -> dict[int, Schedule]:
+        """The schedules of the nearest CFG scale by NFE; none where the file has none. See `CFG_RANGE`."""
+        if not self.schedules:
+            return {}
+        return self.schedules[min(self.schedules, key=lambda own: _cfg_distance(own, cfg))]
 
 
-def _misfit(own: float, scale: float) -> float:
-    """How far a CFG scale is from one that runs were fitted for: 1 at the ends of what they serve."""
-    ratio = math.log(max(scale, 1e-9) / max(own, 1e-9))
-    return max(ratio / math.log(SERVED[1]), ratio / math.log(SERVED[0]))
+def _cfg_distance(own: float, cfg: float) -> float:
+    """How far a CFG scale is from a schedule's own: 1 at the ends of `CFG_RANGE`."""
+    ratio = math.log(max(cfg, 1e-9) / max(own, 1e-9))
+    return max(ratio / math.log(CFG_RANGE[1]), ratio / math.log(CFG_RANGE[0]))
 
 
 def save_sidenet(path: Path | str, sidenet: SideNet, card: SideNetCard | None = None) -> None:
@@ -219,78 +213,50 @@ def load_sidenet(
     """
     state, metadata = read_safetensors(path)
     stripped = "Its tensors are a SideNet's, so its metadata were removed, as merging tools do; get the original file."
-    hint = stripped if OWN_TENSOR in state else belongs_to(state)
+    hint = stripped if OWN_TENSOR in state else sniff_model(state)
     check_format(metadata, SIDENET_FORMAT, SIDENET_VERSION, path, hint)
     try:
         config = parse_config(SideNetConfig, metadata, path)
         if metadata.get("latent_channels", str(config.in_channels)) != str(config.in_channels):
             raise ValueError("latent_channels and config name different channels")
-        card = _read_card(metadata, config, path)
+        card = _read_card(metadata, path)
         _check_depth(config.num_layers, state)
         expected = SideNet(config, device="meta")
-    except IMPOSSIBLE as error:
+    except CONFIG_ERRORS as error:
         raise CheckpointError(f"{path}: its metadata do not describe a SideNet: {error}") from error
     return _fill(expected, state, path, device, dtype), card
 
 
-def _read_card(metadata: Mapping[str, str], config: SideNetConfig, path: Path | str) -> SideNetCard:
-    values = {name: parse_object(metadata, name, path) for name in ("backbone", "training", "evaluation")}
+def _read_card(metadata: Mapping[str, str], path: Path | str) -> SideNetCard:
+    values = {name: parse_object(metadata, name, path) for name in ("backbone", "schedules", "training", "evaluation")}
     if not all(isinstance(value, str) for value in values["backbone"].values()):
         raise ValueError("backbone must hold texts alone")
     for name in ("recorded", "settings", "started_from"):
         if not isinstance(values["training"].get(name, {}), dict):
             raise ValueError(f"{name} in training must be an object")
-    velocity: Any = metadata.get("velocity")
-    if velocity not in ("branch", "guided"):
-        raise CheckpointError(f"{path}: velocity must be 'branch' or 'guided'; got {velocity!r}.")
-    low, high = parse_json(metadata, "guidance_range", path)
-    more, inversions = (
-        parse_object(metadata, name, path) if name in metadata else {} for name in ("more_runs", "inversions")
-    )
+    cfg_mode: Any = metadata.get("cfg_mode")
+    if cfg_mode not in CFG_MODES:
+        raise CheckpointError(f"{path}: cfg_mode must be one of {', '.join(CFG_MODES)}; got {cfg_mode!r}.")
+    low, high = parse_json(metadata, "cfg_range", path)
     if {type(low), type(high)} - {int, float} or not 0 <= low <= high < math.inf:
-        raise ValueError(f"guidance_range must be two scales, the lower first; got {low!r:.60} and {high!r:.60}")
+        raise ValueError(f"cfg_range must be two scales, the lower first; got {low!r:.60} and {high!r:.60}")
+    schedules = {
+        float(cfg): {int(nfe): _read_schedule(parts) for nfe, parts in by_nfe.items()}
+        for cfg, by_nfe in values.pop("schedules").items()
+    }
     return SideNetCard(
-        velocity=velocity,
-        guidance_range=(float(low), float(high)),
-        runs=_read_runs(metadata, config, path),
-        more_runs={float(scale): _runs(each) for scale, each in more.items()},
-        inversions={int(calls): Inversion(**_named_runs(ways)) for calls, ways in inversions.items()},
-        licence=metadata.get("licence", ""),
+        cfg_mode=cfg_mode,
+        cfg_range=(float(low), float(high)),
+        schedules=schedules,
+        license=metadata.get("license", ""),
         **values,
     )
 
 
-def _read_runs(metadata: Mapping[str, str], config: SideNetConfig, path: Path | str) -> dict[int, FittedRun]:
-    """The fitted runs of a file, by number of calls. Version 1 kept their parts apart, and left it to the reader to
-    see whether a run saves its first call."""
-    if "time_grids" not in metadata:
-        return _runs(parse_object(metadata, "runs", path))
-    grids = parse_json(metadata, "time_grids", path)
-    weights, halves = (
-        parse_json(metadata, name, path) if name in metadata else {} for name in ("step_weights", "half_calls")
-    )
-    strange = {*weights, *halves} - set(grids)
-    if strange:
-        raise CheckpointError(f"{path}: there are weights for {min(strange)} calls, but no time grid.")
-    return {
-        int(calls): FittedRun(
-            times,
-            weights.get(calls, ()),
-            halves.get(calls, ()),
-            skip_first=config.mean_size > 0 and starts_short(times),
-        )
-        for calls, times in grids.items()
-    }
-
-
-def _runs(found: Mapping[str, Any]) -> dict[int, FittedRun]:
-    return {int(calls): run for calls, run in _named_runs(found).items()}
-
-
-def _named_runs(found: Mapping[str, Any]) -> dict[str, FittedRun]:
-    if not all(isinstance(parts.get("skip_first", False), bool) for parts in found.values()):
-        raise ValueError("skip_first of a run must be true or false")
-    return {name: FittedRun(**parts) for name, parts in found.items()}
+def _read_schedule(parts: Mapping[str, Any]) -> Schedule:
+    if not isinstance(parts.get("analytic_first_step", False), bool):
+        raise ValueError("analytic_first_step of a schedule must be true or false")
+    return Schedule(**parts)
 
 
 def load_official_sidenet(path: Path | str) -> SideNet:
@@ -317,7 +283,7 @@ def load_official_sidenet(path: Path | str) -> SideNet:
             num_classes=classes - 1,
         )
         expected = SideNet(config, device="meta")
-    except IMPOSSIBLE as error:
+    except CONFIG_ERRORS as error:
         raise CheckpointError(f"{path} is no official SideNet: {error}") from error
     return _fill(expected, state, path, "cpu", None)
 

@@ -58,7 +58,7 @@ def write_text(path: Path | str, text: str) -> None:
     write_atomically(path, write)
 
 
-MARKS = {
+BYTE_ORDER_MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",  # before UTF-16, whose mark it begins with
     codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",
@@ -75,7 +75,7 @@ def read_user_text(path: Path | str) -> str:
         CheckpointError: it is in another encoding, or no text; the message says which and what to do.
     """
     raw = Path(path).read_bytes()
-    encoding = next((name for mark, name in MARKS.items() if raw.startswith(mark)), "")
+    encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if raw.startswith(mark)), "")
     if not encoding and b"\0" in raw:
         encoding = "UTF-16 without its mark, or no text at all: it holds zero bytes"
     if encoding:
@@ -123,7 +123,7 @@ def read_head(path: Path | str, count: int = 64) -> bytes:
 
 
 # What else a file may be, and what to do with it.
-ADVICE = {
+FILE_HINTS = {
     "safetensors": "It is a safetensors file, which needs no conversion; its name must end in .safetensors.",
     "pytorch": "It is a PyTorch file. An official SideNet in one is read by the converter: ba-solver convert.",
     "lfs": "It is a pointer of Git LFS, not the file. Fetch that with: git lfs pull",
@@ -131,8 +131,8 @@ ADVICE = {
 }
 
 
-def kind_of(head: bytes) -> str:
-    """The key in ADVICE of a file that begins with these bytes; empty where it is not known."""
+def sniff_file(head: bytes) -> str:
+    """The key in FILE_HINTS of a file that begins with these bytes; empty where it is not known."""
     if head[8:9] == b"{":
         return "safetensors"
     if head.startswith((b"PK\x03\x04", b"\x80\x02")):
@@ -161,7 +161,7 @@ def read_safetensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str
             names = list(file.keys())
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except Exception as error:  # what a damaged header raises depends on where it is damaged
-        other = {**ADVICE, "safetensors": ""}.get(kind_of(head))
+        other = {**FILE_HINTS, "safetensors": ""}.get(sniff_file(head))
         advice = other or "It may be truncated (copy or download it again) or of another kind."
         raise CheckpointError(f"{path} cannot be read as safetensors ({error}). {advice}") from error
 
@@ -198,9 +198,9 @@ def _is_uncompressed(path: Path | str) -> bool:
 
 
 def _why_refused(error: Exception, head: bytes) -> str:
-    kind = kind_of(head)
+    kind = sniff_file(head)
     if kind not in ("", "pytorch"):
-        return ADVICE[kind]
+        return FILE_HINTS[kind]
     refused = re.search(r"GLOBAL (\S+)", str(error))
     what = f"it refers to {refused[1]}" if refused else "it is damaged"
     if isinstance(error, MemoryError) or "allocate memory" in str(error):
@@ -212,7 +212,7 @@ def _why_refused(error: Exception, head: bytes) -> str:
 
 
 # What compiling, wrapping for several GPUs and the like put into names.
-WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+WRAPPER_NAMES = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 def state_dict_of(content: Mapping[str, Any], keys: tuple[str, ...], where: str) -> dict[str, Tensor]:
@@ -224,7 +224,7 @@ def state_dict_of(content: Mapping[str, Any], keys: tuple[str, ...], where: str)
     found: Any = next((content[key] for key in keys if isinstance(content.get(key), Mapping)), content)
     state: dict[str, Tensor] = {}
     for wrapped, value in found.items():
-        name = ".".join(part for part in str(wrapped).split(".") if part not in WRAPPERS)
+        name = ".".join(part for part in str(wrapped).split(".") if part not in WRAPPER_NAMES)
         if not isinstance(value, Tensor) or name == "n_averaged":  # an averaged model's count
             continue
         if name in state:
@@ -237,7 +237,7 @@ def state_dict_of(content: Mapping[str, Any], keys: tuple[str, ...], where: str)
 
 LORA = re.compile(r"lora_(up|down|A|B|unet|te)|\.lora\.|hada_w|lokr_w|\.alpha$")
 # What is known by a tensor of its own, and where it belongs.
-KNOWN = {
+MODEL_HINTS = {
     "emb_fusion.0.weight": "It is a SideNet: put it into models/sidenets.",
     "x_embedder.proj.weight": "It is a SiT: put it into models/sit.",
     "model.diffusion_model.": "It is a whole checkpoint: put it into models/checkpoints.",
@@ -245,20 +245,20 @@ KNOWN = {
 }
 
 
-def belongs_to(names: Iterable[str]) -> str:
+def sniff_model(names: Iterable[str]) -> str:
     """What a file of tensors with these names is, and what to do with it; empty where it is not known."""
     names = list(names)
     if any(LORA.search(name) for name in names):
         return "It is a LoRA: put it into models/loras."
-    return next((what for start, what in KNOWN.items() if any(name.startswith(start) for name in names)), "")
+    return next((what for start, what in MODEL_HINTS.items() if any(name.startswith(start) for name in names)), "")
 
 
-def check_format(metadata: Mapping[str, str], expected: str, newest: int, path: Path | str, hint: str = "") -> None:
-    """Refuse a file of another format, or of a version newer than this code reads.
+def check_format(metadata: Mapping[str, str], expected: str, supported: int, path: Path | str, hint: str = "") -> None:
+    """Refuse a file of another format or version.
 
     Args:
         metadata: of the file.
-        expected, newest: format and version.
+        expected, supported: format and version.
         path: of the file.
         hint: what it is instead, if it does not say so itself.
     """
@@ -268,10 +268,9 @@ def check_format(metadata: Mapping[str, str], expected: str, newest: int, path: 
         hint = hint if found in (None, "", "pt") else ""  # "pt" is what other programs write into any file
         raise CheckpointError(f"{path} is no {expected} file: {what}. {hint or 'Choose another file.'}")
     version = metadata.get("format_version", "")
-    if not version.isdecimal() or int(version) > newest:
-        raise CheckpointError(
-            f"{path} has format version {version!r}; this code reads up to {newest}. Update ba-solver."
-        )
+    if version != str(supported):
+        remedy = "Make the file anew" if version.isdecimal() and int(version) < supported else "Update ba-solver"
+        raise CheckpointError(f"{path} has format version {version!r}; this code reads {supported}. {remedy}.")
 
 
 def parse_json(metadata: Mapping[str, str], key: str, path: Path | str) -> Any:
@@ -318,7 +317,7 @@ def count_blocks(state: Mapping[str, Tensor]) -> int:
 
 
 # A float8 weight means little without its scale, which other programs keep under names of their own.
-READ_IN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_tensors(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path | str) -> None:
@@ -334,10 +333,10 @@ def check_tensors(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], p
             raise CheckpointError(
                 f"Tensor {name!r} of {path} must be {tuple(expected[name].shape)}; got {tuple(tensor.shape)}."
             )
-        if tensor.dtype not in READ_IN or tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested:
+        if tensor.dtype not in WEIGHT_DTYPES or tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested:
             raise CheckpointError(
                 f"Tensor {name!r} of {path} is {tensor.dtype} ({tensor.layout}), and must be one of "
-                f"{', '.join(str(dtype).removeprefix('torch.') for dtype in READ_IN)}."
+                f"{', '.join(str(dtype).removeprefix('torch.') for dtype in WEIGHT_DTYPES)}."
             )
         if not tensor.isfinite().all():
             raise CheckpointError(f"Tensor {name!r} of {path} holds values that are not finite.")

@@ -54,58 +54,42 @@ def noise_to_velocity(x: Tensor, noise: Tensor, t: Time) -> Tensor:
 # --- the variance-exploding path x_ve = x_0 + sigma noise ---------------------------------------------------------
 
 
-def sigma_to_time(sigma: Time) -> Time:
+def ve_sigma_to_time(sigma: Time) -> Time:
     """Flow time of a variance-exploding noise level: t = sigma / (1 + sigma)."""
     return sigma / (1 + sigma)
 
 
-def time_to_sigma(t: Time) -> Time:
+def time_to_ve_sigma(t: Time) -> Time:
     """Variance-exploding noise level of a flow time: sigma = t / (1 - t); infinite at t = 1."""
     return t / (1 - t)
 
 
-def exploding_to_flow(x_ve: Tensor, sigma: Time) -> Tensor:
+def ve_to_flow(x_ve: Tensor, sigma: Time) -> Tensor:
     """State on the flow path, x_t = x_ve / (1 + sigma) at t = sigma / (1 + sigma)."""
     return x_ve / (1 + per_sample(sigma, x_ve))
-
-
-def flow_to_exploding(x: Tensor, t: Time) -> Tensor:
-    """State on the variance-exploding path, x_ve = x_t / (1 - t)."""
-    return x / (1 - per_sample(t, x))
 
 
 # --- the variance-preserving path x_vp = sqrt(a) x_0 + sqrt(1 - a) noise, a = alphas_cumprod -------------------------
 
 
-def alpha_to_time(alpha_cumprod: Time) -> Tensor:
+def vp_alpha_to_time(alpha_cumprod: Time) -> Tensor:
     """Flow time of a variance-preserving level: t = s / (r + s), r = sqrt(a), s = sqrt(1 - a)."""
     a = torch.as_tensor(alpha_cumprod)
     signal, noise = a.sqrt(), (1 - a).sqrt()
     return noise / (signal + noise)
 
 
-def time_to_alpha(t: Time) -> Tensor:
-    """alphas_cumprod of a flow time: a = (1 - t)^2 / ((1 - t)^2 + t^2)."""
-    t = torch.as_tensor(t)
-    return (1 - t) ** 2 / ((1 - t) ** 2 + t**2)
-
-
-def _preserving_norm(t: Tensor) -> Tensor:
+def _vp_norm(t: Tensor) -> Tensor:
     """|(1 - t, t)|: a flow state divided by this is a variance-preserving state."""
     return torch.hypot(1 - t, t)
 
 
-def preserving_to_flow(x_vp: Tensor, t: Time) -> Tensor:
-    """State on the flow path from a variance-preserving one at the same signal-to-noise ratio."""
-    return x_vp * _preserving_norm(per_sample(t, x_vp))
-
-
-def flow_to_preserving(x: Tensor, t: Time) -> Tensor:
+def flow_to_vp(x: Tensor, t: Time) -> Tensor:
     """State on the variance-preserving path from a flow state at the same signal-to-noise ratio."""
-    return x / _preserving_norm(per_sample(t, x))
+    return x / _vp_norm(per_sample(t, x))
 
 
-def epsilon_prediction_to_velocity(x: Tensor, epsilon: Tensor, t: Time) -> Tensor:
+def eps_to_velocity(x: Tensor, epsilon: Tensor, t: Time) -> Tensor:
     """Velocity from an eps-prediction model's output at the flow state x: v = (eps - x_t) / (1 - t), t < 1."""
     return noise_to_velocity(x, epsilon, t)
 
@@ -117,12 +101,5 @@ def v_prediction_to_velocity(x: Tensor, prediction: Tensor, t: Time) -> Tensor:
     v = noise - x_0 = ((2 t - 1) x / n + u) / n, finite on all of [0, 1].
     """
     t = per_sample(t, x)
-    norm = _preserving_norm(t)
+    norm = _vp_norm(t)
     return ((2 * t - 1) * x / norm + prediction) / norm
-
-
-def velocity_to_v_prediction(x: Tensor, v: Tensor, t: Time) -> Tensor:
-    """The v-prediction that corresponds to a flow velocity; inverse of `v_prediction_to_velocity`."""
-    t = per_sample(t, x)
-    norm = _preserving_norm(t)
-    return v * norm - (2 * t - 1) * x / norm

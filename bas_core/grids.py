@@ -59,11 +59,11 @@ def resample_grid(times: Tensor, intervals: int) -> Tensor:
         [intervals + 1] times in the dtype of `times`, with the same ends; `times` itself where N is `intervals`.
 
     Raises:
-        ValueError: fewer than one interval, or no grid (see `check_grid`).
+        ValueError: fewer than one interval, or no grid (see `as_grid`).
     """
     if intervals < 1:
         raise ValueError(f"intervals must be at least 1; got {intervals}.")
-    known = check_grid(times)
+    known = as_grid(times)
     if len(known) == intervals + 1:
         return known
     position = torch.linspace(0, len(known) - 1, intervals + 1, dtype=torch.float64)
@@ -72,43 +72,42 @@ def resample_grid(times: Tensor, intervals: int) -> Tensor:
     return torch.lerp(values[left], values[left + 1], position - left).to(times.dtype)
 
 
-# The longest first interval, in mean intervals, whose call is saved (see `runs.FittedRun`). What the mean of the data
-# does not say of the single image grows with its square: on the demo's uniform grids it would be most of the error,
-# where the first step is .3 to .45 of the mean one it is hardly seen.
-SHORT_START = 0.45
+# The longest analytic first step (see `schedule.Schedule`), over the mean step. Its error grows with the square of its
+# length: on the demo's uniform grids it is most of the whole error, at .3 to .45 of the mean step it is negligible.
+LONGEST_ANALYTIC_STEP = 0.45
 
 
-def starts_short(times: Sequence[float] | Tensor) -> bool:
-    """Whether a grid leads from pure noise toward the data, in a first step so short that its call can be saved."""
+def has_short_first_step(times: Sequence[float] | Tensor) -> bool:
+    """Whether times descend from pure noise with a first step that is short enough to be analytic."""
     first, second, last = float(times[0]), float(times[1]), float(times[-1])
-    return first == 1 and 0 < first - second <= SHORT_START * (first - last) / (len(times) - 1)
+    return first == 1 and 0 < first - second <= LONGEST_ANALYTIC_STEP * (first - last) / (len(times) - 1)
 
 
-# How far the times of a run may be from a known grid's: sigmas are rounded on their way through other programs.
-SAME_TIME = 1e-3
+# Largest difference between equal times: sigmas are rounded on their way through other programs.
+TIME_TOLERANCE = 1e-3
 
 
-def same_grid(times: Sequence[float] | Tensor, known: Sequence[float] | Tensor) -> bool:
-    """Whether a run's times are those of a known grid from 1; models that start below 1 shrink it."""
+def same_times(times: Sequence[float] | Tensor, known: Sequence[float] | Tensor) -> bool:
+    """Whether times are those of a schedule from 1, scaled where the model's sampling starts below 1."""
     return len(times) == len(known) and all(
-        abs(float(a) - float(times[0]) * float(b)) <= SAME_TIME for a, b in zip(times, known, strict=True)
+        abs(float(a) - float(times[0]) * float(b)) <= TIME_TOLERANCE for a, b in zip(times, known, strict=True)
     )
 
 
-def grid_of_calls(make: Callable[[int], Tensor], calls: int, skip_first: bool) -> Tensor:
-    """The grid that spends a number of backbone calls, from `make`, which makes one of so many intervals.
+def grid_for_nfe(make: Callable[[int], Tensor], nfe: int, has_data_mean: bool) -> Tensor:
+    """The grid that takes a number of model calls, from `make`, which makes one of so many steps.
 
     Args:
-        make: intervals to a descending grid [intervals + 1].
-        calls: at least 1.
-        skip_first: the run may save its first call (see `runs.FittedRun`), which makes room for one more interval.
+        make: steps to a descending grid [steps + 1].
+        nfe: at least 1.
+        has_data_mean: whether the SideNet can replace the first call, which leaves a call for one step more.
     """
-    longer = make(calls + 1)
-    return longer if skip_first and starts_short(longer) else make(calls)
+    longer = make(nfe + 1)
+    return longer if has_data_mean and has_short_first_step(longer) else make(nfe)
 
 
-def check_grid(times: Tensor) -> Tensor:
-    """Return the grid on the CPU if it can be integrated over.
+def as_grid(times: Tensor) -> Tensor:
+    """The grid on the CPU, if a solver can integrate over it.
 
     Raises:
         ValueError: it is not 1-D, has fewer than two times, leaves [0, 1], or does not strictly descend or ascend.

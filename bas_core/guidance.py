@@ -1,4 +1,4 @@
-"""The velocity field that a solver integrates: its branches, classifier-free guidance and the CFG interval."""
+"""The velocity field that a solver integrates: a model's branches, classifier-free guidance (CFG), the CFG interval."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Mode = Literal["branch", "guided"]
+CFGMode = Literal["per_branch", "combined"]
+CFG_MODES: tuple[CFGMode, ...] = ("per_branch", "combined")
 Evaluate = Callable[[Tensor, Tensor, int], Tensor]
 
 
@@ -54,30 +55,31 @@ NO_GUIDANCE = Guidance()
 
 
 def just_inside(t: Tensor | float) -> Tensor:
-    """t, or the smallest time above 0: what guidance is decided by where the whole field is wanted at t = 0.
+    """t, or the smallest time above 0 where t is 0.
 
-    The interval's lower end is excluded (lo < t, as published), which would make a field guided with (0, 1] jump at
-    t = 0, where some solvers evaluate it. The field's value there is its limit.
+    The CFG interval excludes its lower end (lo < t, as published), so a field with the interval (0, 1] would jump at
+    t = 0, where some solvers evaluate it. Deciding guidance by this time makes the field continuous there.
     """
     t = torch.as_tensor(t, dtype=torch.promote_types(torch.as_tensor(t).dtype, torch.float32))
     return t.clamp_min(torch.finfo(t.dtype).tiny)
 
 
 class Field:
-    """A velocity field with its branches; counts its calls (the NFE) and refuses what is not finite.
+    """A velocity field: a model's branches under classifier-free guidance (CFG). It counts its calls (the NFE).
 
     Args:
-        evaluate: `(x [B, C, ...], t [B], K) -> [K, B, C, ...]`, the first K branches in one backbone call.
-        conditions: for each branch what the SideNet is told of it: a tensor of batch size B (class indices),
-            or None.
-        guidance: what the *solver* combines the branches with. A field that guides by itself ("guided" mode)
-            has one branch and `NO_GUIDANCE`.
-        scale: the CFG scale the field was guided with, for SideNets that take it as an input.
-        branches: for a field that guides by itself, the same one in branches, if there is one.
+        evaluate: `(x [B, C, ...], t [B], K) -> [K, B, C, ...]`, the first K branches in one model call, the
+            conditional one first.
+        conditions: one for each branch, as a SideNet takes it: a tensor of batch size B (class indices), or None.
+        guidance: how the branches are combined.
+        combined: whether the field combines its branches (combined CFG) or leaves them to the solver, which combines
+            them at each quadrature node's own time (per-branch CFG, the paper's).
+        scale: the CFG scale for SideNets that take it as an input; None = the guidance's. Models that combine in a way
+            of their own, or take the scale as an input, have one branch here and no guidance.
 
     Attributes:
-        calls: how often the field was called.
-        halves: how many of these evaluated one branch where guidance has two (`half_calls`).
+        calls: how often the model was called.
+        conditional_only: how many of the calls left out the unconditional branch that guidance needs.
     """
 
     def __init__(
@@ -85,37 +87,65 @@ class Field:
         evaluate: Evaluate,
         conditions: tuple[Tensor | None, ...] = (None,),
         guidance: Guidance = NO_GUIDANCE,
-        scale: float = 1.0,
-        branches: Field | None = None,
+        *,
+        combined: bool = False,
+        scale: float | None = None,
     ) -> None:
         if guidance.scale != 1 and len(conditions) < 2:
             raise ValueError("Guidance needs an unconditional branch; got the conditional one alone.")
         self.evaluate = evaluate
         self.conditions = conditions
-        self.guidance = guidance
-        self.scale = scale
-        self.branches = branches
+        self.cfg = guidance
+        self.combined = combined
+        self.scale = guidance.scale if scale is None else scale
         self.calls = 0
-        self.halves = 0
+        self.conditional_only = 0
 
     @property
-    def cost(self) -> float:
-        """What the calls cost, in whole calls."""
-        return self.calls - self.halves / 2
+    def nfe(self) -> float:
+        """Function evaluations so far; a conditional-only call counts one half."""
+        return self.calls - self.conditional_only / 2
 
     @property
-    def pair(self) -> Field | None:
-        """The field in two branches that are guided at every time; None where there are none."""
-        field = self.branches or self
-        whole = field.guidance.scale != 1 and field.guidance.interval == NO_GUIDANCE.interval
-        return field if whole and len(field.conditions) > 1 else None
+    def guidance(self) -> Guidance:
+        """The guidance that is left to the solver."""
+        return NO_GUIDANCE if self.combined else self.cfg
+
+    @property
+    def can_omit_unconditional(self) -> bool:
+        """Whether a call can leave out the unconditional branch: CFG of two branches, at all times."""
+        return self.cfg.scale != 1 and self.cfg.interval == NO_GUIDANCE.interval
 
     def __call__(self, x: Tensor, t: Tensor | float, branches: int = 1) -> Tensor:
-        """The first `branches` branches at one time t for all samples: [K, B, C, ...], in x's dtype.
+        """The velocity at one time t for all samples, as the solver takes it.
+
+        Args:
+            x: [B, C, ...] state.
+            t: 0-d time.
+            branches: K, how many branches to return; a combined field returns its one velocity.
+
+        Returns:
+            [K, B, C, ...] in x's dtype.
 
         Raises:
-            NonFiniteError: the backbone returned NaN or infinity.
-            ValueError: the backbone returned another shape.
+            NonFiniteError: the model returned NaN or infinity.
+            ValueError: the model returned another shape.
+        """
+        if not self.combined:
+            return self.call_model(x, t, branches)
+        time = just_inside(t)
+        return self.cfg.combine(self.call_model(x, t, 2 if self.cfg.active(time) else 1), time)[None]
+
+    def velocity(self, x: Tensor, t: Tensor | float) -> Tensor:
+        """The guided velocity [B, C, ...]; the unconditional branch is evaluated only where guidance is active."""
+        time = just_inside(t)
+        return self.guidance.combine(self(x, t, 2 if self.guidance.active(time) else 1), time)
+
+    def call_model(self, x: Tensor, t: Tensor | float, branches: int) -> Tensor:
+        """One model call: its first `branches` branches [K, B, C, ...], whether the field combines them or not.
+
+        Raises:
+            NonFiniteError, ValueError: see `__call__`.
         """
         self.calls += 1
         v = self.evaluate(x, torch.as_tensor(t, dtype=x.dtype).to(x.device).expand(x.shape[0]), branches)
@@ -129,20 +159,10 @@ class Field:
             )
         return v.to(x.dtype)
 
-    def velocity(self, x: Tensor, t: Tensor | float) -> Tensor:
-        """The guided velocity [B, C, ...]; the unconditional branch is evaluated only where guidance is active."""
-        time = just_inside(t)
-        return self.guidance.combine(self(x, t, 2 if self.guidance.active(time) else 1), time)
-
-
-def combined(branches: Evaluate, guidance: Guidance) -> Evaluate:
-    """Branches guided as one; the unconditional one is evaluated only where guidance is active."""
-
-    def guided(x: Tensor, t: Tensor, count: int) -> Tensor:
-        time = just_inside(t[0])
-        return guidance.combine(branches(x, t, 2 if guidance.active(time) else 1), time)[None]
-
-    return guided
+    def call_conditional(self, x: Tensor, t: Tensor | float) -> Tensor:
+        """A conditional-only call: the conditional velocity [B, C, ...]."""
+        self.conditional_only += 1
+        return self.call_model(x, t, 1)[0]
 
 
 def model_field(
@@ -150,7 +170,7 @@ def model_field(
     cond: Tensor | None = None,
     uncond: Tensor | None = None,
     guidance: Guidance = NO_GUIDANCE,
-    mode: Mode = "branch",
+    mode: CFGMode = "per_branch",
 ) -> Field:
     """A field over `model(x, t)` or, with a condition, `model(x, t, cond)`.
 
@@ -158,31 +178,28 @@ def model_field(
         model: x [N, C, ...], t [N] and cond [N, ...] to the velocity [N, C, ...].
         cond, uncond: [B, ...] conditions of the two branches (class labels, null classes).
         guidance: with a scale other than 1, needs `uncond`.
-        mode: "branch" leaves the branches to the solver (the paper: the SideNet predicts each, and they are
-            combined at each quadrature node's own time); "guided" gives it the guided velocity.
+        mode: "per_branch" leaves the branches to the solver (the paper: the SideNet predicts each, and they are
+            combined at each quadrature node's own time); "combined" gives it the guided velocity.
 
     Raises:
         ValueError: guidance without `uncond`, or an unknown mode.
     """
-    if mode not in ("branch", "guided"):
-        raise ValueError(f"mode must be 'branch' or 'guided'; got {mode!r}.")
+    if mode not in CFG_MODES:
+        raise ValueError(f"mode must be one of {', '.join(CFG_MODES)}; got {mode!r}.")
     if guidance.scale != 1 and uncond is None:
         raise ValueError("guidance with a scale other than 1 needs uncond, the unconditional branch's condition.")
     if uncond is not None and cond is None:
         raise ValueError("uncond was given without cond; give both, or neither.")
 
     def branches(x: Tensor, t: Tensor, count: int) -> Tensor:
-        given = [c for c in (cond, uncond)[:count] if c is not None]
-        if any(c.shape[0] != x.shape[0] for c in given):
-            raise ValueError(f"Conditions must have x's batch size {x.shape[0]}; got {[c.shape[0] for c in given]}.")
-        arguments = (torch.cat(given),) if given else ()
+        conditions = [c for c in (cond, uncond)[:count] if c is not None]
+        if any(c.shape[0] != x.shape[0] for c in conditions):
+            sizes = [c.shape[0] for c in conditions]
+            raise ValueError(f"Conditions must have x's batch size {x.shape[0]}; got {sizes}.")
+        arguments = (torch.cat(conditions),) if conditions else ()
         v = model(torch.cat([x] * count), torch.cat([t] * count), *arguments)
         if v.shape != (count * x.shape[0], *x.shape[1:]):
             raise ValueError(f"The backbone must return {(count * x.shape[0], *x.shape[1:])}; got {tuple(v.shape)}.")
         return v.unflatten(0, (count, -1))
 
-    both = Field(branches, (cond,) if uncond is None else (cond, uncond), guidance, guidance.scale)
-    if mode == "branch":
-        return both
-
-    return Field(combined(branches, guidance), (cond,), NO_GUIDANCE, guidance.scale, both)
+    return Field(branches, (cond,) if uncond is None else (cond, uncond), guidance, combined=mode == "combined")

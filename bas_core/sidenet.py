@@ -7,8 +7,8 @@ One anchor (the paper): v(t - h) = v + h S(x, v, t, h). Two anchors: with v_b kn
 exact at both anchors, and with S = 0 the straight line through them, so that the solver is then a multistep method.
 
 The default network is the official one (github.com/HKUST-LongGroup/BA-solver, `models/side_net.py`), made
-configurable; with the default configuration official weights load by name. `body="tokens"` puts transformer blocks
-in the place of its convolutions, which sees the whole image from the first block on.
+configurable; with the default configuration official weights load by name. `architecture="transformer"` replaces its
+convolutions by transformer blocks, which see the whole image from the first block on.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .flow import per_sample
 from .sit import LabelEmbedder, TimestepEmbedder, sincos_position_table
 
 NORM_EPSILON = 1e-5
-BODIES = ("convolution", "tokens")
+ARCHITECTURES = ("conv", "transformer")
 FEED_FORWARD_RATIO = 2
 
 
@@ -45,11 +45,11 @@ class SideNetConfig:
         patch_size: the network works on a grid this much coarser (pixel-unshuffle).
         kernel_size: of the first and the last convolution.
         anchors: 1 (the paper) or 2.
-        guidance_input: takes the CFG scale as an input.
-        body: "convolution" (the official network: block number `num_layers // 2` is attention, the others are
-            residual convolutions) or "tokens" (transformer blocks).
-        mean_size: it keeps the mean of the model's data, on a grid of this many by as many cells, which saves a run's
-            first backbone call (see `solver.solve`); 0 = it does not.
+        cfg_input: takes the CFG scale as an input.
+        architecture: "conv" (the official network: block number `num_layers // 2` is attention, the others are
+            residual convolutions) or "transformer".
+        data_mean_size: side of the square grid on which the network keeps the mean of the model's data, for an analytic
+            first step (`schedule.Schedule`); 0 = no mean.
     """
 
     in_channels: int = 4
@@ -61,20 +61,22 @@ class SideNetConfig:
     patch_size: int = 1
     kernel_size: int = 3
     anchors: int = 1
-    guidance_input: bool = False
-    body: str = "convolution"
-    mean_size: int = 0
+    cfg_input: bool = False
+    architecture: str = "conv"
+    data_mean_size: int = 0
 
     def __post_init__(self) -> None:
         for name in ("in_channels", "base_channels", "embedding_dim", "num_layers", "num_heads", "patch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"SideNetConfig.{name} must be at least 1; got {getattr(self, name)}.")
-        for name in ("num_classes", "mean_size"):
+        for name in ("num_classes", "data_mean_size"):
             if getattr(self, name) < 0:
                 raise ValueError(f"SideNetConfig.{name} must not be negative; got {getattr(self, name)}.")
-        if self.body not in BODIES:
-            raise ValueError(f"SideNetConfig.body must be one of {', '.join(BODIES)}; got {self.body!r}.")
-        if self.body == "tokens" and self.base_channels % 4:
+        if self.architecture not in ARCHITECTURES:
+            raise ValueError(
+                f"SideNetConfig.architecture must be one of {', '.join(ARCHITECTURES)}; got {self.architecture!r}."
+            )
+        if self.architecture == "transformer" and self.base_channels % 4:
             raise ValueError(f"SideNetConfig.base_channels must be a multiple of 4; got {self.base_channels}.")
         if self.anchors not in (1, 2):
             raise ValueError(f"SideNetConfig.anchors must be 1 or 2; got {self.anchors}.")
@@ -173,9 +175,9 @@ def spread_mean(mean: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def make_blocks(config: SideNetConfig, operations: Any, **factory: Any) -> nn.ModuleList:
-    """The blocks of the configured body."""
-    kinds: list[Any] = [TokenBlock if config.body == "tokens" else ResidualBlock] * config.num_layers
-    if config.body == "convolution":
+    """The blocks of the configured architecture."""
+    kinds: list[Any] = [TokenBlock if config.architecture == "transformer" else ResidualBlock] * config.num_layers
+    if config.architecture == "conv":
         kinds[config.num_layers // 2] = AttentionBlock
     return nn.ModuleList(kind(config, operations, **factory) for kind in kinds)
 
@@ -206,9 +208,9 @@ class SideNet(nn.Module):
             self.y_embedder = LabelEmbedder(config.num_classes, e, operations, **factory)
         if config.anchors == 2:
             self.d_embedder = TimestepEmbedder(e, operations, **factory)
-        if config.guidance_input:
+        if config.cfg_input:
             self.g_embedder = TimestepEmbedder(e, operations, **factory)
-        embeddings = 2 + bool(config.num_classes) + (config.anchors == 2) + config.guidance_input
+        embeddings = 2 + bool(config.num_classes) + (config.anchors == 2) + config.cfg_input
         self.emb_fusion = nn.Sequential(
             operations.Linear(embeddings * e, e, **factory), nn.SiLU(), operations.Linear(e, e, **factory)
         )
@@ -217,8 +219,8 @@ class SideNet(nn.Module):
         self.input_conv = operations.Conv2d(inputs, c, k, padding=k // 2, bias=False, **factory)
         self.blocks = make_blocks(config, operations, **factory)
         self.output_conv = operations.Conv2d(c, config.in_channels * p * p, k, padding=k // 2, **factory)
-        if config.mean_size:
-            size = (config.in_channels, config.mean_size, config.mean_size)
+        if config.data_mean_size:
+            size = (config.in_channels, config.data_mean_size, config.data_mean_size)
             self.data_mean: Tensor
             self.register_buffer("data_mean", torch.zeros(size, device=device, dtype=dtype))
 
@@ -226,21 +228,29 @@ class SideNet(nn.Module):
     def anchors(self) -> int:
         return self.config.anchors
 
-    def first_velocity(self, x: Tensor, t: Tensor) -> Tensor | None:
-        """The velocity at pure noise without a backbone call: straight to the mean of the data.
+    @property
+    def cfg_input(self) -> bool:
+        return self.config.cfg_input
+
+    @property
+    def has_data_mean(self) -> bool:
+        return self.config.data_mean_size > 0
+
+    def analytic_velocity(self, x: Tensor, t: Tensor) -> Tensor:
+        """The velocity at pure noise without a model call: straight to the data mean.
 
         Args:
             x: [B, C, *spatial] noise, of any size.
             t: 0-d time, 1 or just below.
 
         Returns:
-            Like x; None for a network that does not know the mean.
+            Like x.
 
         Raises:
-            ValueError: x has other channels than the network takes.
+            ValueError: x has other channels than the network takes, or the network keeps no data mean.
         """
-        if not self.config.mean_size:
-            return None
+        if not self.has_data_mean:
+            raise ValueError("This SideNet keeps no data mean, so its first step is not analytic.")
         self._check_state(x)
         return (x - spread_mean(self.data_mean.to(x), x.shape[1:])) / t.to(x)
 
@@ -272,7 +282,7 @@ class SideNet(nn.Module):
             cond: [B] class indices; a network without classes ignores them.
             slope: like x, two anchors only: (v_b - v) / d.
             span: [B], two anchors only: d = t - t_b. None or 0 where there is no second anchor.
-            scale: [B] CFG scales, for a network with `guidance_input`.
+            scale: [B] CFG scales, for a network with `cfg_input`.
 
         Returns:
             The change of velocity, like x and in its dtype; it carries the factor h.
@@ -301,7 +311,7 @@ class SideNet(nn.Module):
             parts.append(self.y_embedder(cond).to(dtype))
         if self.config.anchors == 2 and span is not None:
             parts.append(self.d_embedder(span, dtype))
-        if self.config.guidance_input and scale is not None:
+        if self.config.cfg_input and scale is not None:
             parts.append(self.g_embedder(scale, dtype))
         return self.emb_fusion(torch.cat(parts, dim=-1))
 
@@ -318,7 +328,7 @@ class SideNet(nn.Module):
         if any(padding):
             stacked = F.pad(stacked, padding, mode="replicate")
         feature = self.input_conv(F.pixel_unshuffle(stacked.to(self.input_conv.weight.dtype), p))
-        if self.config.body == "tokens":
+        if self.config.architecture == "transformer":
             feature = feature + positions(*feature.shape[1:]).to(feature)
         for block in self.blocks:
             feature = block(feature, embedding)
@@ -342,7 +352,7 @@ class SideNet(nn.Module):
             raise ValueError(f"v must have x's shape {tuple(x.shape)}; got {tuple(v.shape)}.")
         if c.num_classes and cond is None:
             raise ValueError(f"This SideNet takes class indices up to {c.num_classes} (the null class); got none.")
-        if c.guidance_input and scale is None:
+        if c.cfg_input and scale is None:
             raise ValueError("This SideNet takes the guidance scale as an input; got none.")
         for name, value in (("t", t), ("h", h), ("cond", cond), ("scale", scale)):
             if value is not None and value.shape[:1] != x.shape[:1]:

@@ -30,13 +30,13 @@ from ..bas_core.files import write_text
 from ..bas_core.guidance import Field
 from ..bas_core.sidenet import SideNet
 from ..bas_core.solver import solve
-from ..bas_core.weighting import WeightedSideNet
+from ..bas_core.strength import WeightedSideNet
 from ..training.backbones import Backbone, BackboneChoice, open_backbone
 from ..training.demo.assets import Grids, load_grids
 from ..training.measuring.rivals import unipc
 from ..training.progress import progress, say
-from ..training.runs.samplers import GridShape, Sampler, baseline_sampler, endpoint_errors
-from ..training.settings import UsageError, parse_calls, prepare_folder
+from ..training.schedules.solvers import GridShape, Solver, baseline_solver, endpoint_errors
+from ..training.settings import UsageError, parse_nfe, prepare_folder
 from .cost import cost
 
 MULTISTEP = ("adams_bashforth2", "dpmpp_2m", "unipc", "predictor_corrector", "ipndm", "deis", "res_multistep")
@@ -81,7 +81,7 @@ class BenchmarkSettings(BackboneChoice):
     @property
     def counts(self) -> list[int]:
         """Numbers of model calls."""
-        return parse_calls(self.nfe)
+        return parse_nfe(self.nfe)
 
     @property
     def cfg(self) -> float:
@@ -153,7 +153,7 @@ class Noises:
             batches.append((noise[rows], conditions, ends))
         return cls(backbone, settings.cfg, batches, error)
 
-    def errors(self, sampler: Sampler, nfe: int, shape: GridShape, mode: Any = "guided") -> Tensor:
+    def errors(self, sampler: Solver, nfe: int, shape: GridShape, mode: Any = "combined") -> Tensor:
         """[noises] RMSE of the ends.
 
         Raises:
@@ -163,8 +163,8 @@ class Noises:
         for noise, conditions, ends in self.batches:
             field = self.backbone.field(conditions, self.cfg, mode=mode)
             found.append(endpoint_errors(sampler.sample(field, noise, nfe, shape), ends).cpu())
-            if field.cost != nfe:
-                raise RuntimeError(f"{sampler.label} was given {nfe} model calls and spent {field.cost:g}.")
+            if field.nfe != nfe:
+                raise RuntimeError(f"{sampler.label} was given {nfe} model calls and spent {field.nfe:g}.")
         return torch.cat(found)
 
 
@@ -176,12 +176,12 @@ def converged_ends(field: Field, noise: Tensor, start: float, tolerance: float) 
     return odeint(lambda t, x: field.velocity(x, t), noise, times, rtol=tolerance, atol=tolerance, method="dopri5")[-1]
 
 
-def rival(name: str, start: float) -> Sampler:
+def rival(name: str, start: float) -> Solver:
     """A solver without a SideNet."""
-    return Sampler(name, "UniPC", unipc, start=start) if name == "unipc" else baseline_sampler(name, start)
+    return Solver(name, "UniPC", unipc, start=start) if name == "unipc" else baseline_solver(name, start)
 
 
-def best_grids(settings: BenchmarkSettings, backbone: Backbone, rivals: Sequence[Sampler]) -> Grids:
+def best_grids(settings: BenchmarkSettings, backbone: Backbone, rivals: Sequence[Solver]) -> Grids:
     """Every rival's best grid by number of model calls; those that the file lacks are searched and added to it.
 
     Raises:
@@ -206,19 +206,19 @@ def best_grids(settings: BenchmarkSettings, backbone: Backbone, rivals: Sequence
     return grids
 
 
-def ours(sidenet: SideNet, card: SideNetCard, backbone: Backbone, cfg: float) -> Iterator[tuple[str, Sampler, Any]]:
+def ours(sidenet: SideNet, card: SideNetCard, backbone: Backbone, cfg: float) -> Iterator[tuple[str, Solver, Any]]:
     """(label, sampler, schedules) of BA-solver with and without its network; schedules None: over plain times.
 
     Without its network, the schedules keep their times, coefficients and analytic first step.
     """
     silent = WeightedSideNet(sidenet, lambda t: 0.0)
     for label, predictor, plain in ((OURS, sidenet, sidenet), (NO_NETWORK, silent, None)):
-        for schedules, network in ((card.runs_at(cfg), predictor), (None, plain)):
+        for schedules, network in ((card.schedules_for(cfg), predictor), (None, plain)):
 
             def sample(field: Field, x: Tensor, over: Any, network: Any = network) -> Tensor:
                 return solve(field, network, x, over)
 
-            yield label, Sampler("ba_solver", label, sample, start=backbone.start, given=schedules), schedules
+            yield label, Solver("ba_solver", label, sample, start=backbone.start, given=schedules), schedules
 
 
 def measure_rivals(settings: BenchmarkSettings, noises: Noises, rivals: Sequence[Sampler], grids: Grids) -> list[Row]:
@@ -247,7 +247,7 @@ def measure_sidenet(settings: BenchmarkSettings, noises: Noises, path: Path) -> 
         schedule = settings.ordinary if schedules is None else BEST
         for nfe in settings.counts:
             if schedules is None or nfe in schedules:
-                errors = noises.errors(sampler, nfe, shape, card.velocity)
+                errors = noises.errors(sampler, nfe, shape, card.cfg_mode)
                 rows.append(row_of(label, path.name, schedule, nfe, shape, errors))
     return rows
 
@@ -290,9 +290,9 @@ def measure_cost(settings: BenchmarkSettings, noises: Noises) -> dict[str, float
     """Time and memory with the first SideNet."""
     sidenet, card = load_sidenet(settings.sidenet[0], noises.backbone.device)
     noise, conditions, _ = noises.batches[0]
-    field = noises.backbone.field(conditions, settings.cfg, mode=card.velocity)
+    field = noises.backbone.field(conditions, settings.cfg, mode=card.cfg_mode)
     nfe = settings.counts[len(settings.counts) // 2]
-    return cost(field, sidenet, noise, card.runs_at(settings.cfg)[nfe].scaled(noises.backbone.start))
+    return cost(field, sidenet, noise, card.schedules_for(settings.cfg)[nfe].scaled(noises.backbone.start))
 
 
 def write_report(out: Path, rows: Sequence[Row], result: dict[str, Any], text: str) -> None:

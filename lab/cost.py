@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..bas_core.baselines import run_baseline
 from ..bas_core.grids import time_grid
 from ..bas_core.guidance import Field
-from ..bas_core.runs import FittedRun
+from ..bas_core.schedule import Schedule
 from ..bas_core.sidenet import SideNet
 from ..bas_core.solver import solve
+from ..training.baselines import run_baseline
 from ..training.measuring.rivals import unipc
 
 STEPS = 7
@@ -52,10 +52,10 @@ def peak_bytes(sample: Callable[[], Tensor], device: torch.device) -> int:
     return max(itertools.accumulate(change for _, change in changes), default=0)
 
 
-def cost(field: Field, sidenet: SideNet, noise: Tensor, schedule: FittedRun) -> dict[str, float]:
+def cost(field: Field, sidenet: SideNet, noise: Tensor, schedule: Schedule) -> dict[str, float]:
     """Wall time and peak memory of a sampling from noise [B, C, *spatial] by a schedule; the other solvers get a
     uniform grid of as many model calls."""
-    times, device = time_grid(round(schedule.cost)) * schedule.grid[0], noise.device
+    times, device = time_grid(round(schedule.nfe)) * schedule.grid[0], noise.device
     samplings: dict[str, Callable[[], Tensor]] = {
         "euler": lambda: run_baseline("euler", field, noise, times),
         "unipc": lambda: unipc(field, noise, times),
@@ -65,7 +65,7 @@ def cost(field: Field, sidenet: SideNet, noise: Tensor, schedule: FittedRun) -> 
         seconds = {name: median_seconds(sample) for name, sample in samplings.items()}
         memory = {name: peak_bytes(samplings[name], device) for name in ("euler", "ba_solver")}
         return {
-            "nfe": schedule.cost,
+            "nfe": schedule.nfe,
             "batch": len(noise),
             **{f"seconds_{name}": value for name, value in seconds.items()},
             "time_over_unipc": seconds["ba_solver"] / seconds["unipc"],

@@ -25,16 +25,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bas_core.baselines import BASELINES, Baseline, History, Velocity, run_baseline
-from ..bas_core.editing import FADE, FREE, START, Control, edit, editing_grid, invert, straight_path
+from ..bas_core.editing import FADE, NO_CONTROL, T_MIN, Control, edit, editing_grid, invert, straight_trajectory
 from ..bas_core.files import write_text
 from ..bas_core.flow import interpolate
 from ..bas_core.grids import time_grid
 from ..bas_core.guidance import Field
 from ..bas_core.solver import solve
+from ..training.baselines import BASELINES, Baseline, History, Velocity, run_baseline
 from ..training.demo.assets import CLASSIFIER_FILE, DEMO_CFG, WEIGHTS, Demo, load_demo
 from ..training.progress import progress, say
-from ..training.runs.samplers import GridShape, endpoint_errors
+from ..training.schedules.solvers import GridShape, endpoint_errors
 from .benchmark import spread
 from .classifier import load_classifier
 from .shapes import CLASS_NAMES, ShapeBatch, draw_shapes
@@ -105,9 +105,9 @@ class Case:
     nfe: tuple[int, ...] = (5, 7, 10, 20)
 
     def problem(self, demo: Demo, seed: int, count: int) -> tuple[ShapeBatch, Tensor, Field]:
-        """Drawings, their states at `START`, and the model's field for them."""
+        """Drawings, their states at `T_MIN`, and the model's field for them."""
         batch = drawn(seed, torch.arange(count) % len(CLASS_NAMES))
-        states = interpolate(batch.images, noise_for(batch.images, seed), START) if self.noised else batch.images
+        states = interpolate(batch.images, noise_for(batch.images, seed), T_MIN) if self.noised else batch.images
         return batch, states, demo.field(batch.labels, self.cfg)
 
 
@@ -147,9 +147,9 @@ class RoundTrip:
     first_nfe: int = 0
 
     def times(self, nfe: int, shape: GridShape) -> Tensor:
-        """[N + 1] from noise to `START`."""
+        """[N + 1] from noise to `T_MIN`."""
         intervals = math.ceil((nfe - self.first_nfe) / self.nfe_per_step)
-        return START + (1 - START) * time_grid(intervals, *shape)
+        return T_MIN + (1 - T_MIN) * time_grid(intervals, *shape)
 
     def one_way(self, field: Field, x: Tensor, nfe: int, times: Tensor) -> Tensor:
         """Integrate over a grid in exactly `nfe` model calls.
@@ -223,7 +223,7 @@ def measure_round_trips(
     "BA-solver with its residuals" has the worst image's PSNR.
     """
     found: dict[str, dict[int, Rows]] = {}
-    times = START + (1 - START) * time_grid(REFERENCE_STEPS, 0.5)
+    times = T_MIN + (1 - T_MIN) * time_grid(REFERENCE_STEPS, 0.5)
     for seed in progress(range(settings.seeds), f"round trips, {case.title}"):
         batch, states, field = case.problem(demo, REPORT_SEED + seed, settings.images)
         truth = run_baseline("rk4", field, states, times.flip(0))
@@ -249,7 +249,7 @@ def measure_round_trips(
 # Gentler than sampling grids: at 5 model calls each way (2, 0) to (2.8, 0) cost a sixth in what should stay.
 EDIT_SHAPE: GridShape = (1.4, 0.0)
 # Searched: the best start at the first CFG scale, then the other scales with it.
-STARTS, CFG_SCALES = (0.7, 0.8, 0.9, 1.0), (3.5, DEMO_CFG, 5.0)
+T_MINS, CFG_SCALES = (0.7, 0.8, 0.9, 1.0), (3.5, DEMO_CFG, 5.0)
 # How far a pixel must be from the ground, in any channel, to be the shape's. Shapes differ by 1 from their ground.
 SHAPE_THRESHOLD = 0.4
 
@@ -307,8 +307,8 @@ def by_inversion(demo: Demo, task: Task, nfe: int, start: float) -> Tensor:
 def inversion_free(demo: Demo, task: Task, nfe: int, start: float) -> Tensor:
     """BA Edit on the straight path: half of the model calls for the source, half for the target."""
     times = edit_grid(nfe // 2, start)
-    source = straight_path(task.source, demo.sidenet, task.before.images, task.noise, times)
-    return edit(task.target, demo.sidenet, source, FREE)
+    source = straight_trajectory(task.source, demo.sidenet, task.before.images, task.noise, times)
+    return edit(task.target, demo.sidenet, source, NO_CONTROL)
 
 
 def flowedit(demo: Demo, task: Task, nfe: int, start: float) -> Tensor:
@@ -383,7 +383,7 @@ def search_edits(demo: Demo, nfe: int) -> dict[str, tuple[float, float]]:
             row = judge(demo, method, nfe, start, cfg, SEARCH_SEED, 0)
             return 10 * max(0.0, 0.92 - row["success"]) + row["ground"] + row["colour"] + row["place"] / 10
 
-        known = {(start, CFG_SCALES[0]): fault(start, CFG_SCALES[0]) for start in STARTS}
+        known = {(start, CFG_SCALES[0]): fault(start, CFG_SCALES[0]) for start in T_MINS}
         start, _ = min(known, key=known.__getitem__)
         known |= {(start, cfg): fault(start, cfg) for cfg in CFG_SCALES[1:]}
         found[name] = min(known, key=known.__getitem__)

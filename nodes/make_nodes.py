@@ -13,8 +13,8 @@ from comfy_api.v0_0_2 import io, ui
 from PIL import Image
 from torch import Tensor
 
-from ..training.efforts import EFFORTS, QUICK
 from ..training.make import MakeSettings
+from ..training.presets import PRESETS, QUICK
 from . import inputs
 from .folders import SIDENETS
 from .making.make import Told, check_name, in_words, make
@@ -116,7 +116,7 @@ def summary(evaluation: dict[str, Any]) -> str:
 
 def settings_of(one: dict[str, Any]) -> MakeSettings:
     """The trainer's settings of the node's inputs; what is 0 is left to the effort."""
-    given = {"chains": "runs", "points": "points", "steps": "training_steps", "learning_rate": "learning_rate"}
+    given = {"trajectories": "runs", "points": "points", "steps": "training_steps", "learning_rate": "learning_rate"}
     changed = {name: one[entry] for name, entry in given.items() if one.get(entry)}
     if one["effort"] == QUICK:
         changed.pop("steps", None)
@@ -126,10 +126,10 @@ def settings_of(one: dict[str, Any]) -> MakeSettings:
         out=path,
         guidance=(float(one["cfg"]),),
         nfe=one["calls"],
-        effort=one["effort"],
+        preset=one["effort"],
         seed=one.get("recording_seed", 1),
         record_batch=one.get("batch", 4),
-        more_guidance=more_scales(one.get("more_cfg", "")),
+        extra_guidance=more_scales(one.get("more_cfg", "")),
         **changed,
     )
 
@@ -154,12 +154,11 @@ def _wanted() -> list[Any]:
         ),
         io.Combo.Input(
             "effort",
-            options=list(EFFORTS),
+            options=list(PRESETS),
             default=QUICK,
             tooltip="quick: the times of the calls and how their results are weighed, without a network; about 1,500 "
-            "model calls. standard: a network too, for when you keep a scheduler of ComfyUI's; about 20,000 model "
-            "calls, and its training. "
-            "thorough: tuned by gradients through the model as well; as much work again four times over.",
+            "model calls. full: a network too, for when you keep a scheduler of ComfyUI's; about 20,000 model "
+            "calls, and its training.",
         ),
         io.String.Input("name", default="my_sidenet", tooltip="Of the file in output/sidenets."),
     ]

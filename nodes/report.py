@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..bas_core.checkpoint import SideNetCard
-from ..bas_core.runs import describe_runs
+from ..bas_core.schedule import describe_schedules
 from ..bas_core.sidenet import SideNetConfig
 
 Curves = dict[str, dict[int, float]]
@@ -29,12 +29,12 @@ def report(name: str, config: SideNetConfig, card: SideNetCard) -> str:
         f"SideNet: {name}",
         f"Made for: {card.backbone.get('name') or 'not stated'} (kind: {card.backbone.get('kind') or 'not stated'})",
         f"Latents: {config.in_channels} channels; classes: {config.num_classes or 'none'}",
-        f"Predicts: {'each branch of CFG' if card.velocity == 'branch' else 'the guided velocity'}, "
-        f"CFG {card.scales()}; anchors: {config.anchors}",
-        f"Fitted runs: {describe_runs(card.runs)}",
+        f"Predicts: {'each branch of CFG' if card.cfg_mode == 'branch' else 'the guided velocity'}, "
+        f"CFG {card.describe_cfg()}; anchors: {config.anchors}",
+        f"Fitted runs: {describe_schedules(card.schedules_for(card.cfg))}",
         *(f"Training {key.replace('_', ' ')}: {_short(trained[key])}" for key in trained if key != "settings"),
         *(f"{series} error: {_row(errors)}" for series, errors in error_curves(card.evaluation).items()),
-        f"Licence: {card.licence or 'not stated'}",
+        f"Licence: {card.license or 'not stated'}",
     ]
     return "\n".join(lines)
 

@@ -132,4 +132,6 @@ class BAScheduler(io.ComfyNode):
         sampling = model.get_model_object("model_sampling")
         if sidenet is None or sidenet.strength == 0 or grid != GRIDS[0]:
             return io.NodeOutput(sigmas_for(sampling, calls, denoise, {}))
-        return io.NodeOutput(sigmas_for(sampling, calls, denoise, sidenet.card.runs, sidenet.knows_mean))
+        return io.NodeOutput(
+            sigmas_for(sampling, calls, denoise, sidenet.card.schedules_for(sidenet.card.cfg), sidenet.has_data_mean)
+        )

@@ -33,7 +33,7 @@ def build(arguments, folder):
     sit = SiT(SiTConfig(hidden_size=arguments.width, depth=arguments.depth, num_heads=arguments.width // 64))
     save_sit(folder / "sit.safetensors", sit.state_dict(), sit.config)
     sidenet = SideNet(SideNetConfig(base_channels=64, embedding_dim=64, num_classes=0, anchors=2, patch_size=2))
-    save_sidenet(folder / "sidenet.safetensors", sidenet, SideNetCard(velocity="guided", guidance_range=(1.0, 10.0)))
+    save_sidenet(folder / "sidenet.safetensors", sidenet, SideNetCard(cfg_mode="combined", cfg_range=(1.0, 10.0)))
     model = read_sit(folder / "sit.safetensors")
     return model, apply_sidenet(model, read_sidenet(folder / "sidenet.safetensors", "bench"), 1.0)
 

@@ -5,10 +5,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from ba_solver.bas_core import (
-    Baseline,
     Control,
     Field,
-    FittedRun,
+    Schedule,
     Guidance,
     SideNetCard,
     edit,
@@ -16,13 +15,13 @@ from ba_solver.bas_core import (
     invert,
     load_sidenet,
     model_field,
-    run_baseline,
     save_sidenet,
     solve,
-    straight_path,
+    straight_trajectory,
     time_grid,
 )
 from ba_solver.bas_core.files import CheckpointError, read_safetensors, write_safetensors
+from ba_solver.training.baselines import Baseline, run_baseline
 from problems import (
     Oracle,
     class_velocity,
@@ -87,14 +86,14 @@ def check_baseline_calls(solver: Baseline, intervals: int) -> None:
 
 def check_refused_in_a_file(path, times, metadata: dict[str, str], message: str) -> None:
     """A SideNet's file with a run for 4 calls and damaged metadata is not loaded."""
-    save_sidenet(path, small_sidenet(), SideNetCard(runs={4: FittedRun(times)}))
+    save_sidenet(path, small_sidenet(), SideNetCard(schedules={1.0: {4: Schedule(times)}}))
     tensors, intact = read_safetensors(path)
     write_safetensors(path, tensors, {**intact, **metadata})
     with pytest.raises(CheckpointError, match=message):
         load_sidenet(path)
 
 
-def guided_field(batch: int, guidance: Guidance, mode: str = "branch"):
+def guided_field(batch: int, guidance: Guidance, mode: str = "per_branch"):
     return model_field(class_velocity, *labels(batch), guidance=guidance, mode=mode)
 
 
@@ -160,7 +159,7 @@ def source_path(kind: str, batch: int = 2, sidenet=None, guidance: Guidance = Gu
     image, times = noise(batch, 2, 4, 4), smooth_grid(intervals)
     if kind == "inversion":
         return invert(field, sidenet, image, times)
-    return straight_path(field, sidenet, image, noise(batch, 2, 4, 4, seed=1), times)
+    return straight_trajectory(field, sidenet, image, noise(batch, 2, 4, 4, seed=1), times)
 
 
 def editing_case(kind: str, batch: int = 2):
@@ -181,7 +180,7 @@ def check_exact_return(kind: str, sidenet, guidance: Guidance, intervals: int) -
     if kind == "inversion":
         source = invert(field, sidenet, image, times)
     else:
-        source = straight_path(field, sidenet, image, noise(2, 2, 4, 4, seed=1), times)
+        source = straight_trajectory(field, sidenet, image, noise(2, 2, 4, 4, seed=1), times)
     torch.testing.assert_close(edit(field, sidenet, source), image, **TIGHT)
     plain = edit(field, sidenet, source, Control(fade=0.0))
     assert (plain - image).abs().max() > 1e-3, "the case must need its residuals"
@@ -220,7 +219,7 @@ def check_flowedit_order() -> None:
 
     def run(intervals: int) -> float:
         times = uneven_grid(intervals)
-        out = edit(other, None, straight_path(own, None, image, z, times))
+        out = edit(other, None, straight_trajectory(own, None, image, z, times))
         return (out - exact).square().mean().sqrt().item()
 
     measured = observed_order([run(80), run(160)])[-1]
@@ -233,6 +232,6 @@ def check_fade() -> None:
         torch.testing.assert_close(
             edited("inversion", Control(fade=fade)), edited("inversion", Control(fade=like)), rtol=1e-6, atol=1e-6
         )
-    share = Control(fade=2.0).share(torch.ones(1, 2, 4, 4).cumsum(-1) - 1)
+    share = Control(fade=2.0).residual_weight(torch.ones(1, 2, 4, 4).cumsum(-1) - 1)
     expected = 1 - torch.tensor([0.5, 5 / 3, 14 / 3, 6.5]).sqrt() / 2
     torch.testing.assert_close(share, expected.clamp_min(0).expand(1, 1, 4, 4))

@@ -143,9 +143,9 @@ def make_sidenet(path: Any, channels: int, card: SideNetCard | None = None, seed
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = SideNet(SideNetConfig(in_channels=channels, **{**sizes, **config}))
-        if network.config.mean_size:
+        if network.config.data_mean_size:
             network.data_mean.normal_()
-    if network.config.guidance_input:  # random weights hear little of their inputs; this one is to be heard
+    if network.config.cfg_input:  # random weights hear little of their inputs; this one is to be heard
         for parameter in network.g_embedder.parameters():
             parameter.data *= 10
     save_sidenet(path, network, card)

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import torch
-from ba_solver.bas_core import Field, SideNet, SideNetConfig, SiT, SiTConfig, model_field, run_baseline, time_grid
+from ba_solver.bas_core import Field, SideNet, SideNetConfig, SiT, SiTConfig, model_field, time_grid
+from ba_solver.training.baselines import run_baseline
 from torch import Tensor
 
 # Two threads on a busy machine wait for each other longer than these small tensors take: minutes instead of seconds.
@@ -67,6 +68,8 @@ def endpoint_error(run: Callable[[Tensor, Tensor], Tensor], times: Tensor) -> fl
 class Oracle:
     """The exact change of velocity along the path, in the SideNet's place, with an error `error * h` if asked for."""
 
+    cfg_input = has_data_mean = False
+
     def __init__(self, anchors: int = 1, error: float = 0.0) -> None:
         self.anchors = anchors
         self.error = error
@@ -74,6 +77,9 @@ class Oracle:
     def __call__(self, *, x: Tensor, v: Tensor, t: Tensor, h: Tensor, **_) -> Tensor:
         there = velocity(flow_map(x, t, t - h), t - h)
         return there - v + self.error * spread(h, x) * torch.cos(4 * x)
+
+    def analytic_velocity(self, x: Tensor, t: Tensor) -> Tensor:
+        raise ValueError("no data mean")
 
 
 def seeded_multistep(step: Callable, order: int, x: Tensor, times: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from ba_solver.bas_core import load_sidenet, run_baseline
 from ba_solver.training.backbones import open_backbone, pipeline_watch
 from ba_solver.training.backbones.base import BackboneChoice
 from ba_solver.training.cli import main
-from ba_solver.training.recording.chains import open_chains
+from ba_solver.training.recording.trajectories import open_trajectories
 
 torch.set_num_threads(1)
 PROMPTS = ["a red cat", "two dogs at the sea", "an owl"]
@@ -204,7 +204,7 @@ def test_images_are_the_pipelines_own(name, saved):
 
 
 # Of its tiny UNet there is little to learn: more runs, faster.
-LEARNS_LITTLE = {"sd": " --chains 20 --held-out 8 --learning-rate 3e-2"}
+LEARNS_LITTLE = {"sd": " --trajectories 20 --validation 8 --learning-rate 3e-2"}
 
 
 @pytest.mark.parametrize("name", ["flux", "sd3", "wan", "sd"])  # an input for guidance, CFG, videos, a UNet of noise
@@ -217,11 +217,11 @@ def test_from_a_folder_to_a_report(name, saved, tmp_path):
     sizes = [f"--{key}={value}" for key, value in KINDS[name][1].items()]
     out = tmp_path / "mine.safetensors"
     command = (
-        f"make --backbone diffusers:{folder} --prompts {prompts} --guidance 2.5 --out {out} --chains 6 --starts 6 "
+        f"make --backbone diffusers:{folder} --prompts {prompts} --guidance 2.5 --out {out} --trajectories 6 --prefixes 6 "
     )
     command += "--points 16 --record-batch 6 --steps 120 --batch 32 --warmup 5 --base-channels 16 --embedding-dim 16 "
-    command += "--body convolution --kernel-size 3 --no-muon --num-layers 2 --patch-size 1 --learning-rate 5e-3 "
-    command += "--ema 0.9 --nfe 4 --noises 1 --search-noises 0 --reference 24 --grid-runs 1 --held-out 2 --tune 0"
+    command += "--architecture convolution --kernel-size 3 --no-muon --num-layers 2 --patch-size 1 --learning-rate 5e-3 "
+    command += "--ema 0.9 --nfe 4 --noises 1 --search-noises 0 --reference 24 --grid-runs 1 --validation 2 --tune 0"
     command += LEARNS_LITTLE.get(name, "")
     assert main([*command.split(), *sizes]) == 0
     sidenet, card = load_sidenet(out)
@@ -229,8 +229,8 @@ def test_from_a_folder_to_a_report(name, saved, tmp_path):
     assert min(card.evaluation["residual_variance"]["kind"].values()) < 0.97
     rows = {(row["label"], row["grid"]): row["error"] for row in card.evaluation["endpoint_error"] if row["calls"] == 4}
     assert ("BA-solver", "best") in rows and ("learned multistep", "uniform") in rows
-    chains, about = open_chains([out.with_suffix(".chains")])
-    assert tuple(about["shape"]) == KINDS[name][3] and about["start"] == pytest.approx(chains.times[0, 0].item())
+    trajectories, about = open_trajectories([out.with_suffix(".trajectories")])
+    assert tuple(about["shape"]) == KINDS[name][3] and about["start"] == pytest.approx(trajectories.times[0, 0].item())
 
 
 @pytest.mark.parametrize(

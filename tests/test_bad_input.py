@@ -137,7 +137,7 @@ def test_cfg_intervals_outside_the_path_are_refused(interval):
         Guidance(2.0, interval)
 
 
-@pytest.mark.parametrize("mode", ["branch", "guided"])
+@pytest.mark.parametrize("mode", ["per_branch", "combined"])
 def test_guidance_without_an_unconditional_condition_is_refused(mode):
     with pytest.raises(ValueError, match=r"guidance.*needs uncond"):
         model_field(class_velocity, labels(2)[0], guidance=Guidance(2.0), mode=mode)
@@ -153,7 +153,7 @@ def test_an_unknown_mode_is_refused():
         model_field(velocity, mode="both")
 
 
-@pytest.mark.parametrize("mode", ["branch", "guided"])
+@pytest.mark.parametrize("mode", ["per_branch", "combined"])
 @pytest.mark.parametrize(("cond", "uncond"), [(3, 2), (2, 3), (1, 1)])
 def test_conditions_for_another_batch_are_refused(cond, uncond, mode):
     field = model_field(class_velocity, labels(cond)[0], labels(uncond)[1], Guidance(2.0), mode)

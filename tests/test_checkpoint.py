@@ -8,7 +8,7 @@ import pytest
 import torch
 from ba_solver.bas_core import (
     CheckpointError,
-    FittedRun,
+    Schedule,
     SideNet,
     SideNetCard,
     SideNetConfig,
@@ -23,13 +23,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 CARD = SideNetCard(
-    velocity="guided",
-    guidance_range=(1.0, 4.5),
+    cfg_mode="combined",
+    cfg_range=(1.0, 4.5),
     backbone={"name": "demo", "kind": "SiT", "fingerprint": "0123abcd"},
-    runs={5: FittedRun([1.0, 0.9, 0.75, 0.5, 0.25, 0.0]), 1: FittedRun([1.0, 0.0])},
+    runs={5: Schedule([1.0, 0.9, 0.75, 0.5, 0.25, 0.0]), 1: Schedule([1.0, 0.0])},
     training={"objective": "pairs", "steps": 1500, "seed": 0, "versions": {"torch": "2"}},
     evaluation={"5": {"ba_solver": 0.0375}, "note": "größer"},
-    licence="MIT",
+    license="MIT",
 )
 
 
@@ -47,7 +47,7 @@ def stored(tmp_path, **changes):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"anchors": 2, "guidance_input": True, "patch_size": 2, "num_classes": 0, "body": "tokens"}],
+    [{}, {"anchors": 2, "cfg_input": True, "patch_size": 2, "num_classes": 0, "architecture": "transformer"}],
     ids=str,
 )
 def test_round_trip_is_exact_bit_for_bit(tmp_path, changes, dtype):
@@ -76,11 +76,11 @@ def test_a_loaded_network_computes_the_same_and_may_be_cast(tmp_path):
 def test_the_metadata_are_what_the_design_says(tmp_path):
     _, _, metadata = stored(tmp_path)
     assert metadata["format"] == "ba-solver-sidenet" and metadata["format_version"] == "3"
-    assert metadata["latent_channels"] == "2" and metadata["velocity"] == "guided"
+    assert metadata["latent_channels"] == "2" and metadata["velocity"] == "combined"
     assert json.loads(metadata["config"])["base_channels"] == 8
-    run = {"times": [1.0, 0.0], "step_weights": [], "half_calls": [], "skip_first": False, "rule": "lobatto4"}
+    run = {"times": [1.0, 0.0], "coefficients": [], "cfg_coefficients": [], "analytic_first_step": False, "rule": "lobatto4"}
     assert json.loads(metadata["runs"])["1"] == run
-    assert json.loads(metadata["backbone"])["fingerprint"] == "0123abcd" and metadata["licence"] == "MIT"
+    assert json.loads(metadata["backbone"])["fingerprint"] == "0123abcd" and metadata["license"] == "MIT"
 
 
 def test_a_card_is_not_needed(tmp_path):
@@ -256,14 +256,14 @@ def test_a_missing_file_is_named(tmp_path, load, name):
         ({"latent_channels": "16"}, "latent_channels and config name different channels"),
         ({"velocity": "sideways"}, "velocity must be 'branch' or 'guided'; got 'sideways'"),
         ({"velocity": None}, "velocity must be 'branch' or 'guided'; got None"),
-        ({"guidance_range": "[1]"}, "do not describe a SideNet"),
-        ({"guidance_range": "1"}, "do not describe a SideNet"),
+        ({"cfg_range": "[1]"}, "do not describe a SideNet"),
+        ({"cfg_range": "1"}, "do not describe a SideNet"),
         ({"runs": "[]"}, "net.safetensors"),
         ({"runs": '{"five": {"times": [1, 0]}}'}, "do not describe a SideNet"),
         ({"runs": '{"1": {"times": [1, 0], "colour": 3}}'}, "do not describe a SideNet"),
         ({"runs": '{"1": {"times": [1, 1]}}'}, "do not describe a SideNet.*strictly descend"),
         ({"runs": '{"2": {"times": [1, 0]}}'}, "listed under 2 calls costs 1"),
-        ({"runs": '{"1": {"times": [0.9, 0.5, 0], "skip_first": true}}'}, "Only a run from pure noise"),
+        ({"runs": '{"1": {"times": [0.9, 0.5, 0], "analytic_first_step": true}}'}, "Only a run from pure noise"),
         ({"runs": None}, "lacks 'runs'"),
         ({"more_runs": "[]"}, "'more_runs' in its metadata must be an object"),
         ({"more_runs": '{"4": []}'}, "do not describe a SideNet"),

@@ -88,7 +88,7 @@ def test_demo_equals_the_core_on_plain_torch(demo):
     field = model_field(sit, labels, torch.full_like(labels, sit.null_class), Guidance(2.0), mode=card.velocity)
     theirs = solve(field, net, z, card.runs[5])
     torch.testing.assert_close(ours, theirs, **CLOSE)
-    assert field.cost == 5 and field.calls == 6
+    assert field.nfe == 5 and field.calls == 6
 
 
 def test_demo_draws_the_class_that_is_asked_for(demo):

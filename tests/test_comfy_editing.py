@@ -21,7 +21,7 @@ from ba_solver.bas_core import (
     load_sit,
     model_field,
     reconstruct,
-    straight_path,
+    straight_trajectory,
 )
 from ba_solver.bas_core.editing import FADE
 from ba_solver.lab.shapes import draw_shapes
@@ -62,7 +62,7 @@ def tiny(tmp_path_factory):
             with torch.inference_mode(False):
                 model = models.make_model(name)
             path = tmp_path_factory.mktemp("sidenets") / f"{name}.safetensors"
-            card = SideNetCard(guidance_range=(1.0, 10.0))
+            card = SideNetCard(cfg_range=(1.0, 10.0))
             sidenet = models.make_sidenet(path, models.TINY[name].latent[0], card)
             made[name] = models.with_sidenet(model, sidenet)
         return made[name]
@@ -114,7 +114,7 @@ def test_demo_equals_the_core_on_plain_torch(method, demo):
         path = invert(own, net, batch.images, times, noise_)
         torch.testing.assert_close(back, reconstruct(own, net, path), **CLOSE)
     else:
-        path = straight_path(own, net, batch.images, noise_, times)
+        path = straight_trajectory(own, net, batch.images, noise_, times)
         assert torch.equal(back, batch.images)
     torch.testing.assert_close(
         ours, edit(other, net, path, Control(0.2, (0.5, 1.0), FADE if method == "inversion" else None)), **CLOSE

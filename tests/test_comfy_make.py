@@ -99,7 +99,7 @@ def test_it_makes_what_the_command_line_makes(demo, tmp_path):
     """The same recording, times and weights: one way to them, whether ComfyUI or the trainer calls the model."""
     sidenet, report, text = made_on_demo(demo)
     settings = MakeSettings(
-        backbone=f"sit:{SITS.demo}", guidance=(2.0,), out=tmp_path / "x.safetensors", effort="quick", nfe=CALLS,
+        backbone=f"sit:{SITS.demo}", guidance=(2.0,), out=tmp_path / "x.safetensors", preset="quick", nfe=CALLS,
         chains=6, points=9, record_batch=3,
     )  # fmt: skip
     with torch.inference_mode(False):
@@ -150,7 +150,7 @@ def test_runs_for_another_cfg_are_made_and_taken(demo):
         field = model_field(sit, torch.arange(10), null_class, Guidance(cfg), mode="guided")
         near, far = ((drawn - solve(field, network, noise, one)).square().mean().sqrt() for one in (run, other))
         assert near < 1e-3 < 0.01 < far
-        assert card.runs_at(cfg)[4] == run
+        assert card.schedules_for(cfg)[4] == run
 
 
 def test_a_cfg_that_was_forgotten_is_added_by_the_same_name(demo):
@@ -188,8 +188,8 @@ def test_every_kind_of_model_gets_a_sidenet(name, effort):
     for positive in positives if kind == "flux" else ():
         positive[0][1]["guidance"] = 2.5
     negative = models.text(kind, 2)
-    sidenet, report, _ = made(model, positives, torch.zeros(1, *shape), negative=negative, cfg=cfg, effort=effort)
-    assert sidenet.card.guidance_range == ((2.5, 2.5) if kind == "flux" else (cfg, cfg))
+    sidenet, report, _ = made(model, positives, torch.zeros(1, *shape), negative=negative, cfg=cfg, preset=effort)
+    assert sidenet.card.cfg_range == ((2.5, 2.5) if kind == "flux" else (cfg, cfg))
     assert sidenet.card.backbone["kind"] == type(model.model).__name__.lower()
     assert bool(sidenet.network.output_conv.weight.any()) == (effort != "quick")
     assert len(report) == (1 if effort == "quick" else 2), "errors, and the training where there was one"
@@ -298,7 +298,7 @@ def test_a_compiled_model_makes_what_the_model_makes(effort):
     plain, compiled = (card.runs[4] for card in cards)
     assert compiled.times == pytest.approx(plain.times, abs=1e-3)
     torch.testing.assert_close(
-        torch.tensor(sum(compiled.step_weights, ())), torch.tensor(sum(plain.step_weights, ())), atol=0.02, rtol=0.02
+        torch.tensor(sum(compiled.coefficients, ())), torch.tensor(sum(plain.coefficients, ())), atol=0.02, rtol=0.02
     )
 
 
@@ -339,7 +339,7 @@ def test_weights_of_few_bits(change):
     change(model.model.diffusion_model)
     before = {name: value.dtype for name, value in model.model.state_dict().items()}
     for effort in ("quick", "thorough"):
-        sidenet = made(model, [models.text("sd3", 0)], torch.zeros(1, 16, 8, 8), effort=effort, name=effort)[0]
+        sidenet = made(model, [models.text("sd3", 0)], torch.zeros(1, 16, 8, 8), preset=effort, name=effort)[0]
         assert sidenet.card.runs
     assert {name: value.dtype for name, value in model.model.state_dict().items()} == before
 
@@ -398,20 +398,20 @@ def interrupt_after(monkeypatch, calls):
 
 @pytest.mark.parametrize("effort", list(EFFORTS))
 def test_cancelled_and_gone_on_with_it_is_the_same_to_the_bit(demo, effort, monkeypatch):
-    whole = made_on_demo(demo, effort=effort, name="whole")[0]
+    whole = made_on_demo(demo, preset=effort, name="whole")[0]
     points = (15, 40, 70) if effort == "quick" else (40, 110, 150)
     for calls in points:
         undo = interrupt_after(monkeypatch, calls)
         with pytest.raises(comfy.model_management.InterruptProcessingException):
-            made_on_demo(demo, effort=effort)
+            made_on_demo(demo, preset=effort)
         undo()
-    again = made_on_demo(demo, effort=effort)[0]
+    again = made_on_demo(demo, preset=effort)[0]
     assert again.card.runs == whole.card.runs
     for one, other in zip(again.network.state_dict().values(), whole.network.state_dict().values(), strict=True):
         assert torch.equal(one, other)
     # A second time in one session: it is there already.
     monkeypatch.setattr(recording, "record_shard", None)
-    assert made_on_demo(demo, effort=effort)[0].card.runs == whole.card.runs
+    assert made_on_demo(demo, preset=effort)[0].card.runs == whole.card.runs
 
 
 def test_what_cannot_be_done_is_said_in_a_sentence(demo, monkeypatch):
@@ -461,9 +461,9 @@ def test_no_gradient_state_is_left_behind(demo, fails, monkeypatch):
     if fails:
         monkeypatch.setattr("ba_solver.training.train.tune", lambda *given: 1 / 0)
         with pytest.raises(ValueError, match="division by zero"):
-            made_on_demo(demo, effort="thorough")
+            made_on_demo(demo, preset="thorough")
     else:
-        made_on_demo(demo, effort="thorough")
+        made_on_demo(demo, preset="thorough")
     assert {name: (id(value), value.requires_grad) for name, value in network.named_parameters()} == before
     assert all(value.grad is None for value in network.parameters()) and torch.is_inference_mode_enabled()
 

@@ -24,9 +24,9 @@ from ba_solver.bas_core import (
     solve,
     with_strength,
 )
-from ba_solver.bas_core.flow import exploding_to_flow, sigma_to_time, x0_to_velocity
-from ba_solver.bas_core.runs import FittedRun, run_over
-from ba_solver.bas_core.step_weights import row_length
+from ba_solver.bas_core.flow import ve_to_flow, ve_sigma_to_time, x0_to_velocity
+from ba_solver.bas_core.schedule import Schedule, match_schedule
+from ba_solver.bas_core.coefficients import row_length
 from ba_solver.nodes.models.attach import applied_sidenet
 from ba_solver.nodes.models.fit import doubts, facts_of, misfits
 from ba_solver.nodes.sampling.sampler import METHODS, Options, sample_ba_solver
@@ -56,7 +56,7 @@ def sidenet(tmp_path):
 
     def make(channels, velocity="guided", **config):
         make.path = tmp_path / "random.safetensors"
-        card = SideNetCard(velocity=velocity, guidance_range=(1.0, 10.0))
+        card = SideNetCard(velocity=velocity, cfg_range=(1.0, 10.0))
         return models.make_sidenet(make.path, channels, card, **config)
 
     return make
@@ -95,14 +95,14 @@ def run(model, name, sampler, sigmas, cfg=3.0, batch=1, guider=None, **more):
     return comfy.sample.sample_custom(*arguments, **more)
 
 
-def reference(path, strength=1.0, branches=False, guidance=None, calls=None, scale=1.0, over=FittedRun, **more):
+def reference(path, strength=1.0, branches=False, guidance=None, calls=None, scale=1.0, over=Schedule, **more):
     """A sampler that calls `bas_core.solve` by itself on what ComfyUI's model function returns; `over` makes the run
     of its times."""
     network = None if path is None else load_sidenet(path)[0]
 
     def sample(model, x, sigmas, extra_args=None, callback=None, disable=None):
         flow = not hasattr(model.inner_model.inner_model.model_sampling, "log_sigmas") or float(sigmas[0]) <= 1
-        times = sigmas.cpu() if flow else sigma_to_time(sigmas.cpu())
+        times = sigmas.cpu() if flow else ve_sigma_to_time(sigmas.cpu())
         sigma_of = {float(t): s for t, s in zip(times, sigmas, strict=True)}
 
         def velocities(y, t, count):
@@ -124,7 +124,7 @@ def reference(path, strength=1.0, branches=False, guidance=None, calls=None, sca
         if guidance and not branches:
             pair = field
             field = Field(lambda y, t, count: guidance.combine(pair.evaluate(y, t, 2), t[0])[None], branches=pair)
-        start = x if flow else exploding_to_flow(x, sigmas[0])
+        start = x if flow else ve_to_flow(x, sigmas[0])
         end = solve(field, with_strength(network, strength), start, over(times), **more)
         return end if flow else end * (1 + sigmas[-1])
 
@@ -152,13 +152,13 @@ def test_result_is_the_cores_on_the_same_velocities(name, cfg, anchors, model, s
 @pytest.mark.parametrize("name", ["flux", "sd3", "wan"])
 def test_a_sidenet_that_knows_the_mean_saves_the_first_call(name, velocity, model, sidenet):
     """Where the first step is short, and unless the node says no; the result is the core's."""
-    net = sidenet(CHANNELS[name], velocity, anchors=2, mean_size=4)
+    net = sidenet(CHANNELS[name], velocity, anchors=2, data_mean_size=4)
     applied, branches = models.with_sidenet(model(name), net), velocity == "branch"
     guidance = Guidance(3.0) if branches else None
     for first, skip_first, expected in ((0.9, True, 3), (0.9, False, 4), (0.85, True, 4)):
         sigmas, calls = torch.tensor([1.0, first, 0.6, 0.3, 0.0]), []
-        ours = run(applied, name, sampler(skip_first=skip_first), sigmas)
-        over = partial(run_over, knows_mean=skip_first)
+        ours = run(applied, name, sampler(analytic_first_step=skip_first), sigmas)
+        over = partial(match_schedule, has_data_mean=skip_first)
         solver = reference(sidenet.path, 1.0, branches, guidance, calls=calls, over=over)
         torch.testing.assert_close(ours, run(model(name), name, solver, sigmas), **CLOSE)
         assert len(calls) == expected
@@ -170,7 +170,7 @@ def test_half_calls_leave_the_negative_out(name, velocity, model, tmp_path, capl
     """As in the core; with CFG changed by another node both branches are evaluated, and the user is told."""
     grid, path = [1.0, 0.8, 0.5, 0.25, 0.0], tmp_path / "halves.safetensors"
     rows = [[], [0.7, -0.2], [], [0.4, 0.3, 0.1, -0.2, 0.2]]
-    fitted = FittedRun(grid, half_calls=rows)
+    fitted = Schedule(grid, cfg_coefficients=rows)
     card = SideNetCard(velocity, (1.0, 10.0), runs={3: fitted})
     applied = models.with_sidenet(model(name), models.make_sidenet(path, CHANNELS[name], card, anchors=2))
     sigmas, evaluated = BAScheduler.execute(applied, 3).result[0], []
@@ -272,7 +272,7 @@ SEE_BOTH = {
 def test_what_sees_both_branches_has_them_at_every_call(change, velocity, model, tmp_path, caplog):
     """The run's half calls become whole ones, and the user is told."""
     grid, path = [1.0, 0.8, 0.5, 0.25, 0.0], tmp_path / "halves.safetensors"
-    fitted = FittedRun(grid, half_calls=[[], [0.7, -0.2], [], [0.4, 0.3, 0.1, -0.2, 0.2]])
+    fitted = Schedule(grid, cfg_coefficients=[[], [0.7, -0.2], [], [0.4, 0.3, 0.1, -0.2, 0.2]])
     card = SideNetCard(velocity, (1.0, 10.0), runs={3: fitted})
     net = models.make_sidenet(path, 16, card, anchors=2)
     sigmas = BAScheduler.execute(models.with_sidenet(model("sd3"), net), 3).result[0]
@@ -303,7 +303,7 @@ def test_step_weights_act_on_the_grid_that_they_were_fitted_on(name, velocity, m
     grid, path = [1.0, 0.8, 0.5, 0.25, 0.0], tmp_path / "weighted.safetensors"
     generator = torch.Generator().manual_seed(3)
     rows = [(0.2 * torch.randn(row_length(row), generator=generator)).tolist() for row in range(7)]
-    fitted = FittedRun(grid, rows)
+    fitted = Schedule(grid, rows)
     card = SideNetCard(velocity, (1.0, 10.0), runs={4: fitted})
     net = models.make_sidenet(path, CHANNELS[name], card, anchors=2)
     applied, branches = models.with_sidenet(model(name), net), velocity == "branch"
@@ -408,7 +408,7 @@ def flux_guided(model, guidance):
 @pytest.mark.parametrize(("name", "given", "told"), [("sd3", 3.0, 3.0), ("flux", 6.0, 6.0), ("flux", None, 3.5)])
 def test_sidenets_that_take_the_guidance_are_told_it(name, given, told, model, sidenet):
     """CFG, or what FluxGuidance says to a model that takes its guidance as an input, or that model's default."""
-    applied = models.with_sidenet(model(name), sidenet(16, guidance_input=True))
+    applied = models.with_sidenet(model(name), sidenet(16, cfg_input=True))
     sigmas, how = sigmas_of(applied), {"cfg": given}
     if name == "flux":
         how = {"guider": flux_guided(applied, given)}
@@ -761,7 +761,7 @@ def test_sidenet_memory_is_bounded_without_changing_the_result(model, sidenet, m
 
 def test_scheduler_counts_calls_and_uses_the_learned_grid(model, tmp_path):
     grid = [1.0, 0.9, 0.7, 0.4, 0.0]
-    card = SideNetCard(runs={4: FittedRun(grid)})
+    card = SideNetCard(runs={4: Schedule(grid)})
     for name in ("sd3", "sdxl"):
         net = models.make_sidenet(tmp_path / "grid.safetensors", CHANNELS[name], card)
         applied = models.with_sidenet(model(name), net)
@@ -783,8 +783,8 @@ def test_scheduler_counts_calls_and_uses_the_learned_grid(model, tmp_path):
 
 
 def test_scheduler_gives_the_call_that_is_saved_to_another_step(model, tmp_path):
-    card = SideNetCard(runs={4: FittedRun([1.0, 0.94, 0.8, 0.6, 0.3, 0.0], skip_first=True)})
-    net = models.make_sidenet(tmp_path / "mean.safetensors", CHANNELS["sd3"], card, mean_size=4)
+    card = SideNetCard(runs={4: Schedule([1.0, 0.94, 0.8, 0.6, 0.3, 0.0], analytic_first_step=True)})
+    net = models.make_sidenet(tmp_path / "mean.safetensors", CHANNELS["sd3"], card, data_mean_size=4)
     applied = models.with_sidenet(model("sd3"), net)
     assert BAScheduler.execute(applied, 4).result[0].tolist() == pytest.approx(card.runs[4].times)
     steps = {calls: len(BAScheduler.execute(applied, calls).result[0]) - 1 for calls in (1, 2, 4, 8)}
@@ -886,7 +886,7 @@ def test_rule_without_both_ends_is_refused(model, sidenet):
 
 
 def test_cfg_outside_the_trained_range_is_said(model, tmp_path, caplog):
-    net = models.make_sidenet(tmp_path / "range.safetensors", 16, SideNetCard(guidance_range=(1.0, 2.0)))
+    net = models.make_sidenet(tmp_path / "range.safetensors", 16, SideNetCard(cfg_range=(1.0, 2.0)))
     applied = models.with_sidenet(model("sd3"), net)
     for cfg, said in ((2.0, False), (5.0, True)):
         caplog.clear()
@@ -897,7 +897,7 @@ def test_cfg_outside_the_trained_range_is_said(model, tmp_path, caplog):
 
 def test_flux_guidance_outside_the_trained_range_is_said(model, tmp_path, caplog):
     """The trainer records FLUX.1-dev with its guidance as an input; CFG stays at 1 there, and that is no doubt."""
-    net = models.make_sidenet(tmp_path / "flux.safetensors", 16, SideNetCard(guidance_range=(3.5, 3.5)))
+    net = models.make_sidenet(tmp_path / "flux.safetensors", 16, SideNetCard(cfg_range=(3.5, 3.5)))
     applied = models.with_sidenet(model("flux"), net)
     cases = (
         ({"guider": flux_guided(applied, 3.5)}, []),

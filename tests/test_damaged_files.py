@@ -9,7 +9,7 @@ import pytest
 import torch
 from ba_solver.bas_core import (
     CheckpointError,
-    FittedRun,
+    Schedule,
     SideNet,
     SideNetCard,
     SideNetConfig,
@@ -29,14 +29,14 @@ SEED, MUTATIONS = 20, 150
 OFFICIAL = randomise(SideNet(SideNetConfig(4, 4, 4, 3, NULL)), seed=1).state_dict()
 SIT = small_sit(1, torch.float32, hidden_size=8, depth=1, input_size=4)
 CARD = SideNetCard(
-    velocity="guided",
-    guidance_range=(1.0, 4.5),
+    cfg_mode="combined",
+    cfg_range=(1.0, 4.5),
     backbone={"name": "demo", "kind": "sit", "fingerprint": "0123abcd"},
-    runs={2: FittedRun([1.0, 0.5, 0.0], [[0.1], [0.1, 0.2, 0.3], [0.1, 0.2]]), 1: FittedRun([1.0, 0.0])},
+    runs={2: Schedule([1.0, 0.5, 0.0], [[0.1], [0.1, 0.2, 0.3], [0.1, 0.2]]), 1: Schedule([1.0, 0.0])},
     training={
         "objective": "all_pairs",
         "recorded_runs": 3,
-        "recorded": {"points": 4, "shape": [2, 4, 4], "teacher_error": 0.1},
+        "recorded": {"points": 4, "shape": [2, 4, 4], "reference_error": 0.1},
         "settings": {"rule": "lobatto4"},
         "seconds": 9,
     },
@@ -46,12 +46,12 @@ CARD = SideNetCard(
         "endpoint_error": [{"label": "Euler", "grid": "best", "calls": calls, "error": 1 / calls} for calls in (2, 3)],
         "residual_variance": {"kind": {"first": 0.4}},
     },
-    licence="MIT",
+    license="MIT",
 )
 ABOUT = {
     "backbone": {"name": "demo", "kind": "sit", "fingerprint": "0123abcd"},
     "shape": [2, 2, 2],
-    "velocity": "guided",
+    "velocity": "combined",
     "guidance": [1.0, 1.0],
     "guidance_interval": [0.0, 1.0],
     "points": 4,
@@ -133,7 +133,7 @@ KINDS = {
         lambda path: save_file(SIT.state_dict(), path),
         lambda path: load_sit(path, num_heads=2).state_dict(),
     ),
-    "chains.safetensors": (save_shard_here, shard_tensors),
+    "trajectories.safetensors": (save_shard_here, shard_tensors),
     "state.pt": (save_state_here, state_tensors),
 }
 
@@ -218,17 +218,17 @@ NUMBERS += [
     "[1.0, 0.0]",
 ]
 PLACES = {
-    "config": ["in_channels", "num_heads", "num_layers", "patch_size", "guidance_input", "body", "mean_size", "colour"],
-    "guidance_range": [0, 1],
+    "config": ["in_channels", "num_heads", "num_layers", "patch_size", "cfg_input", "architecture", "data_mean_size", "colour"],
+    "cfg_range": [0, 1],
     "runs": ["1", "0", "-1", "x", "1e0"],
     "backbone": ["name", "kind", "fingerprint", "new"],
     "training": ["objective", "recorded_runs", "recorded", "settings", "started_from", "backbone_calls", "seconds"],
     "evaluation": ["guidance", "noises", "endpoint_error", "residual_variance", "new"],
 }
 DEEPER = {
-    "runs": [("1", part) for part in ("times", "step_weights", "half_calls", "skip_first")]
-    + [("2", "step_weights", 1)],
-    "training": [("recorded", part) for part in ("points", "shape", "teacher_error")],
+    "runs": [("1", part) for part in ("times", "coefficients", "cfg_coefficients", "analytic_first_step")]
+    + [("2", "coefficients", 1)],
+    "training": [("recorded", part) for part in ("points", "shape", "reference_error")],
     "evaluation": [
         ("residual_variance", "kind"),
         ("residual_variance", "kind", "first"),
@@ -271,16 +271,16 @@ def test_strange_values_in_the_metadata_are_refused_or_harmless(key, stored, tmp
 @pytest.mark.parametrize(
     ("key", "place", "value", "message"),
     [
-        ("guidance_range", (0,), "NaN", "guidance_range must be two scales"),
-        ("guidance_range", (1,), "1e400", "guidance_range must be two scales"),
-        ("guidance_range", (0,), "5", "guidance_range must be two scales, the lower first; got 5 and 4.5"),
-        ("guidance_range", (0,), "-1", "guidance_range must be two scales"),
-        ("guidance_range", (0,), '"1"', "guidance_range must be two scales"),
+        ("cfg_range", (0,), "NaN", "cfg_range must be two scales"),
+        ("cfg_range", (1,), "1e400", "cfg_range must be two scales"),
+        ("cfg_range", (0,), "5", "cfg_range must be two scales, the lower first; got 5 and 4.5"),
+        ("cfg_range", (0,), "-1", "cfg_range must be two scales"),
+        ("cfg_range", (0,), '"1"', "cfg_range must be two scales"),
         ("config", ("num_heads",), "2.0", "num_heads must be int; got 2.0"),
         ("config", ("num_layers",), "1000000000", "must have 1000000000 blocks; got 3"),
-        ("config", ("guidance_input",), '"no"', "guidance_input must be bool; got 'no'"),
+        ("config", ("cfg_input",), '"no"', "cfg_input must be bool; got 'no'"),
         ("config", ("in_channels",), "9" * 40, "net.safetensors"),
-        ("runs", ("1", "skip_first"), "0", "skip_first of a run must be true or false"),
+        ("runs", ("1", "analytic_first_step"), "0", "analytic_first_step of a run must be true or false"),
         ("runs", ("1", "times"), "[1.0, 1e400]", "net.safetensors"),
         ("runs", ("1", "times"), f"[{'9' * 400}, 0]", "net.safetensors"),
         ("backbone", ("kind",), "5", "backbone must hold texts alone"),
@@ -343,14 +343,14 @@ def test_strange_tensors_are_refused(name, tensor, tmp_path):
 
 
 def test_what_a_shard_does_not_say_is_named(tmp_path):
-    save_shard_here(tmp_path / "chains.safetensors")
-    with safe_open(tmp_path / "chains.safetensors", framework="pt") as file:
-        tensors, metadata = load_file(tmp_path / "chains.safetensors"), dict(file.metadata())
+    save_shard_here(tmp_path / "trajectories.safetensors")
+    with safe_open(tmp_path / "trajectories.safetensors", framework="pt") as file:
+        tensors, metadata = load_file(tmp_path / "trajectories.safetensors"), dict(file.metadata())
     for key in ABOUT:
         text = metadata["about"].replace(f'"{key}"', '"other"', 1)
-        save_file(tensors, tmp_path / "chains.safetensors", metadata | {"about": text})
-        with pytest.raises(CheckpointError, match=f"chains.safetensors does not say its {key}"):
-            open_shard(tmp_path / "chains.safetensors")
+        save_file(tensors, tmp_path / "trajectories.safetensors", metadata | {"about": text})
+        with pytest.raises(CheckpointError, match=f"trajectories.safetensors does not say its {key}"):
+            open_shard(tmp_path / "trajectories.safetensors")
 
 
 @pytest.mark.parametrize("fault", ["a text", None, 3, [], {"param_groups": [], "state": 3}], ids=str)

@@ -94,7 +94,7 @@ def test_learned_grids_spend_what_they_say_and_beat_the_best_rival(demo, run, ca
             ours = endpoint_errors(on_grid.sample(field, noise, calls, shape), reference).mean()
     finally:
         counted.remove()
-    assert sum(evaluated) == 2 * 16 * calls and field.cost == calls
+    assert sum(evaluated) == 2 * 16 * calls and field.nfe == calls
     with torch.inference_mode():
         times = time_grid(calls, *demo.grids["unipc"][calls])
         assert ours < 0.8 * endpoint_errors(unipc(field, noise, times), reference).mean()

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from ba_solver.bas_core import BASELINES
-from ba_solver.bas_core.baselines import Baseline
+from ba_solver.training.baselines import Baseline
 from ba_solver.lab import editing
 from ba_solver.lab.editing import EDITS, Task, decibels, drawn, faults, fireflow, noise_for, round_trips, seen_shape
 from ba_solver.training.demo.assets import load_demo

@@ -13,7 +13,7 @@ from ba_solver.bas_core import (
     model_field,
     reconstruct,
     solve,
-    straight_path,
+    straight_trajectory,
     time_grid,
 )
 from checks import (
@@ -84,7 +84,7 @@ def test_every_way_costs_as_many_calls_as_the_grid_has_intervals(intervals):
     assert target.calls == intervals
     reconstruct(target, small_sidenet(), source)
     assert target.calls == 2 * intervals
-    for make in (invert, lambda f, s, i, t: straight_path(f, s, i, i, t)):
+    for make in (invert, lambda f, s, i, t: straight_trajectory(f, s, i, i, t)):
         field = exact_field()
         make(field, Oracle(), state(), times)
         assert field.calls == intervals
@@ -106,7 +106,7 @@ def test_the_model_is_never_read_at_zero_nor_below_the_start():
 
 def test_path_starts_at_the_noise_and_ends_at_the_image():
     image, z, times = noise(2, 2, 4, 4), noise(2, 2, 4, 4, seed=1), smooth_grid(4, 0.8)
-    for make in (invert, lambda f, s, i, t: straight_path(f, s, i, z, t)):
+    for make in (invert, lambda f, s, i, t: straight_trajectory(f, s, i, z, t)):
         source = make(guided_field(2, Guidance(2.0)), small_sidenet(), image, times)
         assert torch.equal(source.image, image) and source.noise is source.states[0]
         assert torch.equal(source.times, times) and len(source.states) == 5
@@ -192,7 +192,7 @@ def test_chunks_do_not_change_the_result():
 
 
 def straight(field, sidenet, image, times, callback):
-    return straight_path(field, sidenet, image, noise(2, 2, 4, 4), times, callback=callback)
+    return straight_trajectory(field, sidenet, image, noise(2, 2, 4, 4), times, callback=callback)
 
 
 @pytest.mark.parametrize(("make", "steps"), [(invert, 3), (straight, 4)])
@@ -239,7 +239,7 @@ def test_nan_is_named():
         (lambda: invert(exact_field(), None, state(), torch.tensor([1.0, 0.5])), "must descend to 0"),
         (lambda: invert(exact_field(), None, state(), time_grid(1)), "at least 2 intervals"),
         (lambda: invert(exact_field(), None, state(), time_grid(3), state()[:1]), "noise must have the image's shape"),
-        (lambda: straight_path(exact_field(), None, state(), state()[:1], time_grid(3)), "noise must have the image's"),
+        (lambda: straight_trajectory(exact_field(), None, state(), state()[:1], time_grid(3)), "noise must have the image's"),
         (lambda: invert(exact_field(), None, state() * float("nan"), time_grid(3)), "x must be finite"),
         (lambda: editing_grid(time_grid(3), 1.0), "start must lie between 0 and the grid's first time 1"),
         (lambda: editing_grid(time_grid(3), 0.0), "start must lie between 0"),

@@ -1,4 +1,4 @@
-"""Training from chains: resume, processes, stages and what they reach, on a field whose truth is known."""
+"""Training from trajectories: resume, processes, stages and what they reach, on a field whose truth is known."""
 
 import json
 import subprocess
@@ -16,16 +16,16 @@ from ba_solver.training.backbones import BackboneChoice, open_backbone
 from ba_solver.training.cli import main
 from ba_solver.training.network import published, stages
 from ba_solver.training.network.closed_loop import Rollout, end_point_loss, interval_loss
-from ba_solver.training.network.fresh import make_sidenet
+from ba_solver.training.network.new_sidenet import new_sidenet
 from ba_solver.training.network.loop import LoopSettings, Share, train
 from ba_solver.training.network.options import Training
 from ba_solver.training.network.published import load_latents, published_loss, signed_steps
-from ba_solver.training.recording.chains import open_chains
-from ba_solver.training.recording.record import STARTS
+from ba_solver.training.recording.trajectories import open_trajectories
+from ba_solver.training.recording.record import PREFIXES
 from ba_solver.training.recording.replay import Replay
-from ba_solver.training.runs import tuning
-from ba_solver.training.runs.fitting import WEIGHT_RUNS
-from ba_solver.training.runs.search import coordinate_search
+from ba_solver.training.schedules import tuning
+from ba_solver.training.schedules.fitting import WEIGHT_RUNS
+from ba_solver.training.schedules.time_search import coordinate_search
 from ba_solver.training.sidenet_files import describe_sidenet
 from training_checks import (
     QUICK,
@@ -50,9 +50,9 @@ torch.set_num_threads(1)
 def folder(tmp_path_factory):
     """Recordings at CFG 2: guided, of both branches, and over a range of scales."""
     root = tmp_path_factory.mktemp("recorded")
-    record(root / "guided", "--guidance", "2", "--chains", "96")
-    record(root / "branch", "--guidance", "2", "--chains", "48", "--mode", "branch")
-    record(root / "range", "--guidance", "1.5", "3", "--chains", "64")
+    record(root / "combined", "--guidance", "2", "--trajectories", "96")
+    record(root / "per_branch", "--guidance", "2", "--trajectories", "48", "--cfg-mode", "per_branch")
+    record(root / "range", "--guidance", "1.5", "3", "--trajectories", "64")
     return root
 
 
@@ -63,7 +63,7 @@ def tensors(path):
 def test_four_steps_equal_two_stop_resume_two(folder, tmp_path, monkeypatch, capsys):
     """Bit for bit, through the command; without --resume nothing is gone on with or lost."""
     options = (*SMALL, "--steps", "4", "--save-every", "1")
-    run(folder / "guided", tmp_path / "whole.safetensors", *options)
+    run(folder / "combined", tmp_path / "whole.safetensors", *options)
     calls, real = [], stages.relative_loss
 
     def interrupted(*arguments):
@@ -74,14 +74,14 @@ def test_four_steps_equal_two_stop_resume_two(folder, tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(stages, "relative_loss", interrupted)
     part = tmp_path / "part.safetensors"
-    run(folder / "guided", part, *options, status=130)
+    run(folder / "combined", part, *options, status=130)
     monkeypatch.setattr(stages, "relative_loss", real)
     assert not part.exists()
-    run(folder / "guided", part, *options, status=2)
+    run(folder / "combined", part, *options, status=2)
     assert "Go on with --resume" in capsys.readouterr().err
-    run(folder / "guided", part, *options, "--resume", "--seed", "9", status=2)
+    run(folder / "combined", part, *options, "--resume", "--seed", "9", status=2)
     assert "seed was 1, now 9" in capsys.readouterr().err
-    run(folder / "guided", part, *options, "--resume")
+    run(folder / "combined", part, *options, "--resume")
     whole, resumed = tensors(tmp_path / "whole.safetensors"), tensors(part)
     assert whole and all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert not list((tmp_path / "part.run").glob("*.pt"))
@@ -96,8 +96,8 @@ def test_a_killed_training_goes_on_from_its_last_save(folder, tmp_path):
         "-m",
         "ba_solver.training",
         "train",
-        "--chains",
-        str(folder / "guided"),
+        "--trajectories",
+        str(folder / "combined"),
         "--out",
         str(out),
     ]
@@ -108,8 +108,8 @@ def test_a_killed_training_goes_on_from_its_last_save(folder, tmp_path):
         time.sleep(0.01)
     process.kill()
     assert process.wait() != 0 and not out.exists() and read_pickled_tensors(state)["step"] % 10 == 0
-    run(folder / "guided", out, *options, "--resume")
-    run(folder / "guided", tmp_path / "whole.safetensors", *options)
+    run(folder / "combined", out, *options, "--resume")
+    run(folder / "combined", tmp_path / "whole.safetensors", *options)
     whole, resumed = tensors(tmp_path / "whole.safetensors"), tensors(out)
     assert whole and all(torch.equal(whole[name], resumed[name]) for name in whole)
 
@@ -120,9 +120,9 @@ def test_two_processes_equal_one(folder, tmp_path):
     So do they where they tune.
     """
     options = [*QUICK, "--steps", "12", "--save-every", "6", "--warmup", "2"]
-    options += ["--backbone", BACKBONE, "--grid-nfe", "4", "--grid-runs", "4", "--tune", "40"]
-    card = run(folder / "guided", tmp_path / "one.safetensors", *options)[1]
-    command = ["train", "--chains", str(folder / "guided"), "--out", str(tmp_path / "two.safetensors"), *options]
+    options += ["--backbone", BACKBONE, "--nfe", "4", "--grid-runs", "4", "--tune", "40"]
+    card = run(folder / "combined", tmp_path / "one.safetensors", *options)[1]
+    command = ["train", "--trajectories", str(folder / "combined"), "--out", str(tmp_path / "two.safetensors"), *options]
     said = in_two_processes(command, tmp_path)
     one, two = tensors(tmp_path / "one.safetensors"), tensors(tmp_path / "two.safetensors")
     start = tensors_of_untrained(folder, tmp_path)
@@ -142,18 +142,18 @@ def test_two_processes_equal_one(folder, tmp_path):
 
 def tensors_of_untrained(folder, tmp_path):
     still = ("--steps", "1", "--warmup", "1", "--learning-rate", "1e-12")
-    run(folder / "guided", tmp_path / "start.safetensors", *SMALL, *still)
+    run(folder / "combined", tmp_path / "start.safetensors", *SMALL, *still)
     return tensors(tmp_path / "start.safetensors")
 
 
 def test_accumulated_passes_equal_one(folder, tmp_path, capsys):
     options = (*QUICK, "--steps", "10", "--warmup", "2")
-    run(folder / "guided", tmp_path / "one.safetensors", *options)
-    run(folder / "guided", tmp_path / "four.safetensors", *options, "--accumulate", "4")
+    run(folder / "combined", tmp_path / "one.safetensors", *options)
+    run(folder / "combined", tmp_path / "four.safetensors", *options, "--accumulate", "4")
     one, four = tensors(tmp_path / "one.safetensors"), tensors(tmp_path / "four.safetensors")
     for name in one:
         torch.testing.assert_close(four[name], one[name], rtol=2e-3, atol=2e-5)
-    run(folder / "guided", tmp_path / "x.safetensors", *options, "--accumulate", "5", status=2)
+    run(folder / "combined", tmp_path / "x.safetensors", *options, "--accumulate", "5", status=2)
     assert "must be a multiple of processes times --accumulate" in capsys.readouterr().err
 
 
@@ -173,65 +173,65 @@ def test_early_stopping_keeps_the_best():
 
 @pytest.fixture(scope="module")
 def trained(folder, tmp_path_factory):
-    return train_on_pairs(folder / "guided", tmp_path_factory.mktemp("trained") / "sidenet.safetensors")
+    return train_on_pairs(folder / "combined", tmp_path_factory.mktemp("trained") / "sidenet.safetensors")
 
 
 def test_training_from_chains_beats_the_solver_without_a_sidenet(folder, trained, tmp_path):
     table = trained[2].evaluation["residual_variance"]
     assert set(table) == {"kind", "time", "step"} and len(table["step"]) >= 3
-    check_pairs(folder / "guided", trained[0], tmp_path)
+    check_pairs(folder / "combined", trained[0], tmp_path)
 
 
 @pytest.mark.parametrize("check", [check_closed_loop, check_end_point, check_fitted_weights, check_tuning])
 def test_each_later_stage_lowers_the_error_of_the_real_sampler(check, folder, trained, tmp_path):
-    check(folder / "guided", trained[0], tmp_path)
+    check(folder / "combined", trained[0], tmp_path)
 
 
 def test_the_default_body_and_optimizer_learn_with_starts_at_hand(tmp_path):
     """Tokens and Muon, on whole runs and on the starts of many more, which are counted and asked."""
-    folder = tmp_path / "chains"
-    record(folder, "--guidance", "2", "--chains", "64", "--starts", "96", "--start-points", "10")
-    assert len(list((folder / STARTS).glob("*.safetensors"))) == 6
+    folder = tmp_path / "trajectories"
+    record(folder, "--guidance", "2", "--trajectories", "64", "--prefixes", "96", "--prefix-points", "10")
+    assert len(list((folder / PREFIXES).glob("*.safetensors"))) == 6
     quick = ("--warmup", "10", "--learning-rate", "2e-2", "--ema", "0.9", "--batch", "64", "--steps", "150")
     sidenet, card = run(folder, tmp_path / "a.safetensors", *TOKENS, *quick)
-    assert sidenet.config.body == "tokens" and card.training["backbone_calls"] == {"chains": 64 * 40, "starts": 96 * 10}
+    assert sidenet.config.body == "transformer" and card.training["backbone_calls"] == {"trajectories": 64 * 40, "starts": 96 * 10}
     assert card.evaluation["residual_variance"]["kind"]["beyond"] < 0.9
-    (folder / STARTS / "chains-0001-00003.safetensors").write_bytes(b"damaged")
-    assert main(["train", "--chains", str(folder), "--out", str(tmp_path / "b.safetensors")]) == 1
+    (folder / PREFIXES / "trajectories-0001-00003.safetensors").write_bytes(b"damaged")
+    assert main(["train", "--trajectories", str(folder), "--out", str(tmp_path / "b.safetensors")]) == 1
 
 
 def test_starts_of_another_model_are_refused(tmp_path, capsys):
-    folder, other = tmp_path / "chains", tmp_path / "other"
-    record(folder, "--chains", "16")
-    record(other, "--chains", "16", "--starts", "16", "--backbone", "python:training_problems:other_backbone")
-    (other / STARTS).rename(folder / STARTS)
-    assert main(["train", "--chains", str(folder), "--out", str(tmp_path / "a.safetensors")]) == 1
+    folder, other = tmp_path / "trajectories", tmp_path / "other"
+    record(folder, "--trajectories", "16")
+    record(other, "--trajectories", "16", "--prefixes", "16", "--backbone", "python:training_problems:other_backbone")
+    (other / PREFIXES).rename(folder / PREFIXES)
+    assert main(["train", "--trajectories", str(folder), "--out", str(tmp_path / "a.safetensors")]) == 1
     assert "does not belong here: backbone is" in capsys.readouterr().err
 
 
 def test_the_mean_of_the_data_is_kept_where_the_first_velocity_leads_there(folder, tmp_path, capsys):
     """Then learned grids have one step more; elsewhere it is said that the first call is not saved."""
     backbone = "python:training_problems:gaussian_backbone"
-    record(tmp_path / "chains", "--chains", "24", "--backbone", backbone)
-    options = (*TOKENS, "--steps", "3", "--batch", "8", "--grid-nfe", "5", "--grid-runs", "4", "--mean-size", "4")
-    sidenet, card = run(tmp_path / "chains", tmp_path / "a.safetensors", *options, "--backbone", backbone)
+    record(tmp_path / "trajectories", "--trajectories", "24", "--backbone", backbone)
+    options = (*TOKENS, "--steps", "3", "--batch", "8", "--nfe", "5", "--grid-runs", "4", "--mean-size", "4")
+    sidenet, card = run(tmp_path / "trajectories", tmp_path / "a.safetensors", *options, "--backbone", backbone)
     torch.testing.assert_close(sidenet.data_mean, GAUSSIAN_MEAN, atol=1e-5, rtol=0)
-    run5 = card.runs[5]
-    assert len(run5.times) == 7 and run5.skip_first and run5.cost == 5
+    run5 = card.schedules_for(card.cfg)[5]
+    assert len(run5.times) == 7 and run5.analytic_first_step and run5.nfe == 5
     capsys.readouterr()
-    sidenet, _ = run(folder / "guided", tmp_path / "b.safetensors", *TOKENS, "--steps", "1", "--batch", "4")
-    assert sidenet.config.mean_size == 0 and "so its call is not saved" in capsys.readouterr().out
+    sidenet, _ = run(folder / "combined", tmp_path / "b.safetensors", *TOKENS, "--steps", "1", "--batch", "4")
+    assert sidenet.config.data_mean_size == 0 and "so its call is not saved" in capsys.readouterr().out
 
 
 def test_the_card_says_how_it_was_made(folder, trained):
     out, _, card = trained
-    assert card.velocity == "guided" and card.guidance_range == (2.0, 2.0)
+    assert card.velocity == "combined" and card.cfg_range == (2.0, 2.0)
     assert card.backbone == {"name": "swirl", "kind": "python", "fingerprint": "swirl-1"}
     training = card.training
-    assert training["backbone_calls"] == {"chains": 96 * 40} and training["recorded_runs"] == 96
+    assert training["backbone_calls"] == {"trajectories": 96 * 40} and training["recorded_runs"] == 96
     assert training["held_out_runs"] == 12 and training["settings"]["learning_rate"] == 0.01
-    assert training["settings"]["chains"] == ["guided"] and "/" not in json.dumps(training["settings"])
-    assert training["recorded"]["teacher_error"] > 0
+    assert training["settings"]["trajectories"] == ["combined"] and "/" not in json.dumps(training["settings"])
+    assert training["recorded"]["reference_error"] > 0
     journal = out.with_suffix(".run")
     assert list((journal / "tensorboard").iterdir()) and (journal / "all_pairs_loss.png").stat().st_size > 5000
 
@@ -240,22 +240,22 @@ def test_learned_runs_spend_what_they_say_and_lower_the_error(folder, trained, t
     """Learned times with weights and half calls end nearer than the uniform grid, and are counted."""
     out, sidenet, _ = trained
     options = ("--steps", "0", "--start-from", out, "--backbone", BACKBONE, *QUICK)
-    learned, card = run(folder / "guided", tmp_path / "g.safetensors", *options, "--grid-nfe", "5")
-    grid = torch.tensor(card.runs[5].times)
+    learned, card = run(folder / "combined", tmp_path / "g.safetensors", *options, "--nfe", "5")
+    grid = torch.tensor(card.schedules_for(card.cfg)[5].times)
     assert grid[0] == 1 and grid[-1] == 0 and (grid.diff() < 0).all() and len(grid) == 7
-    assert card.runs[5].halves == 2
-    weighted = rollout_error(learned, folder / "guided", card.runs[5])
-    assert weighted < 0.4 * rollout_error(sidenet, folder / "guided")
+    assert card.schedules_for(card.cfg)[5].conditional_only == 2
+    weighted = rollout_error(learned, folder / "combined", card.schedules_for(card.cfg)[5])
+    assert weighted < 0.4 * rollout_error(sidenet, folder / "combined")
     assert card.training["backbone_calls"]["step weights"] == 6 * WEIGHT_RUNS
 
 
 def test_tuning_is_counted_and_the_past_is_kept(folder, trained, tmp_path):
     out, sidenet, _ = trained
-    options = ("--steps", "0", "--start-from", out, "--backbone", BACKBONE, "--grid-nfe", "4", "--grid-runs", "4")
-    card = run(folder / "guided", tmp_path / "t.safetensors", *options, *QUICK, "--tune", "2")[1]
+    options = ("--steps", "0", "--start-from", out, "--backbone", BACKBONE, "--nfe", "4", "--grid-runs", "4")
+    card = run(folder / "combined", tmp_path / "t.safetensors", *options, *QUICK, "--tune", "2")[1]
     # Two steps on two runs, two reports and two scores at the end on the twelve that were held out.
     assert card.training["backbone_calls"]["tuning"] == 4 * (2 * 2 + 4 * 12)
-    assert card.runs[4].halves == 2
+    assert card.schedules_for(card.cfg)[4].conditional_only == 2
     # What it began as is not forgotten.
     assert card.training["started_from"] == trained[2].training
     assert f"began as:   one trained: {trained[2].training['objective']}" in describe_sidenet(sidenet, card)
@@ -263,20 +263,20 @@ def test_tuning_is_counted_and_the_past_is_kept(folder, trained, tmp_path):
 
 def test_tuning_that_does_not_help_is_undone(folder, trained, tmp_path, monkeypatch, capsys):
     """With too high a learning rate the run gets worse; what is written is what least squares found."""
-    options = ("--steps", "0", "--start-from", trained[0], "--backbone", BACKBONE, "--grid-nfe", "5", *QUICK)
+    options = ("--steps", "0", "--start-from", trained[0], "--backbone", BACKBONE, "--nfe", "5", *QUICK)
     monkeypatch.setattr(training, "ROUNDS", 0)  # as where the grids are tuned
-    fitted = run(folder / "guided", tmp_path / "fitted.safetensors", *options)[1]
+    fitted = run(folder / "combined", tmp_path / "fitted.safetensors", *options)[1]
     monkeypatch.setattr(tuning, "LEARNING_RATE", 3.0)
-    tuned = run(folder / "guided", tmp_path / "tuned.safetensors", *options, "--tune", "4")[1]
+    tuned = run(folder / "combined", tmp_path / "tuned.safetensors", *options, "--tune", "4")[1]
     assert "did not help" in capsys.readouterr().out
     assert tuned.runs == fitted.runs
 
 
 def test_without_the_memory_for_gradients_the_runs_stay_as_they_were(folder, trained, tmp_path, monkeypatch, capsys):
     """Of one number of calls; the other is tuned."""
-    options = ("--steps", "0", "--start-from", trained[0], "--backbone", BACKBONE, "--grid-nfe", "4,5", *QUICK)
+    options = ("--steps", "0", "--start-from", trained[0], "--backbone", BACKBONE, "--nfe", "4,5", *QUICK)
     monkeypatch.setattr(training, "ROUNDS", 0)  # as where the grids are tuned
-    fitted = run(folder / "guided", tmp_path / "fitted.safetensors", *options)[1]
+    fitted = run(folder / "combined", tmp_path / "fitted.safetensors", *options)[1]
 
     def too_large(sidenet, parts, begun, calls, *rest):
         if calls == 5:
@@ -284,7 +284,7 @@ def test_without_the_memory_for_gradients_the_runs_stay_as_they_were(folder, tra
         return replace(begun, rule="lobatto3")
 
     monkeypatch.setattr(training, "tune", too_large)
-    tuned = run(folder / "guided", tmp_path / "tuned.safetensors", *options, "--tune", "4")[1]
+    tuned = run(folder / "combined", tmp_path / "tuned.safetensors", *options, "--tune", "4")[1]
     assert "not enough memory for a call with gradients" in capsys.readouterr().out
     assert tuned.runs[5] == fitted.runs[5] and tuned.runs[4] == replace(fitted.runs[4], rule="lobatto3")
 
@@ -292,16 +292,16 @@ def test_without_the_memory_for_gradients_the_runs_stay_as_they_were(folder, tra
 @pytest.mark.parametrize(("said", "patch_size"), [({"patch_size": 4}, 4), ({}, 2)])
 def test_the_network_works_as_coarsely_as_its_model(said, patch_size):
     about = {"shape": [4, 8, 8], "guidance": [1.0, 1.0], "num_classes": 0, **said}
-    assert make_sidenet(Training(), about).config.patch_size == patch_size
-    assert make_sidenet(Training(patch_size=1), about).config.patch_size == 1
+    assert new_sidenet(Training(), about).config.patch_size == patch_size
+    assert new_sidenet(Training(patch_size=1), about).config.patch_size == 1
 
 
 def test_an_interrupted_tuning_goes_on_to_the_same_numbers(folder, trained, tmp_path, monkeypatch, capsys):
     """Neither the search for grids nor a number of calls that is tuned is done again."""
-    options = ("--steps", "0", "--start-from", trained[0], "--backbone", BACKBONE, "--grid-nfe", "4,5", *QUICK)
+    options = ("--steps", "0", "--start-from", trained[0], "--backbone", BACKBONE, "--nfe", "4,5", *QUICK)
     options += ("--tune", "40", "--grid-runs", "4", "--resume")
     monkeypatch.setattr(tuning, "LEARNING_RATE", 1e-3)
-    whole = run(folder / "guided", tmp_path / "whole.safetensors", *options)[1]
+    whole = run(folder / "combined", tmp_path / "whole.safetensors", *options)[1]
     assert "did not help" not in capsys.readouterr().out
     real, seen = tuning.TunedRun.forward, []
 
@@ -313,12 +313,12 @@ def test_an_interrupted_tuning_goes_on_to_the_same_numbers(folder, trained, tmp_
 
     monkeypatch.setattr(tuning.TunedRun, "forward", interrupted)
     out = tmp_path / "resumed.safetensors"
-    command = ["train", "--chains", str(folder / "guided"), "--out", str(out), *map(str, options)]
+    command = ["train", "--trajectories", str(folder / "combined"), "--out", str(out), *map(str, options)]
     assert main(command) == 130 and not out.exists()
     assert {path.name for path in out.with_suffix(".run").glob("*.pt")} == {"time_grids.pt", "tune_4.pt", "tune_5.pt"}
     monkeypatch.setattr(tuning.TunedRun, "forward", real)
     monkeypatch.setattr(training, "learn_times", None)
-    resumed = run(folder / "guided", out, *options)[1]
+    resumed = run(folder / "combined", out, *options)[1]
     assert resumed.runs == whole.runs
     # What was spent before the interruption counts, finished steps' results or not.
     once, twice = (card.training["backbone_calls"] for card in (whole, resumed))
@@ -328,9 +328,9 @@ def test_an_interrupted_tuning_goes_on_to_the_same_numbers(folder, trained, tmp_
 
 def test_closed_loop_losses_are_one_without_a_sidenet(folder):
     """They are relative to the solver's own line; the interval loss does not differentiate through the backbone."""
-    chains, about = open_chains([folder / "guided"])
+    trajectories, about = open_trajectories([folder / "combined"])
     backbone = open_backbone(BackboneChoice(backbone=BACKBONE))
-    rollout = Rollout(Replay(backbone, chains, about), get_rule("lobatto4"), [time_grid(5)], 8)
+    rollout = Rollout(Replay(backbone, trajectories, about), get_rule("lobatto4"), [time_grid(5)], 8)
     from ba_solver.bas_core import SideNet, SideNetConfig
 
     config = SideNetConfig(in_channels=2, base_channels=8, embedding_dim=8, num_layers=1, num_classes=2, anchors=2)
@@ -344,11 +344,11 @@ def test_closed_loop_losses_are_one_without_a_sidenet(folder):
 
 def test_branches_and_guidance_ranges_train(folder, tmp_path):
     """In branch mode the SideNet sees the null class; over a range it is told the scale, and listens."""
-    branch, card = run(folder / "branch", tmp_path / "b.safetensors", *QUICK, "--batch", "64", "--steps", "200")
-    assert card.velocity == "branch" and card.training["recorded_runs"] == 48
-    assert rollout_error(branch, folder / "branch") < 0.9 * rollout_error(None, folder / "branch")
+    branch, card = run(folder / "per_branch", tmp_path / "b.safetensors", *QUICK, "--batch", "64", "--steps", "200")
+    assert card.velocity == "per_branch" and card.training["recorded_runs"] == 48
+    assert rollout_error(branch, folder / "per_branch") < 0.9 * rollout_error(None, folder / "per_branch")
     ranged, card = run(folder / "range", tmp_path / "r.safetensors", *QUICK, "--batch", "64", "--steps", "200")
-    assert card.guidance_range == (1.5, 3.0) and ranged.config.guidance_input
+    assert card.cfg_range == (1.5, 3.0) and ranged.config.cfg_input
     x = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
     t, h, y = torch.full((2,), 0.6), torch.full((2,), 0.1), torch.tensor([0, 1])
     low, high = (ranged(x, x, t, h, y, scale=torch.full((2,), s)) for s in (1.5, 3.0))
@@ -369,12 +369,12 @@ def test_steps_of_the_published_objective():
 
 
 def test_published_objective_trains_and_counts_its_calls(tmp_path, folder):
-    """Nine calls a sample; what it reaches on held-out chains is better than a constant velocity."""
+    """Nine calls a sample; what it reaches on held-out trajectories is better than a constant velocity."""
     latents = torch.randn(64, *SHAPE, generator=torch.Generator().manual_seed(1)) * 0.3
     write_safetensors(tmp_path / "data.safetensors", {"latents": latents, "labels": torch.arange(64) % 2}, {})
     options = ("--objective", "published", "--latents", tmp_path / "data.safetensors", "--backbone", BACKBONE)
     _, card = run(
-        folder / "branch",
+        folder / "per_branch",
         tmp_path / "p.safetensors",
         *options,
         *QUICK,
@@ -435,11 +435,11 @@ def test_coordinate_search_finds_the_minimum():
 def test_bfloat16_trains_and_float16_needs_a_gpu(folder, tmp_path, capsys):
     AcceleratorState._reset_state()
     _, card = run(
-        folder / "guided", tmp_path / "b.safetensors", *QUICK, "--batch", "64", "--steps", "150", "--precision", "bf16"
+        folder / "combined", tmp_path / "b.safetensors", *QUICK, "--batch", "64", "--steps", "150", "--precision", "bf16"
     )
     AcceleratorState._reset_state()
     assert card.evaluation["residual_variance"]["kind"]["beyond"] < 0.95
-    run(folder / "guided", tmp_path / "c.safetensors", *SMALL, "--precision", "fp16", status=2)
+    run(folder / "combined", tmp_path / "c.safetensors", *SMALL, "--precision", "fp16", status=2)
     assert "fp16 needs a GPU" in capsys.readouterr().err
 
 
@@ -449,29 +449,29 @@ def test_bfloat16_trains_and_float16_needs_a_gpu(folder, tmp_path, capsys):
         (("--guidance", "3"), "recorded with guidance [2.0, 2.0]; [3.0, 3.0] is asked for"),
         (("--objective", "magic"), "--objective must be one of all_pairs, published"),
         (("--objective", "published"), "--latents and --objective published go together"),
-        (("--grid-nfe", "5"), "need --backbone"),
-        (("--tune", "5"), "give --grid-nfe too"),
+        (("--nfe", "5"), "need --backbone"),
+        (("--tune", "5"), "give --nfe too"),
         (
             ("--objective", "published", "--latents", "x.safetensors", "--backbone", BACKBONE),
-            "record with --mode branch",
+            "record with --cfg-mode branch",
         ),
         (("--rule", "legendre3"), "--rule must be one of lobatto2"),
         (("--nfe-range", "9", "5"), "--nfe-range must be two numbers"),
-        (("--held-out", "96"), "leaves none of the 96 recorded runs"),
+        (("--validation", "96"), "leaves none of the 96 recorded runs"),
         (("--base-channels", "12", "--num-heads", "8"), "base_channels must be a multiple of num_heads"),
         (("--batch", "0"), "--batch must be at least 1"),
         (("--precision", "fp8"), "--precision must be one of fp32, bf16, fp16"),
         (("--start-from", "missing.safetensors"), "no file missing.safetensors"),
         (
-            ("--grid-nfe", "5", "--backbone", "python:training_problems:other_backbone"),
+            ("--nfe", "5", "--backbone", "python:training_problems:other_backbone"),
             "'other' (swirl-2) is asked for",
         ),
-        (("--grid-nfe", "5", "--backbone", "python:training_problems:larger_backbone"), "asked for at [2, 8, 8]"),
+        (("--nfe", "5", "--backbone", "python:training_problems:larger_backbone"), "asked for at [2, 8, 8]"),
     ],
 )
 def test_bad_settings_are_refused_in_words(options, message, folder, tmp_path, capsys):
     out = tmp_path / "out.safetensors"
-    assert main(["train", "--chains", str(folder / "guided"), "--out", str(out), *options]) in (1, 2)
+    assert main(["train", "--trajectories", str(folder / "combined"), "--out", str(out), *options]) in (1, 2)
     assert message in capsys.readouterr().err
     assert not out.exists()
 
@@ -480,27 +480,27 @@ def test_a_sidenet_of_another_model_is_not_started_from(folder, trained, tmp_pat
 
     _, sidenet, card = trained
     save_sidenet(tmp_path / "s.safetensors", sidenet, replace(card, backbone={"name": "else", "fingerprint": "0"}))
-    run(folder / "guided", tmp_path / "o.safetensors", "--start-from", tmp_path / "s.safetensors", status=1)
-    assert "belongs to 'else', the chains to 'swirl'" in capsys.readouterr().err
+    run(folder / "combined", tmp_path / "o.safetensors", "--start-from", tmp_path / "s.safetensors", status=1)
+    assert "belongs to 'else', the trajectories to 'swirl'" in capsys.readouterr().err
 
 
 def test_unwritable_places_and_wrong_suffixes_are_refused(folder, tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
-    run(folder / "guided", tmp_path / "file" / "o.safetensors", status=2)
+    run(folder / "combined", tmp_path / "file" / "o.safetensors", status=2)
     assert "cannot be written" in capsys.readouterr().err
-    run(folder / "guided", tmp_path / "o.pt", status=2)
+    run(folder / "combined", tmp_path / "o.pt", status=2)
     assert "must end in .safetensors" in capsys.readouterr().err
 
 
 def test_a_run_state_of_another_network_is_refused(folder, tmp_path, capsys):
     out = tmp_path / "o.safetensors"
-    run(folder / "guided", out, *SMALL, "--steps", "0")
+    run(folder / "combined", out, *SMALL, "--steps", "0")
     (tmp_path / "o.run").mkdir(exist_ok=True)
     torch.save({"step": 3}, tmp_path / "o.run" / "all_pairs.pt")
     out.unlink()
-    run(folder / "guided", out, *SMALL, "--steps", "2", "--resume", status=2)
+    run(folder / "combined", out, *SMALL, "--steps", "2", "--resume", status=2)
     assert "steps was 0, now 2" in capsys.readouterr().err
     settings = json.loads((tmp_path / "o.run" / "settings.json").read_text()) | {"steps": 2}
     (tmp_path / "o.run" / "settings.json").write_text(json.dumps(settings))
-    run(folder / "guided", out, *SMALL, "--steps", "2", "--resume", status=1)
+    run(folder / "combined", out, *SMALL, "--steps", "2", "--resume", status=1)
     assert "is the state of another run" in capsys.readouterr().err

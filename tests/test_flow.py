@@ -14,8 +14,8 @@ PAIRS = [
     ("noise", flow.velocity_to_noise, flow.noise_to_velocity),
     ("v-prediction", flow.velocity_to_v_prediction, flow.v_prediction_to_velocity),
     ("exploding", lambda x, q, t: flow.flow_to_exploding(q, t),
-     lambda x, q, t: flow.exploding_to_flow(q, flow.time_to_sigma(t))),
-    ("preserving", lambda x, q, t: flow.flow_to_preserving(q, t), lambda x, q, t: flow.preserving_to_flow(q, t)),
+     lambda x, q, t: flow.ve_to_flow(q, flow.time_to_ve_sigma(t))),
+    ("preserving", lambda x, q, t: flow.flow_to_vp(q, t), lambda x, q, t: flow.preserving_to_flow(q, t)),
 ]  # fmt: skip
 
 
@@ -33,7 +33,7 @@ def test_round_trips_are_exact_to_float_precision(there, back, shape, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(
-    ("there", "back"), [(flow.time_to_sigma, flow.sigma_to_time), (flow.time_to_alpha, flow.alpha_to_time)]
+    ("there", "back"), [(flow.time_to_ve_sigma, flow.ve_sigma_to_time), (flow.time_to_alpha, flow.vp_alpha_to_time)]
 )
 def test_time_round_trips(there, back, dtype):
     """A few units in the last place, times the 1/t by which rounding alphas_cumprod near 1 forgets the noise."""
@@ -57,17 +57,17 @@ def test_conversions_follow_from_the_definitions(shape):
         ("noise", flow.velocity_to_noise(x, v, t), eps),
         ("from x0", flow.x0_to_velocity(x, x0, t), v),
         ("from noise", flow.noise_to_velocity(x, eps, t), v),
-        ("from eps-prediction", flow.epsilon_prediction_to_velocity(x, eps, t), v),
+        ("from eps-prediction", flow.eps_to_velocity(x, eps, t), v),
         ("from v-prediction", flow.v_prediction_to_velocity(x, v_prediction, t), v),
         ("to v-prediction", flow.velocity_to_v_prediction(x, v, t), v_prediction),
-        ("from exploding", flow.exploding_to_flow(x_ve, sigma.flatten()), x),
+        ("from exploding", flow.ve_to_flow(x_ve, sigma.flatten()), x),
         ("to exploding", flow.flow_to_exploding(x, t), x_ve),
         ("from preserving", flow.preserving_to_flow(x_vp, t), x),
-        ("to preserving", flow.flow_to_preserving(x, t), x_vp),
-        ("sigma", flow.time_to_sigma(t), sigma.flatten()),
+        ("to preserving", flow.flow_to_vp(x, t), x_vp),
+        ("sigma", flow.time_to_ve_sigma(t), sigma.flatten()),
         ("alpha", flow.time_to_alpha(t), a.flatten()),
-        ("time of sigma", flow.sigma_to_time(sigma.flatten()), t),
-        ("time of alpha", flow.alpha_to_time(a.flatten()), t),
+        ("time of sigma", flow.ve_sigma_to_time(sigma.flatten()), t),
+        ("time of alpha", flow.vp_alpha_to_time(a.flatten()), t),
     ):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
 
@@ -90,7 +90,7 @@ def test_v_prediction_converts_at_both_ends_of_the_path():
 def test_time_shift_multiplies_sigma():
     """Shifting by s is the same as s times the variance-exploding noise level."""
     shifted = time_shift(TIMES, 3.0)
-    torch.testing.assert_close(flow.time_to_sigma(shifted), 3.0 * flow.time_to_sigma(TIMES), rtol=1e-13, atol=0)
+    torch.testing.assert_close(flow.time_to_ve_sigma(shifted), 3.0 * flow.time_to_ve_sigma(TIMES), rtol=1e-13, atol=0)
 
 
 @pytest.mark.parametrize(("shift", "cosine"), [(1.0, 0.0), (3.0, 0.0), (0.5, 0.0), (1.0, 1.0), (2.0, -1.0), (1.3, 0.2)])

@@ -6,13 +6,13 @@ from itertools import pairwise
 import pytest
 import torch
 from ba_solver.bas_core import (
-    FittedRun,
+    Schedule,
     Guidance,
     SideNetCard,
-    half_calls,
+    cfg_coefficients,
     load_sidenet,
     model_field,
-    run_over,
+    match_schedule,
     save_sidenet,
     solve,
 )
@@ -27,7 +27,7 @@ TIMES = [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]
 ROWS = [[], [0.7, -0.4], [], [0.5, 0.3, 0.1, -0.2, 0.6]]
 SCALE = 2.5
 GRID = torch.tensor(TIMES, dtype=torch.float64)
-RUN = FittedRun(GRID, half_calls=ROWS)
+RUN = Schedule(GRID, cfg_coefficients=ROWS)
 
 
 def start():
@@ -64,11 +64,11 @@ def euler(field, x):
 
 
 def check_run():
-    for mode in ("guided", "branch"):
+    for mode in ("combined", "per_branch"):
         field = guided_field(2, Guidance(SCALE), mode)
         found = euler(RUN.field_over(field), start())
         torch.testing.assert_close(found, naive_run(start(), ROWS), atol=1e-12, rtol=0)
-        assert (field.calls, field.halves, field.cost) == (5, 2, 4.0)
+        assert (field.calls, field.conditional_only, field.nfe) == (5, 2, 4.0)
 
 
 def check_straight_paths_stay_exact():
@@ -91,16 +91,16 @@ def alike(x, t, classes):
 def check_fit_finds_the_weights():
     """Where the difference is a combination of those before it, a run on fitted half calls is the whole one."""
     times = torch.tensor([1.0, 0.9, 0.8, 0.65, 0.45, 0.2, 0.0], dtype=torch.float64)
-    field = model_field(alike, *labels(2), Guidance(SCALE), "guided")
+    field = model_field(alike, *labels(2), Guidance(SCALE), "combined")
     whole = solve(field, None, start(), times)
     fitting = Fitting(None, field, start(), lambda t: whole)
     field.calls = 0
-    run = fit_runs({5: FittedRun(times)}, fitting)[5]
-    assert field.calls == 6 and [bool(row) for row in run.half_calls] == [False, False, False, True, False, True]
-    field = model_field(alike, *labels(2), Guidance(SCALE), "guided")
-    thrifty = solve(field, None, start(), replace(run, step_weights=()))
+    run = fit_runs({5: Schedule(times)}, fitting)[5]
+    assert field.calls == 6 and [bool(row) for row in run.cfg_coefficients] == [False, False, False, True, False, True]
+    field = model_field(alike, *labels(2), Guidance(SCALE), "combined")
+    thrifty = solve(field, None, start(), replace(run, coefficients=()))
     torch.testing.assert_close(thrifty, whole, atol=1e-5, rtol=0)
-    assert field.cost == 5 == run.cost
+    assert field.nfe == 5 == run.nfe
 
 
 def check_evaluations():
@@ -112,35 +112,35 @@ def check_evaluations():
         return class_velocity(x, t, classes)
 
     conditional, unconditional = (part.tolist() for part in labels(2))
-    field = model_field(model, *labels(2), Guidance(SCALE), "guided")
+    field = model_field(model, *labels(2), Guidance(SCALE), "combined")
     solve(field, small_sidenet().double(), start(), RUN)
     both = conditional + unconditional
     assert evaluated == [both, both, conditional, both, conditional]
 
 
 def forget_the_change(patch):
-    intact = half_calls.difference_terms
-    patch.setattr(half_calls, "difference_terms", lambda c, seen: [0 * term for term in intact(c, seen)])
+    intact = cfg_coefficients.difference_terms
+    patch.setattr(cfg_coefficients, "difference_terms", lambda c, seen: [0 * term for term in intact(c, seen)])
 
 
 def predict_the_velocity(patch):
     """From velocities themselves in place of their changes: a straight path is bent."""
-    intact = half_calls.difference_terms
-    patch.setattr(half_calls, "difference_terms", lambda c, seen: [term + c for term in intact(c, seen)])
+    intact = cfg_coefficients.difference_terms
+    patch.setattr(cfg_coefficients, "difference_terms", lambda c, seen: [term + c for term in intact(c, seen)])
 
 
 def always_whole(patch):
-    patch.setattr(FittedRun, "field_over", lambda self, field: field)
+    patch.setattr(Schedule, "field_over", lambda self, field: field)
 
 
 def one_place_off(patch):
-    intact = half_calls.HalfCallField.__init__
+    intact = cfg_coefficients.HalfCallField.__init__
 
     def shifted(self, field, times, rows):
         intact(self, field, [1.5, *[float(t) for t in times]], rows)
 
-    patch.setattr(half_calls.HalfCallField, "__init__", shifted)
-    patch.setattr(half_calls.HalfCallField, "anchors", property(lambda self: self.kept[:-1], _keep), raising=False)
+    patch.setattr(cfg_coefficients.HalfCallField, "__init__", shifted)
+    patch.setattr(cfg_coefficients.HalfCallField, "anchors", property(lambda self: self.kept[:-1], _keep), raising=False)
 
 
 def _keep(self, anchors):
@@ -173,37 +173,37 @@ def test_damaged_half_calls_fail_the_check(damage, check, monkeypatch):
 
 
 def test_whole_calls_alone_are_the_plain_solver():
-    for mode in ("guided", "branch"):
+    for mode in ("combined", "per_branch"):
         plain, same = (
             solve(guided_field(2, Guidance(SCALE), mode), small_sidenet().double(), start(), run)
-            for run in (GRID, FittedRun(GRID, half_calls=[[], [], [], [], []]))
+            for run in (GRID, Schedule(GRID, cfg_coefficients=[[], [], [], [], []]))
         )
         torch.testing.assert_close(same, plain, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("guidance", [NO_GUIDANCE, Guidance(SCALE, (0.0, 0.7))])
 def test_without_two_branches_at_every_time_there_are_none(guidance):
-    for mode in ("guided", "branch"):
+    for mode in ("combined", "per_branch"):
         field = guided_field(2, guidance, mode)
         assert RUN.field_over(field) is field
-        assert Fitting(None, field, start(), lambda t: start()).halves(10) is False
+        assert Fitting(None, field, start(), lambda t: start()).conditional_only(10) is False
     with pytest.raises(ValueError, match="two branches"):
-        half_calls.HalfCallField(field, GRID, ROWS)
+        cfg_coefficients.HalfCallField(field, GRID, ROWS)
 
 
 def test_what_a_budget_is_spent_on():
     """Two half calls, the last and the last but two, pay for one more anchor; the first two calls stay whole."""
     fitting = Fitting(None, guided_field(2, Guidance(SCALE)), start(), lambda t: start())
-    assert [fitting.halves(calls) for calls in (3, 4, 5, 10)] == [False, True, True, True]
-    run = fit_run(fitting, FittedRun(torch.linspace(1, 0, 6)), True)[1]
-    assert [bool(row) for row in run.half_calls] == [False, False, True, False, True]
+    assert [fitting.conditional_only(calls) for calls in (3, 4, 5, 10)] == [False, True, True, True]
+    run = fit_run(fitting, Schedule(torch.linspace(1, 0, 6)), True)[1]
+    assert [bool(row) for row in run.cfg_coefficients] == [False, False, True, False, True]
 
 
 def test_searched_grids_spend_the_budget_and_are_worth_it():
     """On a guided nonlinear flow, 5 calls of which some are half ones come nearer than 5 whole ones."""
     x = start()
     fine = torch.linspace(1, 0, 401, dtype=torch.float64)
-    field = guided_field(2, Guidance(SCALE), "guided")
+    field = guided_field(2, Guidance(SCALE), "combined")
     states = [x]
     solve(field, None, x, fine, callback=lambda step: states.append(step.x_next))
 
@@ -211,24 +211,24 @@ def test_searched_grids_spend_the_budget_and_are_worth_it():
         return states[round(400 * (1 - float(t)))]
 
     found = {}
-    for kind, tried in {"half": field, "whole": guided_field(2, Guidance(SCALE), "guided")}.items():
+    for kind, tried in {"half": field, "whole": guided_field(2, Guidance(SCALE), "combined")}.items():
         if kind == "whole":
             tried.branches = None
         fitting = Fitting(None, tried, x, truth)
         run = fit_runs(search_times(fitting, [5]), fitting)[5]
-        before = tried.cost
+        before = tried.nfe
         end = solve(tried, None, x, run.over(torch.tensor(run.times, dtype=torch.float64)))
-        assert tried.cost - before == 5
+        assert tried.nfe - before == 5
         found[kind] = (end - states[-1]).square().mean().sqrt()
-    assert not run.half_calls and found["half"] < 0.7 * found["whole"]
+    assert not run.cfg_coefficients and found["half"] < 0.7 * found["whole"]
 
 
 def test_files_keep_them(tmp_path):
-    card = SideNetCard(runs={4: FittedRun(TIMES, half_calls=ROWS)})
+    card = SideNetCard(runs={4: Schedule(TIMES, cfg_coefficients=ROWS)})
     save_sidenet(tmp_path / "a.safetensors", small_sidenet(), card)
     loaded = load_sidenet(tmp_path / "a.safetensors")[1]
-    assert loaded.runs == card.runs and run_over(torch.tensor(TIMES), loaded.runs).halves == 2
-    assert not run_over(torch.tensor(TIMES[:-1]), loaded.runs).fitted
+    assert loaded.runs == card.schedules_for(card.cfg) and match_schedule(torch.tensor(TIMES), loaded.runs).conditional_only == 2
+    assert not match_schedule(torch.tensor(TIMES[:-1]), loaded.runs).fitted
 
 
 @pytest.mark.parametrize(
@@ -244,5 +244,5 @@ def test_files_keep_them(tmp_path):
     ],
 )
 def test_damaged_half_calls_in_a_file_are_refused(rows, message, tmp_path):
-    runs = f'{{"4": {{"times": {TIMES}, "half_calls": {rows}}}}}'
+    runs = f'{{"4": {{"times": {TIMES}, "cfg_coefficients": {rows}}}}}'
     check_refused_in_a_file(tmp_path / "a.safetensors", TIMES[1:], {"runs": runs}, message)

@@ -302,7 +302,7 @@ def add_residuals_to_accepted_ends_only(patch):
     """The right anchor of an edit is where the solver proposes it, without the path's residual."""
     intact = editing.run_bi_anchor
 
-    def run(plan, x, grid, correct=steps.as_proposed, callback=None):
+    def run(plan, x, grid, correct=steps.StepHook, callback=None):
         return intact(plan, x, grid, lambda p: correct(p) if p.accepted else p.x, callback)
 
     patch.setattr(editing, "run_bi_anchor", run)
@@ -451,8 +451,8 @@ TRAINER_DAMAGES = [
 def recorded(tmp_path_factory):
     """A recording, and a SideNet that was trained on it before the trainer was damaged."""
     root = tmp_path_factory.mktemp("recorded")
-    record(root / "guided", "--guidance", "2", "--chains", "96")
-    return root / "guided", train_on_pairs(root / "guided", root / "sidenet.safetensors")[0]
+    record(root / "combined", "--guidance", "2", "--chains", "96")
+    return root / "combined", train_on_pairs(root / "combined", root / "sidenet.safetensors")[0]
 
 
 @pytest.mark.parametrize(

@@ -9,16 +9,16 @@ from ba_solver.training.backbones import open_backbone
 from ba_solver.training.backbones.base import BackboneChoice
 from ba_solver.training.cli import main
 from ba_solver.training.recording import record as recording
-from ba_solver.training.recording.chains import Chains, open_chains
+from ba_solver.training.recording.trajectories import Trajectories, open_trajectories
 from ba_solver.training.recording.shards import open_shard, save_shard
-from ba_solver.training.recording.teacher import record_chain
+from ba_solver.training.recording.reference_solver import record_trajectory
 from training_problems import BACKBONE, in_two_processes, swirl
 
 
 def arguments(out, **changes):
     values = {
         "backbone": BACKBONE,
-        "chains": 10,
+        "trajectories": 10,
         "record_batch": 4,
         "points": 24,
         "guidance": 2.0,
@@ -33,7 +33,7 @@ def arguments(out, **changes):
 
 def record(out, **changes):
     assert main(["record", *arguments(out, **changes)]) == 0
-    return open_chains([out])
+    return open_trajectories([out])
 
 
 def guided(x, t, y, scale):
@@ -41,19 +41,19 @@ def guided(x, t, y, scale):
 
 
 def test_shards_hold_the_guided_field_along_its_path(tmp_path, capsys):
-    chains, about = record(tmp_path / "chains")
+    trajectories, about = record(tmp_path / "trajectories")
     printed = capsys.readouterr().out
     assert "240 backbone calls" in printed and "teacher's own error" in printed and "to go" in printed
-    assert len(chains) == 10 and about["guidance"] == [2.0, 2.0] and about["backbone"]["fingerprint"] == "swirl-1"
-    assert chains.labels.tolist() == [i % 2 for i in range(10)]
+    assert len(trajectories) == 10 and about["guidance"] == [2.0, 2.0] and about["backbone"]["fingerprint"] == "swirl-1"
+    assert trajectories.labels.tolist() == [i % 2 for i in range(10)]
     rows = torch.arange(10)
     for point in (0, 9, 23):
         at = torch.full((10,), point)
-        x, v = chains.states[rows, at], chains.velocities[rows, at]
-        torch.testing.assert_close(v, guided(x, chains.times[rows, at], chains.labels, 2.0))
+        x, v = trajectories.states[rows, at], trajectories.velocities[rows, at]
+        torch.testing.assert_close(v, guided(x, trajectories.times[rows, at], trajectories.labels, 2.0))
     # Two shards of a recording have noises and times of their own.
-    first = chains.states[rows, torch.zeros(10, dtype=torch.long)]
-    assert torch.pdist(first.flatten(1)).min() > 1 and (chains.times[0] != chains.times[4]).any()
+    first = trajectories.states[rows, torch.zeros(10, dtype=torch.long)]
+    assert torch.pdist(first.flatten(1)).min() > 1 and (trajectories.times[0] != trajectories.times[4]).any()
 
 
 def test_two_processes_share_the_shards(tmp_path):
@@ -61,18 +61,18 @@ def test_two_processes_share_the_shards(tmp_path):
     whole, _ = record(tmp_path / "one")
     said = in_two_processes(["record", *arguments(tmp_path / "two")], tmp_path)
     assert "backbone calls" in said[0] and not said[1]
-    shared, _ = open_chains([tmp_path / "two"])
+    shared, _ = open_trajectories([tmp_path / "two"])
     assert len(shared) == 10 and all(torch.equal(whole.states[i], shared.states[i]) for i in range(10))
 
 
 def test_streamed_chains_are_the_same_as_chains_in_memory(tmp_path):
     """Indexing, splitting and reading between the points do not depend on where the numbers lie."""
-    chains, _ = record(tmp_path / "chains")
-    states, velocities = (torch.stack([part[i] for i in range(10)]) for part in (chains.states, chains.velocities))
-    memory = Chains(chains.times, states, velocities, chains.labels, chains.scales)
+    trajectories, _ = record(tmp_path / "trajectories")
+    states, velocities = (torch.stack([part[i] for i in range(10)]) for part in (trajectories.states, trajectories.velocities))
+    memory = Trajectories(trajectories.times, states, velocities, trajectories.labels, trajectories.scales)
     rows, points = torch.tensor([9, 0, 5]), torch.tensor([3, 23, 0])
-    assert torch.equal(chains.states[rows, points], states[rows, points])
-    for streamed, kept in zip(chains.split(3), memory.split(3), strict=True):
+    assert torch.equal(trajectories.states[rows, points], states[rows, points])
+    for streamed, kept in zip(trajectories.split(3), memory.split(3), strict=True):
         assert len(streamed) == len(kept)
         some = torch.tensor([0, 2])
         assert torch.equal(streamed.velocities[some, some], kept.velocities[some, some])
@@ -85,35 +85,35 @@ def test_states_between_points_are_of_fourth_order():
     for points in (20, 40):
         times = torch.linspace(1, 0.01, points, dtype=torch.float64).expand(2, -1)
         phase = 5 * times[..., None, None, None] + torch.arange(2)[:, None, None, None, None]
-        chains = Chains(times, phase.sin(), 5 * phase.cos(), torch.arange(2))
+        trajectories = Trajectories(times, phase.sin(), 5 * phase.cos(), torch.arange(2))
         at = torch.linspace(0.95, 0.05, 37, dtype=torch.float64)
-        found = torch.stack([chains.at(torch.tensor([1, 0]), t).flatten() for t in at])
+        found = torch.stack([trajectories.at(torch.tensor([1, 0]), t).flatten() for t in at])
         errors.append((found - (5 * at[:, None] + torch.tensor([1, 0])).sin()).abs().max().item())
     assert 3.7 < torch.log2(torch.tensor(errors[0] / errors[1])).item() < 4.3, errors
 
 
 def test_branch_mode_records_both_branches_on_the_guided_path(tmp_path):
-    chains, about = record(tmp_path / "branches", mode="branch", guidance_interval=(0.0, 0.7))
-    path, _ = record(tmp_path / "guided", guidance_interval=(0.0, 0.7))
-    assert len(chains) == 20 and chains.branches == 2 and about["velocity"] == "branch"
-    assert chains.labels.tolist()[:4] == [0, 2, 1, 2]
+    trajectories, about = record(tmp_path / "branches", mode="per_branch", guidance_interval=(0.0, 0.7))
+    path, _ = record(tmp_path / "combined", guidance_interval=(0.0, 0.7))
+    assert len(trajectories) == 20 and trajectories.branches == 2 and about["velocity"] == "per_branch"
+    assert trajectories.labels.tolist()[:4] == [0, 2, 1, 2]
     rows = torch.arange(20)
     for point in (0, 7, 23):
         at = torch.full((20,), point)
-        x, v = chains.states[rows, at], chains.velocities[rows, at]
-        torch.testing.assert_close(v, swirl(x, chains.times[rows, at], chains.labels))
+        x, v = trajectories.states[rows, at], trajectories.velocities[rows, at]
+        torch.testing.assert_close(v, swirl(x, trajectories.times[rows, at], trajectories.labels))
         torch.testing.assert_close(x[::2], path.states[rows[:10], at[:10]])
-    train, held_out = chains.split(3)
-    assert len(train) == 14 and len(held_out) == 6
+    train, validation = trajectories.split(3)
+    assert len(train) == 14 and len(validation) == 6
 
 
 def test_guidance_range_is_recorded_with_its_scales(tmp_path):
-    chains, about = record(tmp_path / "chains", guidance=(1.5, 4.0), chains=24)
+    trajectories, about = record(tmp_path / "trajectories", guidance=(1.5, 4.0), trajectories=24)
     assert about["guidance"] == [1.5, 4.0]
-    assert 1.5 <= chains.scales.min() < 2.5 and 3 < chains.scales.max() <= 4
+    assert 1.5 <= trajectories.scales.min() < 2.5 and 3 < trajectories.scales.max() <= 4
     rows, at = torch.arange(24), torch.full((24,), 11)
-    x, v = chains.states[rows, at], chains.velocities[rows, at]
-    expected = guided(x, chains.times[rows, at], chains.labels, chains.scales[:, None, None, None])
+    x, v = trajectories.states[rows, at], trajectories.velocities[rows, at]
+    expected = guided(x, trajectories.times[rows, at], trajectories.labels, trajectories.scales[:, None, None, None])
     torch.testing.assert_close(v, expected)
 
 
@@ -145,14 +145,14 @@ def test_a_coarse_teacher_is_measured_and_warned_about(tmp_path, capsys):
     backbone = open_backbone(choice)
     errors = {}
     for points in (10, 96):
-        settings = recording.Recording(chains=8, points=points, record_batch=8)
+        settings = recording.Recording(trajectories=8, points=points, record_batch=8)
         whole = recording.stretches(settings, Path(), backbone)[0]
-        errors[points] = recording.teacher_error(settings, whole, choice, backbone)
+        errors[points] = recording.reference_error(settings, whole, choice, backbone)
         drawn = recording.draw_batch(settings, whole, choice, backbone, 0)
         field = backbone.field(drawn["labels"], 2.0)
         times = drawn["times"]
         converged = run_baseline("rk4", field, drawn["noise"], torch.linspace(1, 0.01, 400))
-        ends = record_chain(field, drawn["noise"], times)[0][:, -1]
+        ends = record_trajectory(field, drawn["noise"], times)[0][:, -1]
         truth = (ends - converged).square().mean().sqrt()
         assert errors[points]["error"] == pytest.approx(truth.item(), rel=0.35)
     assert errors[96]["error"] < errors[10]["error"] / 50
@@ -170,7 +170,7 @@ def refused(capsys, *command):
 
 
 def test_what_is_there_is_never_overwritten(tmp_path, capsys):
-    out = tmp_path / "chains"
+    out = tmp_path / "trajectories"
     record(out)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     said = refused(capsys, "record", *arguments(out, guidance=3.0))
@@ -189,7 +189,7 @@ def damage(path, kind):
         content = bytearray(path.read_bytes())
         content[-1000] ^= 1
         path.write_bytes(content)
-    elif kind == "not chains":
+    elif kind == "not trajectories":
         save_shard(path, {"weights": torch.zeros(3)}, {})
     else:
         tensors, about = open_shard(path)
@@ -200,29 +200,29 @@ def damage(path, kind):
 
 @pytest.mark.parametrize(
     ("kind", "message"),
-    [("truncated", "truncated"), ("flipped", "check sum"), ("NaN", "NaN"), ("not chains", "holds no chains")],
+    [("truncated", "truncated"), ("flipped", "check sum"), ("NaN", "NaN"), ("not trajectories", "holds no trajectories")],
 )
 def test_damaged_shards_are_refused_by_name(kind, message, tmp_path):
-    out = tmp_path / "chains"
+    out = tmp_path / "trajectories"
     record(out)
     path = sorted(out.iterdir())[1]
     damage(path, kind)
     with pytest.raises(CheckpointError, match=f"{path.name}.*{message}"):
-        open_chains([out])
+        open_trajectories([out])
 
 
 def test_shards_of_the_same_name_or_of_another_recording_are_refused(tmp_path):
     record(tmp_path / "a")
     record(tmp_path / "b")
     with pytest.raises(CheckpointError, match="same name, hence the same seed and the same noises"):
-        open_chains([tmp_path / "a", tmp_path / "b"])
+        open_trajectories([tmp_path / "a", tmp_path / "b"])
     record(tmp_path / "c", seed=2)
-    assert len(open_chains([tmp_path / "a", tmp_path / "c"])[0]) == 20
+    assert len(open_trajectories([tmp_path / "a", tmp_path / "c"])[0]) == 20
     record(tmp_path / "d", seed=3, guidance=3.0)
     with pytest.raises(CheckpointError, match=r"guidance is \[3.0, 3.0\]"):
-        open_chains([tmp_path / "a", tmp_path / "d"])
-    with pytest.raises(FileNotFoundError, match="Record chains first"):
-        open_chains([tmp_path / "nowhere"])
+        open_trajectories([tmp_path / "a", tmp_path / "d"])
+    with pytest.raises(FileNotFoundError, match="Record trajectories first"):
+        open_trajectories([tmp_path / "nowhere"])
 
 
 @pytest.mark.parametrize(
@@ -239,8 +239,8 @@ def test_shards_of_the_same_name_or_of_another_recording_are_refused(tmp_path):
         ({"backbone": "sit:missing.safetensors"}, "There is no file missing.safetensors"),
         ({"backbone": "python:training_problems:broken_backbone"}, "NaN or infinity"),
         ({"points": 3}, "--points must be at least 8"),
-        ({"chains": 0}, "--chains must be at least 1"),
-        ({"mode": "both"}, "--mode must be one of guided, branch"),
+        ({"trajectories": 0}, "--trajectories must be at least 1"),
+        ({"mode": "both"}, "--cfg-mode must be one of guided, branch"),
         ({"storage": "int8"}, "--storage must be one of"),
         ({"dtype": "half"}, "--dtype must be one of"),
         ({"device": "abacus"}, "--device abacus cannot be used"),
@@ -257,23 +257,23 @@ def test_bad_settings_are_refused_in_words(changes, message, tmp_path, capsys):
 def test_settings_come_from_a_file_and_flags_win(tmp_path, capsys):
     config = tmp_path / "record.toml"
     config.write_text(f'backbone = "{BACKBONE}"\nchains = 4\npoints = 8\nrecord_batch = 4\nguidance = [2.0]\n')
-    assert main(["record", "--config", str(config), "--chains", "8", "--out", str(tmp_path / "out")]) == 0
-    assert len(open_chains([tmp_path / "out"])[0]) == 8
+    assert main(["record", "--config", str(config), "--trajectories", "8", "--out", str(tmp_path / "out")]) == 0
+    assert len(open_trajectories([tmp_path / "out"])[0]) == 8
     config.write_text('backbone = "x"\nchian = 4\n')
     said = refused(capsys, "record", "--config", config, "--out", tmp_path)
-    assert "Unknown key chian" in said and "chains" in said and "guidance_interval" in said
+    assert "Unknown key chian" in said and "trajectories" in said and "guidance_interval" in said
     said = refused(capsys, "record", "--backbone", "x", "--out", tmp_path, "--chian", "4")
-    assert "Unknown option --chian" in said and "chains" in said
-    config.write_text("chains = = 4")
+    assert "Unknown option --chian" in said and "trajectories" in said
+    config.write_text("trajectories = = 4")
     assert "is no TOML file" in refused(capsys, "record", "--config", config, "--out", tmp_path)
     assert "no such file" in refused(capsys, "record", "--config", tmp_path / "none.toml")
 
 
 def test_the_documented_example_is_recorded(tmp_path):
     """docs/training.md shows the file that is used here, to the letter."""
-    chains, about = record(
-        tmp_path / "chains", backbone="python:example_backbone:my_model", guidance=1.0, chains=4, points=12
+    trajectories, about = record(
+        tmp_path / "trajectories", backbone="python:example_backbone:my_model", guidance=1.0, trajectories=4, points=12
     )
-    assert about["backbone"]["name"] == "my model" and tuple(chains.states.shape) == (4, 12, 4, 32, 32)
+    assert about["backbone"]["name"] == "my model" and tuple(trajectories.states.shape) == (4, 12, 4, 32, 32)
     root = Path(__file__).resolve().parents[1]
     assert (root / "tests" / "example_backbone.py").read_text() in (root / "docs" / "training.md").read_text()

@@ -63,7 +63,7 @@ ORDERS = {
         ("flow", "guidance", "grids", "quadrature", "files"),
         ("sit", "sidenet"),
         ("steps", "weighting"),
-        ("step_weights", "half_calls"),
+        ("coefficients", "cfg_coefficients"),
         ("runs",),
         ("solver",),
         ("checkpoint",),

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from ba_solver.bas_core import FittedRun, Guidance, SideNetCard, load_sidenet, run_over, save_sidenet, solve
+from ba_solver.bas_core import Schedule, Guidance, SideNetCard, load_sidenet, match_schedule, save_sidenet, solve
 from ba_solver.bas_core.files import read_safetensors, write_safetensors
-from ba_solver.bas_core.runs import describe_runs
-from ba_solver.bas_core.step_weights import row_length
+from ba_solver.bas_core.schedule import describe_schedules
+from ba_solver.bas_core.coefficients import row_length
 from checks import guided_field
 from problems import noise, small_sidenet
 
@@ -18,26 +18,26 @@ HALVES = [[], [0.7, -0.4], [], [0.5, 0.3, 0.1, -0.2, 0.6]]
 def fitted(times=TIMES, **changes):
     generator = torch.Generator().manual_seed(1)
     rows = [(0.1 * torch.randn(row_length(row), generator=generator)).tolist() for row in range(2 * len(times) - 3)]
-    return FittedRun(times, **{"step_weights": rows, "half_calls": HALVES, "skip_first": True, **changes})
+    return Schedule(times, **{"coefficients": rows, "cfg_coefficients": HALVES, "analytic_first_step": True, **changes})
 
 
 def test_what_it_costs_is_what_the_field_counts():
-    sidenet = small_sidenet(dtype=torch.float32, anchors=2, mean_size=2)
-    for run in (fitted(), fitted(half_calls=()), fitted(skip_first=False), FittedRun(TIMES), fitted(step_weights=())):
-        field = guided_field(2, Guidance(2.0), "guided")
+    sidenet = small_sidenet(dtype=torch.float32, anchors=2, data_mean_size=2)
+    for run in (fitted(), fitted(cfg_coefficients=()), fitted(analytic_first_step=False), Schedule(TIMES), fitted(coefficients=())):
+        field = guided_field(2, Guidance(2.0), "combined")
         solve(field, sidenet, noise(2, 2, 4, 4, dtype=torch.float32), run)
-        assert (field.calls, field.halves, field.cost) == (run.calls, run.halves, run.cost)
-    assert [r.cost for r in (fitted(), fitted(skip_first=False), FittedRun(TIMES))] == [3, 4, 5]
-    assert describe_runs({3: fitted()}) == "3 calls (5 steps, the first call saved, 2 half calls, step weights)"
+        assert (field.calls, field.conditional_only, field.nfe) == (run.calls, run.conditional_only, run.nfe)
+    assert [r.nfe for r in (fitted(), fitted(analytic_first_step=False), Schedule(TIMES))] == [3, 4, 5]
+    assert describe_schedules({3: fitted()}) == "3 calls (5 steps, the first call saved, 2 half calls, step weights)"
 
 
 def test_it_is_a_value():
     """Equal where its numbers are; hashable; and nobody can change it."""
-    assert fitted() == fitted() and hash(fitted()) == hash(fitted()) and fitted() != FittedRun(TIMES)
+    assert fitted() == fitted() and hash(fitted()) == hash(fitted()) and fitted() != Schedule(TIMES)
     with pytest.raises(AttributeError):
         fitted().times = TIMES
-    tensors = FittedRun(torch.tensor(TIMES, dtype=torch.float64), [torch.tensor(row) for row in fitted().step_weights])
-    assert tensors.detached().times == tuple(TIMES) and isinstance(tensors.detached().step_weights[0], tuple)
+    tensors = Schedule(torch.tensor(TIMES, dtype=torch.float64), [torch.tensor(row) for row in fitted().coefficients])
+    assert tensors.detached().times == tuple(TIMES) and isinstance(tensors.detached().coefficients[0], tuple)
 
 
 @pytest.mark.parametrize(
@@ -48,10 +48,10 @@ def test_it_is_a_value():
         ({"times": [1.5, 0.0]}, r"must lie in \[0, 1\]"),
         ({"times": [1.0, float("nan")]}, r"must lie in \[0, 1\]"),
         ({"times": 5}, "sequences of numbers; got int"),
-        ({"times": [0.9, 0.5, 0.0], "skip_first": True}, "from pure noise, t = 1.*begins at 0.9"),
-        ({"times": TIMES, "step_weights": [[0.1]]}, "come in rows of"),
-        ({"times": TIMES, "half_calls": [[], [0.1]]}, "come in as many rows"),
-        ({"times": TIMES, "half_calls": [[], *HALVES], "skip_first": True}, "Half calls for 4 calls"),
+        ({"times": [0.9, 0.5, 0.0], "analytic_first_step": True}, "from pure noise, t = 1.*begins at 0.9"),
+        ({"times": TIMES, "coefficients": [[0.1]]}, "come in rows of"),
+        ({"times": TIMES, "cfg_coefficients": [[], [0.1]]}, "come in as many rows"),
+        ({"times": TIMES, "cfg_coefficients": [[], *HALVES], "analytic_first_step": True}, "Half calls for 4 calls"),
         ({"times": TIMES, "rule": "legendre3"}, "include 0 and 1.*got legendre3"),
         ({"times": TIMES, "rule": 3}, "Unknown quadrature rule 3"),
     ],
@@ -59,20 +59,20 @@ def test_it_is_a_value():
 )
 def test_parts_that_do_not_fit_are_refused(parts, message):
     with pytest.raises(ValueError, match=message):
-        FittedRun(**parts)
+        Schedule(**parts)
 
 
 def test_times_from_elsewhere_find_their_run():
     """As sigmas come back from other programs: rounded, or shrunk to where a model starts, where no call is saved."""
     runs = {3: fitted()}
-    rounded = run_over(torch.tensor(TIMES) + torch.tensor([0, 5e-4, -5e-4, 5e-4, 0, 0]), runs)
-    assert rounded.step_weights == fitted().step_weights and rounded.skip_first and rounded.cost == 3
-    shrunk = run_over(torch.tensor(TIMES) * 0.98, runs)
-    assert shrunk.half_calls == fitted().half_calls and not shrunk.skip_first and shrunk.cost == 4
-    assert torch.equal(shrunk.times, fitted().scaled(0.98).times) and not fitted().scaled(0.98).skip_first
-    other = run_over(torch.tensor([1.0, 0.95, 0.5, 0.0]), runs, knows_mean=True)
-    assert not other.fitted and other.skip_first  # a short first step, and a SideNet that knows the mean
-    assert not run_over(torch.tensor([1.0, 0.5, 0.0]), runs, knows_mean=True).skip_first
+    rounded = match_schedule(torch.tensor(TIMES) + torch.tensor([0, 5e-4, -5e-4, 5e-4, 0, 0]), runs)
+    assert rounded.coefficients == fitted().coefficients and rounded.analytic_first_step and rounded.nfe == 3
+    shrunk = match_schedule(torch.tensor(TIMES) * 0.98, runs)
+    assert shrunk.cfg_coefficients == fitted().cfg_coefficients and not shrunk.analytic_first_step and shrunk.nfe == 4
+    assert torch.equal(shrunk.times, fitted().scaled(0.98).times) and not fitted().scaled(0.98).analytic_first_step
+    other = match_schedule(torch.tensor([1.0, 0.95, 0.5, 0.0]), runs, has_data_mean=True)
+    assert not other.fitted and other.analytic_first_step  # a short first step, and a SideNet that knows the mean
+    assert not match_schedule(torch.tensor([1.0, 0.5, 0.0]), runs, has_data_mean=True).analytic_first_step
 
 
 class Counted:
@@ -80,7 +80,7 @@ class Counted:
 
     def __init__(self, sidenet):
         self.sidenet, self.config, self.anchors, self.asked = sidenet, sidenet.config, 2, 0
-        self.first_velocity = sidenet.first_velocity
+        self.analytic_velocity = sidenet.analytic_velocity
 
     def __call__(self, **inputs):
         self.asked += len(inputs["x"])
@@ -91,8 +91,8 @@ def test_it_is_run_by_the_rule_that_it_was_fitted_for():
     """The trapezoid asks once a step, lobatto4 three times ahead and twice back; who names a rule gets that one."""
     x, ends, asked = noise(1, 2, 4, 4, dtype=torch.float32), [], []
     for run, rule in ((fitted(rule="lobatto2"), None), (fitted(), None), (fitted(rule="lobatto2"), "lobatto4")):
-        sidenet = Counted(small_sidenet(dtype=torch.float32, anchors=2, mean_size=2))
-        ends.append(solve(guided_field(1, Guidance(2.0), "guided"), sidenet, x, run, rule=rule))
+        sidenet = Counted(small_sidenet(dtype=torch.float32, anchors=2, data_mean_size=2))
+        ends.append(solve(guided_field(1, Guidance(2.0), "combined"), sidenet, x, run, rule=rule))
         asked.append(sidenet.asked)
     assert asked == [5, 5 * 3 + 4 * 2, 5 * 3 + 4 * 2]
     assert torch.equal(ends[1], ends[2]) and not torch.allclose(ends[0], ends[1], atol=1e-3)
@@ -103,11 +103,11 @@ def test_it_is_run_by_the_rule_that_it_was_fitted_for():
 def test_files_of_the_first_version_hold_the_same_runs(tmp_path):
     """There the parts lay in three tables, the first call was saved where the grid starts short, and the rule was
     lobatto4; so it was in the second version, which did not name it."""
-    card = SideNetCard("guided", (2.0, 2.0), runs={3: fitted(), 5: FittedRun([1.0, 0.8, 0.6, 0.4, 0.2, 0.0])})
+    card = SideNetCard("combined", (2.0, 2.0), runs={3: fitted(), 5: Schedule([1.0, 0.8, 0.6, 0.4, 0.2, 0.0])})
     trapezoid = SideNetCard(runs={3: fitted(rule="lobatto2")})
-    save_sidenet(tmp_path / "trapezoid.safetensors", small_sidenet(anchors=2, mean_size=2), trapezoid)
+    save_sidenet(tmp_path / "trapezoid.safetensors", small_sidenet(anchors=2, data_mean_size=2), trapezoid)
     assert load_sidenet(tmp_path / "trapezoid.safetensors")[1].runs[3].rule == "lobatto2"
-    sidenet = small_sidenet(dtype=torch.float32, anchors=2, mean_size=2)
+    sidenet = small_sidenet(dtype=torch.float32, anchors=2, data_mean_size=2)
     path = tmp_path / "new.safetensors"
     save_sidenet(path, sidenet, card)
     tensors, metadata = read_safetensors(path)
@@ -119,12 +119,12 @@ def test_files_of_the_first_version_hold_the_same_runs(tmp_path):
     metadata |= {
         "format_version": "1",
         "time_grids": json.dumps({n: run["times"] for n, run in runs.items()}),
-        "step_weights": json.dumps({n: run["step_weights"] for n, run in runs.items() if run["step_weights"]}),
-        "half_calls": json.dumps({n: run["half_calls"] for n, run in runs.items() if run["half_calls"]}),
+        "coefficients": json.dumps({n: run["coefficients"] for n, run in runs.items() if run["coefficients"]}),
+        "cfg_coefficients": json.dumps({n: run["cfg_coefficients"] for n, run in runs.items() if run["cfg_coefficients"]}),
     }
     write_safetensors(tmp_path / "old.safetensors", tensors, metadata)
     assert load_sidenet(tmp_path / "old.safetensors")[1] == load_sidenet(path)[1] == card
     # As in files from before there were step weights and half calls.
-    metadata = {name: text for name, text in metadata.items() if name not in ("step_weights", "half_calls")}
+    metadata = {name: text for name, text in metadata.items() if name not in ("coefficients", "cfg_coefficients")}
     write_safetensors(tmp_path / "older.safetensors", tensors, metadata | {"time_grids": json.dumps({4: TIMES})})
-    assert load_sidenet(tmp_path / "older.safetensors")[1].runs == {4: FittedRun(TIMES, skip_first=True)}
+    assert load_sidenet(tmp_path / "older.safetensors")[1].runs == {4: Schedule(TIMES, analytic_first_step=True)}

@@ -8,10 +8,10 @@ import torch
 from ba_solver.bas_core import Field, SideNet, SideNetConfig, load_sidenet, model_field, run_baseline, time_grid
 from ba_solver.training.backbones import BackboneChoice, open_backbone
 from ba_solver.training.cli import main
-from ba_solver.training.measuring import score
-from ba_solver.training.measuring.multistep import LearnedMultistep
-from ba_solver.training.recording.chains import Chains, open_chains
-from ba_solver.training.runs.samplers import endpoint_errors
+from ba_solver.training.measuring import evaluate
+from ba_solver.training.measuring.learned_multistep import LearnedMultistep
+from ba_solver.training.recording.trajectories import Trajectories, open_trajectories
+from ba_solver.training.schedules.solvers import endpoint_errors
 from matplotlib.image import imread
 from training_problems import BACKBONE, SHAPE, swirl
 
@@ -20,12 +20,12 @@ torch.set_num_threads(1)
 
 def reference(noise, labels, points=400):
     """The exact path of the test field, at any time."""
-    from ba_solver.training.recording.teacher import record_chain
+    from ba_solver.training.recording.reference_solver import record_trajectory
 
     times = torch.linspace(1, 0, points)
-    states, velocities = record_chain(model_field(swirl, labels), noise, times)
-    chains = Chains(times.expand(len(noise), -1), states, velocities, labels)
-    return lambda t: chains.at(torch.arange(len(noise)), t)
+    states, velocities = record_trajectory(model_field(swirl, labels), noise, times)
+    trajectories = Trajectories(times.expand(len(noise), -1), states, velocities, labels)
+    return lambda t: trajectories.at(torch.arange(len(noise)), t)
 
 
 def test_learned_multistep_finds_a_multistep_solver_that_is_there():
@@ -58,13 +58,13 @@ def test_learned_multistep_beats_adams_bashforth_on_other_noises():
     """Same calls, same grid, held-out noises; it costs one call a step, and its fit one run."""
     labels = torch.arange(64) % 2
     noise = torch.randn(64, *SHAPE, generator=torch.Generator().manual_seed(1))
-    held_out = torch.randn(16, *SHAPE, generator=torch.Generator().manual_seed(2))
-    truth = reference(held_out, labels[:16])(0.0)
+    validation = torch.randn(16, *SHAPE, generator=torch.Generator().manual_seed(2))
+    truth = reference(validation, labels[:16])(0.0)
     fitted = model_field(swirl, labels)
     solver, field = LearnedMultistep(fitted, noise, reference(noise, labels)), model_field(swirl, labels[:16])
-    learned = endpoint_errors(solver(field, held_out, time_grid(6)), truth).mean()
+    learned = endpoint_errors(solver(field, validation, time_grid(6)), truth).mean()
     assert (field.calls, fitted.calls) == (6, 6)
-    known = endpoint_errors(run_baseline("adams_bashforth2", field, held_out, time_grid(6)), truth).mean()
+    known = endpoint_errors(run_baseline("adams_bashforth2", field, validation, time_grid(6)), truth).mean()
     assert learned < 0.7 * known
 
 
@@ -72,7 +72,7 @@ def test_learned_multistep_beats_adams_bashforth_on_other_noises():
 def made(tmp_path_factory):
     """`ba-solver make` on the test field."""
     out = tmp_path_factory.mktemp("made") / "mine.safetensors"
-    command = f"make --backbone {BACKBONE} --guidance 2 --chains 48 --points 32 --record-batch 16 --out {out} "
+    command = f"make --backbone {BACKBONE} --guidance 2 --trajectories 48 --points 32 --record-batch 16 --out {out} "
     command += "--base-channels 16 --embedding-dim 16 --num-layers 2 --patch-size 1 --batch 64 --steps 250 --warmup 10 "
     command += "--learning-rate 1e-2 --ema 0.95 --nfe 4,6 --noises 12 --noise-batch 6 --search-noises 4 --reference 64 "
     command += "--tune 60"
@@ -82,7 +82,7 @@ def made(tmp_path_factory):
 
 def lines(out):
     with (out / "results.csv").open() as file:
-        return {(row["sampler"], int(row["calls"]), row["grid"]): row for row in csv.DictReader(file)}
+        return {(row["solver"], int(row["calls"]), row["grid"]): row for row in csv.DictReader(file)}
 
 
 def test_make_records_trains_and_evaluates(made):
@@ -94,7 +94,7 @@ def test_make_records_trains_and_evaluates(made):
     assert {(n, g) for name, n, g in rows if name == "ba_solver"} == {
         (n, g) for n in (4, 6) for g in ("uniform", "best")
     }
-    assert sorted(card.runs) == [4, 6] and card.training["settings"]["chains"] == 48
+    assert sorted(card.schedules_for(card.cfg)) == [4, 6] and card.training["settings"]["trajectories"] == 48
     for calls in (4, 6):
         ours = float(rows["ba_solver", calls, "uniform"]["error"])
         assert ours < float(rows["predictor_corrector", calls, "uniform"]["error"])
@@ -104,8 +104,8 @@ def test_make_records_trains_and_evaluates(made):
     assert found["settings"]["noises"] == 12 and found["endpoint_error"] == card.evaluation["endpoint_error"]
     for name in ("images.png", "errors.png"):
         assert imread(report / name).std() > 0.03
-    chains, _ = open_chains([made.with_suffix(".chains")])
-    assert len(chains) == 48 and sidenet.config.in_channels == 2
+    trajectories, _ = open_trajectories([made.with_suffix(".trajectories")])
+    assert len(trajectories) == 48 and sidenet.config.in_channels == 2
 
 
 def test_measured_errors_are_the_distances_to_the_exact_end(made):
@@ -135,7 +135,7 @@ def test_evaluate_alone_fits_the_rival_on_noises_of_its_own(made, tmp_path):
     assert ("learned_multistep", 5, "best") in rows and ("ba_solver", 5, "best") in rows
     # The best grid found becomes the file's, beside those that were learned, with step weights of its own.
     card = load_sidenet(copy)[1]
-    assert sorted(card.runs) == [4, 5, 6] and all(run.step_weights for run in card.runs.values())
+    assert sorted(card.schedules_for(card.cfg)) == [4, 5, 6] and all(run.coefficients for run in card.schedules_for(card.cfg).values())
     assert main(f"{command} --reference 64 --search-noises 0".split()) == 0
     assert {(name, grid) for name, n, grid in lines(tmp_path / "r") if n == 5 and grid != "uniform"} == {
         ("ba_solver", "best")
@@ -149,7 +149,7 @@ def test_evaluate_alone_fits_the_rival_on_noises_of_its_own(made, tmp_path):
         ("--backbone python:training_problems:other_backbone", "belongs to 'swirl'; 'other' is asked for"),
         ("--nfe 5,x", "--nfe must be whole numbers"),
         ("--reference 10", "--reference must be at least four times"),
-        ("--chains nowhere", "no folder nowhere"),
+        ("--trajectories nowhere", "no folder nowhere"),
         ("--sidenet nothing.safetensors", "no file nothing.safetensors"),
         ("--noises 0", "--noises must be at least 1"),
     ],
@@ -162,7 +162,7 @@ def test_bad_evaluations_are_refused_in_words(options, message, made, tmp_path, 
 
 def test_make_does_not_train_over_a_sidenet(made, capsys):
     before = made.read_bytes()
-    command = f"make --backbone {BACKBONE} --guidance 2 --chains 48 --points 32 --record-batch 16 --out {made}"
+    command = f"make --backbone {BACKBONE} --guidance 2 --trajectories 48 --points 32 --record-batch 16 --out {made}"
     assert main(command.split()) == 2
     assert "exists already; nothing is overwritten" in capsys.readouterr().err
     assert made.read_bytes() == before
@@ -183,7 +183,7 @@ def test_official_sidenets_are_converted(tmp_path, capsys):
     target = tmp_path / "out.safetensors"
     assert main(["convert", str(tmp_path / "official.pt"), str(target)]) == 0
     converted, card = load_sidenet(target)
-    assert card.velocity == "branch" and card.training["converted_from"] == "official.pt"
+    assert card.velocity == "per_branch" and card.training["converted_from"] == "official.pt"
     state = sidenet.state_dict()
     assert all(torch.equal(converted.state_dict()[name], state[name]) for name in state)
     assert main(["convert", str(tmp_path / "official.pt"), str(target)]) == 2

@@ -85,10 +85,10 @@ def test_it_agrees_in_float32_too():
     torch.testing.assert_close(sidenet(x, v, t, h, y), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("architecture", BODIES)
 def test_every_input_matters(body):
     """Each of state, velocity, time, step and class changes the answer; so do slope, span and scale where taken."""
-    net = small_sidenet(anchors=2, guidance_input=True, body=body)
+    net = small_sidenet(anchors=2, cfg_input=True, architecture=body)
     x, v, t, h, y = inputs()
     given = {"x": x, "v": v, "t": t, "h": h, "cond": y, "scale": torch.full_like(t, 2.0), **second_anchor(x)}
     base = net(**given)
@@ -155,12 +155,12 @@ def test_zero_output_silences_the_network(anchors):
 # --- sizes, video, conditions, precision ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("architecture", BODIES)
 @pytest.mark.parametrize("size", [(4, 6), (5, 7), (3, 4), (1, 1)], ids=str)
 @pytest.mark.parametrize("patch", [2, 3, 4])
 def test_sizes_that_the_patch_does_not_divide_are_padded_at_the_far_edges(patch, size, body):
     """The answer is the top left part of the answer for the state with its last row and column repeated."""
-    net = small_sidenet(patch_size=patch, body=body)
+    net = small_sidenet(patch_size=patch, architecture=body)
     x, v, t, h, y = inputs(size=size)
     padding = (0, -size[1] % patch, 0, -size[0] % patch)
     whole = net(F.pad(x, padding, mode="replicate"), F.pad(v, padding, mode="replicate"), t, h, y)
@@ -177,10 +177,10 @@ def test_patches_are_channels_of_a_coarser_grid():
     torch.testing.assert_close(net(x, v, t, h, y), expected, **EXACT)
 
 
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("architecture", BODIES)
 @pytest.mark.parametrize("anchors", [1, 2])
 def test_videos_are_answered_frame_by_frame(anchors, body):
-    net = small_sidenet(anchors=anchors, patch_size=2, body=body)
+    net = small_sidenet(anchors=anchors, patch_size=2, architecture=body)
     x, v, t, h, y = inputs(size=(3, 4, 5))
     second = second_anchor(x) if anchors == 2 else {}
     video = net(x, v, t, h, y, **second)
@@ -190,20 +190,20 @@ def test_videos_are_answered_frame_by_frame(anchors, body):
 
 
 def test_the_first_velocity_leads_to_the_mean_in_any_size_and_every_frame():
-    sidenet = small_sidenet(mean_size=3)
+    sidenet = small_sidenet(data_mean_size=3)
     sidenet.data_mean.copy_(torch.tensor([1.0, -2.0])[:, None, None].expand(2, 3, 3))
     sidenet.data_mean[:, 0, 0] += 5
     x, t = noise(2, 2, 3, 6, 9), torch.tensor(0.98)
-    video = sidenet.first_velocity(x, t)
+    video = sidenet.analytic_velocity(x, t)
     reached = x - 0.98 * video  # x - t v: the data that v points to
     torch.testing.assert_close(reached, reached[:1, :, :1].expand_as(reached))
     assert reached[0, :, 0, 5, 8].tolist() == pytest.approx([1, -2]) and reached[
         0, :, 0, 0, 0
     ].tolist() == pytest.approx([6, 3])
-    torch.testing.assert_close(sidenet.first_velocity(x[:, :, 1], t), video[:, :, 1])
+    torch.testing.assert_close(sidenet.analytic_velocity(x[:, :, 1], t), video[:, :, 1])
     with pytest.raises(ValueError, match="Use a SideNet made for this model"):
-        sidenet.first_velocity(noise(1, 3, 6, 9), t)
-    assert small_sidenet().first_velocity(x, t) is None
+        sidenet.analytic_velocity(noise(1, 3, 6, 9), t)
+    assert small_sidenet().analytic_velocity(x, t) is None
 
 
 def test_a_network_without_classes_has_no_class_table_and_ignores_what_it_is_given():
@@ -215,7 +215,7 @@ def test_a_network_without_classes_has_no_class_table_and_ignores_what_it_is_giv
 
 def test_tokens_compute_transformer_blocks_on_positions():
     """The token body, rebuilt from its tensors with torch's own layers, on a grid that is not square."""
-    net = small_sidenet(body="tokens", base_channels=8, num_layers=2)
+    net = small_sidenet(architecture="transformer", base_channels=8, num_layers=2)
     x, v, t, h, y = inputs()
     state, embedding = net.state_dict(), net._embedding(t, h, y, None, None)
     feature = F.conv2d(torch.cat([x, v], 1), state["input_conv.weight"], padding=1)
@@ -248,7 +248,7 @@ def test_tokens_compute_transformer_blocks_on_positions():
 
 def test_a_token_network_can_be_trained_after_it_has_sampled():
     """What it keeps of a call under inference mode must not reach the next call's graph."""
-    net = small_sidenet(body="tokens").requires_grad_(True)
+    net = small_sidenet(architecture="transformer").requires_grad_(True)
     x, v, t, h, y = inputs(size=(3, 7))
     with torch.inference_mode():
         net(x, v, t, h, y)
@@ -256,13 +256,13 @@ def test_a_token_network_can_be_trained_after_it_has_sampled():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
 
 
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("architecture", BODIES)
 @pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32, torch.float64])
 def test_the_answer_has_the_states_precision_whatever_the_weights(weights, body):
     """And is the float64 answer to the precision of the weights."""
     x, v, t, h, y = inputs()
-    exact = small_sidenet(body=body)(x, v, t, h, y)
-    got = small_sidenet(body=body).to(weights)(x.float(), v.float(), t.float(), h.float(), y)
+    exact = small_sidenet(architecture=body)(x, v, t, h, y)
+    got = small_sidenet(architecture=body).to(weights)(x.float(), v.float(), t.float(), h.float(), y)
     assert got.dtype == torch.float32
     assert (got - exact).norm() < {torch.bfloat16: 0.05}.get(weights, 1e-5) * exact.norm()
 
@@ -284,8 +284,8 @@ def test_the_answer_has_the_states_precision_whatever_the_weights(weights, body)
         ({"anchors": 0}, "anchors must be 1 or 2; got 0"),
         ({"kernel_size": 2}, "kernel_size must be odd and positive; got 2"),
         ({"kernel_size": -1}, "kernel_size must be"),
-        ({"body": "mlp"}, "body must be one of convolution, tokens; got 'mlp'"),
-        ({"body": "tokens", "base_channels": 6, "num_heads": 2}, "base_channels must be a multiple of 4; got 6"),
+        ({"architecture": "mlp"}, "body must be one of convolution, tokens; got 'mlp'"),
+        ({"architecture": "transformer", "base_channels": 6, "num_heads": 2}, "base_channels must be a multiple of 4; got 6"),
         ({"base_channels": 10, "num_heads": 4}, "base_channels must be a multiple of num_heads 4; got 10"),
     ],
 )
@@ -315,4 +315,4 @@ def test_wrong_inputs_are_refused(change, message):
     x, v, t, h, y = inputs()
     given = {"x": x, "v": v, "t": t, "h": h, "cond": y, "scale": torch.ones(2)} | change
     with pytest.raises(ValueError, match=message):
-        small_sidenet(guidance_input=True)(**given)
+        small_sidenet(cfg_input=True)(**given)

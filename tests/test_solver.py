@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ba_solver.bas_core import BASELINES, Field, Guidance, get_rule, model_field, run_baseline, solve, time_grid
-from ba_solver.bas_core.grids import grid_of_calls
-from ba_solver.bas_core.runs import FittedRun, run_over
+from ba_solver.bas_core.grids import grid_for_nfe
+from ba_solver.bas_core.schedule import Schedule, match_schedule
 from ba_solver.bas_core.steps import Anchor, Plan, Query, StraightLine, predict, probe, refine, single_anchor_step
 from checks import (
     TIGHT,
@@ -61,7 +61,7 @@ def gaussian_velocity(x, t):
 
 
 def sidenet_with_mean(anchors=2, mean=MEAN):
-    sidenet = small_sidenet(anchors=anchors, mean_size=4, num_classes=0)
+    sidenet = small_sidenet(anchors=anchors, data_mean_size=4, num_classes=0)
     sidenet.data_mean.copy_(mean)
     return sidenet
 
@@ -72,17 +72,17 @@ def test_a_sidenet_that_knows_the_mean_saves_the_first_call_and_nothing_else(anc
     sidenet, x = sidenet_with_mean(anchors), noise(3, 2, 4, 4)
     fields = [model_field(gaussian_velocity) for _ in range(3)]
     whole = solve(fields[0], sidenet, x, SHORT, method=method)
-    saving = FittedRun(SHORT, skip_first=True)
+    saving = Schedule(SHORT, analytic_first_step=True)
     saved = solve(fields[1], sidenet, x, saving, method=method)
     other = solve(fields[2], sidenet_with_mean(anchors, MEAN + 0.1), x, saving, method=method)
-    assert [field.calls for field in fields] == [4, 3, 3] == [FittedRun(SHORT).calls, saving.calls, saving.calls]
+    assert [field.calls for field in fields] == [4, 3, 3] == [Schedule(SHORT).calls, saving.calls, saving.calls]
     torch.testing.assert_close(saved, whole, **TIGHT)
     assert (other - whole).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("times", [[1.0, 0.84, 0.5, 0.0], [0.99, 0.95, 0.5, 0.0], [0.0, 0.07, 0.5, 1.0]], ids=str)
 def test_the_first_call_is_made_unless_a_short_step_leads_away_from_pure_noise(times):
-    field, run = model_field(gaussian_velocity), run_over(torch.tensor(times, dtype=torch.float64), knows_mean=True)
+    field, run = model_field(gaussian_velocity), match_schedule(torch.tensor(times, dtype=torch.float64), has_data_mean=True)
     solve(field, sidenet_with_mean(), noise(1, 2, 4, 4), run)
     assert field.calls == 3 == run.calls
 
@@ -90,13 +90,13 @@ def test_the_first_call_is_made_unless_a_short_step_leads_away_from_pure_noise(t
 def test_without_a_mean_the_first_call_is_made():
     for sidenet in (None, small_sidenet(anchors=2, num_classes=0), Oracle(2)):
         field = exact_field()
-        solve(field, sidenet, noise(1, 2, 4, 4).abs(), FittedRun(SHORT, skip_first=True))
+        solve(field, sidenet, noise(1, 2, 4, 4).abs(), Schedule(SHORT, analytic_first_step=True))
         assert field.calls == 4
 
 
 def test_a_grid_for_a_number_of_calls_has_one_more_step_where_the_first_is_saved():
     asked = ((3.0, True), (3.0, False), (1.0, True))  # the last, uniform, does not start short
-    made = [grid_of_calls(lambda n, shift=shift: time_grid(n, shift), 5, skip) for shift, skip in asked]
+    made = [grid_for_nfe(lambda n, shift=shift: time_grid(n, shift), 5, skip) for shift, skip in asked]
     assert [len(grid) - 1 for grid in made] == [6, 5, 5]
 
 
@@ -171,7 +171,7 @@ def test_guided_mode_integrates_the_combined_velocity(guidance, sidenet):
         return torch.lerp(class_velocity(x, t, uncond), v, scale) if low < t[0] <= high else v
 
     x = noise(2, 2, 4, 4)
-    got = solve(guided_field(2, Guidance(*guidance), "guided"), sidenet, x, UNIFORM)
+    got = solve(guided_field(2, Guidance(*guidance), "combined"), sidenet, x, UNIFORM)
     torch.testing.assert_close(got, solve(model_field(combined, cond), sidenet, x, UNIFORM), **TIGHT)
 
 
@@ -181,8 +181,8 @@ def test_guided_mode_integrates_the_combined_velocity(guidance, sidenet):
     [
         (name, mode)
         for name in BASELINES
-        for mode in ("branch", "guided")
-        if (name, mode) != (WITHOUT_SIDENET, "branch")
+        for mode in ("per_branch", "combined")
+        if (name, mode) != (WITHOUT_SIDENET, "per_branch")
     ],
 )
 def test_baselines_integrate_the_guided_velocity(name, mode):
@@ -200,7 +200,7 @@ def test_baselines_integrate_the_guided_velocity(name, mode):
 def test_both_modes_agree_without_a_sidenet_where_guidance_applies_throughout():
     """Straight lines through the branches combine to the straight line through the guided velocity."""
     x, times = noise(2, 2, 4, 4), smooth_grid(5, 1.0, 0.1)
-    results = [solve(guided_field(2, Guidance(2.0), mode), None, x, times) for mode in ("branch", "guided")]
+    results = [solve(guided_field(2, Guidance(2.0), mode), None, x, times) for mode in ("per_branch", "combined")]
     torch.testing.assert_close(*results, **TIGHT)
 
 
@@ -226,14 +226,14 @@ def test_the_unconditional_branch_is_evaluated_only_where_a_node_needs_it(anchor
 
 
 def test_the_guidance_scale_reaches_a_sidenet_that_asks_for_it():
-    sidenet, x, guidance = small_sidenet(guidance_input=True), noise(2, 2, 4, 4), Guidance(3.0)
+    sidenet, x, guidance = small_sidenet(cfg_input=True), noise(2, 2, 4, 4), Guidance(3.0)
 
     def told(x, v, t, h, cond):
         return sidenet(x, v, t, h, cond, scale=torch.full_like(t, 3.0))
 
-    results = [solve(guided_field(2, guidance, "guided"), net, x, UNIFORM) for net in (sidenet, told)]
+    results = [solve(guided_field(2, guidance, "combined"), net, x, UNIFORM) for net in (sidenet, told)]
     torch.testing.assert_close(*results, **TIGHT)
-    other = solve(guided_field(2, Guidance(3.001), "guided"), sidenet, x, UNIFORM)
+    other = solve(guided_field(2, Guidance(3.001), "combined"), sidenet, x, UNIFORM)
     assert not torch.allclose(other, results[0], **TIGHT)
 
 
@@ -383,7 +383,7 @@ def test_each_query_is_told_its_own_step_time_and_condition():
 
         class Echo:
             anchors = 2
-            config = SimpleNamespace(guidance_input=False)
+            config = SimpleNamespace(cfg_input=False)
 
             def __call__(self, *, x, v, told=told, **inputs):
                 return spread(inputs[told].to(x.dtype), x).expand_as(x) - v

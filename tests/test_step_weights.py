@@ -3,17 +3,17 @@
 import pytest
 import torch
 from ba_solver.bas_core import (
-    FittedRun,
+    Schedule,
     Guidance,
     SideNetCard,
     load_sidenet,
     model_field,
-    run_over,
+    match_schedule,
     runs,
     save_sidenet,
     solve,
 )
-from ba_solver.bas_core.step_weights import row_length
+from ba_solver.bas_core.coefficients import row_length
 from ba_solver.training.runs.fitting import Fitting, fit_run
 from checks import check_refused_in_a_file, guided_field
 from problems import exact_field, flow_map, noise, small_sidenet, state, uneven_grid
@@ -26,12 +26,12 @@ def random_weights(times=TIMES, size=0.3):
     rows = [
         (size * torch.randn(row_length(row), generator=generator)).tolist() for row in range(2 * (len(times) - 1) - 1)
     ]
-    return FittedRun(torch.tensor(times, dtype=torch.float64), rows)
+    return Schedule(torch.tensor(times, dtype=torch.float64), rows)
 
 
 def naive_run(velocity, x, run):
     """The predictor-corrector with weighted terms, written out from the module's description."""
-    times, rows = run.times.tolist(), iter(run.step_weights)
+    times, rows = run.times.tolist(), iter(run.coefficients)
     known = [(times[0], velocity(x, times[0]))]
     for i in range(len(times) - 1):
         t0, t1 = times[i], times[i + 1]
@@ -93,7 +93,7 @@ def check_fit_finds_the_weights():
 
     field = model_field(changing_velocity)
     plain = (solve(field, None, noise, times) - truth(0.0)).abs().max()
-    fitted, run = fit_run(Fitting(None, field, noise, truth), FittedRun(times))
+    fitted, run = fit_run(Fitting(None, field, noise, truth), Schedule(times))
     assert plain > 1e-2 and (fitted - truth(0.0)).abs().max() < 1e-5
     again = solve(field, None, noise, run)
     torch.testing.assert_close(again, fitted, atol=1e-12, rtol=0)
@@ -105,8 +105,8 @@ def forget_a_velocity(patch):
 
 
 def weight_accepted_ends_only(patch):
-    intact = FittedRun.correct
-    patch.setattr(FittedRun, "correct", lambda self, p: p.x if p.provisional is None else intact(self, p))
+    intact = Schedule.correct
+    patch.setattr(Schedule, "correct", lambda self, p: p.x if p.provisional is None else intact(self, p))
 
 
 def measure_from_the_state(patch):
@@ -148,7 +148,7 @@ def test_zero_weights_are_the_plain_solver_bit_by_bit():
     times = torch.tensor(TIMES)
     net, field, x = small_sidenet(), guided_field(2, Guidance(2.0)), noise(2, 2, 4, 4)
     plain = solve(field, net, x, times)
-    zero = FittedRun(TIMES, [[0.0] * len(row) for row in random_weights().step_weights])
+    zero = Schedule(TIMES, [[0.0] * len(row) for row in random_weights().coefficients])
     assert torch.equal(solve(field, net, x, zero), plain)
     assert not torch.equal(solve(field, net, x, random_weights(size=0.01).over(times)), plain)
 
@@ -158,7 +158,7 @@ def test_fitted_weights_serve_other_starts():
     times = uneven_grid(4)
     starts = torch.linspace(0.4, 1.3, 64, dtype=torch.float64).reshape(16, 1, 2, 2)
     fitting = Fitting(None, exact_field(), starts, lambda t: flow_map(starts, 1.0, float(t)))
-    run = fit_run(fitting, FittedRun(times))[1]
+    run = fit_run(fitting, Schedule(times))[1]
     held_out = state() + 0.013
     exact = flow_map(held_out, 1.0, 0.0)
     plain, fitted = ((solve(exact_field(), None, held_out, over) - exact).abs().mean() for over in (times, run))
@@ -167,18 +167,18 @@ def test_fitted_weights_serve_other_starts():
 
 def test_they_suit_their_own_grid_and_no_other():
     run = random_weights()
-    card = SideNetCard(runs={4: run, 2: FittedRun([1.0, 0.5, 0.0])})
+    card = SideNetCard(runs={4: run, 2: Schedule([1.0, 0.5, 0.0])})
     for times in (TIMES, torch.tensor(TIMES) * 0.93, torch.tensor(TIMES) + 5e-4 * torch.tensor([0, 1, -1, 1, 0])):
-        found = run_over(times, card.runs)
-        assert found.step_weights == run.step_weights and list(found.times) == list(times)
+        found = match_schedule(times, card.schedules_for(card.cfg))
+        assert found.coefficients == run.coefficients and list(found.times) == list(times)
     for times in ([1.0, 0.7, 0.45, 0.21, 0.0], TIMES[:-1], [1.0, 0.5, 0.0]):
-        assert not run_over(times, card.runs).step_weights
+        assert not match_schedule(times, card.schedules_for(card.cfg)).coefficients
 
 
 def test_files_keep_them(tmp_path):
     card = SideNetCard(runs={4: random_weights().detached()})
     save_sidenet(tmp_path / "a.safetensors", small_sidenet(), card)
-    assert load_sidenet(tmp_path / "a.safetensors")[1].runs == card.runs
+    assert load_sidenet(tmp_path / "a.safetensors")[1].runs == card.schedules_for(card.cfg)
 
 
 @pytest.mark.parametrize(
@@ -191,13 +191,13 @@ def test_files_keep_them(tmp_path):
     ],
 )
 def test_damaged_weights_in_a_file_are_refused(weights, message, tmp_path):
-    runs = f'{{"4": {{"times": {TIMES}, "step_weights": {weights}}}}}'
+    runs = f'{{"4": {{"times": {TIMES}, "coefficients": {weights}}}}}'
     check_refused_in_a_file(tmp_path / "a.safetensors", TIMES, {"runs": runs}, message)
 
 
 def test_bad_weights_and_methods_are_refused():
     with pytest.raises(ValueError, match="come in rows of \\[1, 3, 2, 4, 3, 5, 4\\] numbers; got \\[1\\]"):
-        FittedRun(TIMES, [[0.0]])
+        Schedule(TIMES, [[0.0]])
     with pytest.raises(ValueError, match="must be finite"):
         random_weights(size=float("inf"))
     with pytest.raises(ValueError, match="were fitted for bi_anchor; got method 'single_anchor'"):

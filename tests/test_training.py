@@ -9,15 +9,15 @@ from ba_solver.training.measuring.rivals import converged_reference
 from ba_solver.training.network.loop import LoopSettings, train
 from ba_solver.training.network.losses import squared_errors
 from ba_solver.training.network.pairs import KINDS, QueryRange, draw_examples, draw_queries
-from ba_solver.training.recording.chains import Chains
-from ba_solver.training.recording.teacher import LAST_TIME, random_times, record_chain
-from training_problems import SHAPE, chains_of, swirl
+from ba_solver.training.recording.trajectories import Trajectories
+from ba_solver.training.recording.reference_solver import LAST_TIME, random_times, record_trajectory
+from training_problems import SHAPE, trajectories_of, swirl
 
 RULE = RULES["lobatto4"]
 
 
 def record(count=24, points=40):
-    return chains_of(swirl, torch.arange(count) % 2, points)
+    return trajectories_of(swirl, torch.arange(count) % 2, points)
 
 
 def generator(seed=0):
@@ -28,7 +28,7 @@ def test_chains_hold_the_field_along_its_path():
     """Each recorded velocity is the field at its recorded state, and the path follows it; one call a point."""
     field = model_field(swirl, torch.tensor([0, 1, 0]))
     times = random_times(160, generator())
-    states, velocities = record_chain(field, torch.randn(3, *SHAPE, generator=generator()), times)
+    states, velocities = record_trajectory(field, torch.randn(3, *SHAPE, generator=generator()), times)
     assert field.calls == 160
     for i in (0, 57, 159):
         torch.testing.assert_close(velocities[:, i], swirl(states[:, i], times[i].expand(3), torch.tensor([0, 1, 0])))
@@ -47,11 +47,11 @@ def test_recorded_times_fall_between_their_ends_and_begin_finely(shift, start, u
 
 
 def test_chains_may_end_early_and_know_where_their_paths_end():
-    """Starts end where they are told to; whole chains end at their images."""
+    """Starts end where they are told to; whole trajectories end at their images."""
     labels = torch.zeros(3, dtype=torch.long)
-    start = chains_of(swirl, labels, 12, until=0.7)
+    start = trajectories_of(swirl, labels, 12, until=0.7)
     assert (start.times[:, -1] == torch.tensor(0.7)).all() and (start.times.diff() < 0).all()
-    whole = chains_of(swirl, labels, 200)
+    whole = trajectories_of(swirl, labels, 200)
     expected = converged_reference(model_field(swirl, labels), whole.states[:, 0])
     missing = (whole.states[:, -1] - expected).norm()
     assert (whole.ends(torch.arange(3)) - expected).norm() < 0.05 * missing
@@ -84,8 +84,8 @@ def test_examples_are_read_off_the_chains_and_lines_are_exact_for_linear_velocit
     times = torch.sort(torch.rand(6, 50, generator=generator()), dim=1, descending=True).values
     slope, start = torch.randn(2, 6, 1, *SHAPE, generator=generator(1))
     velocities = start + slope * times[:, :, None, None, None]
-    chains = Chains(times, velocities.clone(), velocities, torch.arange(6))
-    e = draw_examples(chains, RULE, 2, 500, QueryRange(), generator(2))
+    trajectories = Trajectories(times, velocities.clone(), velocities, torch.arange(6))
+    e = draw_examples(trajectories, RULE, 2, 500, QueryRange(), generator(2))
     with_line = e.span != 0
     assert with_line.float().mean() > 0.5
     assert squared_errors(e.straight_line(), e)[with_line].max() < 1e-6
@@ -98,13 +98,13 @@ def test_examples_are_read_off_the_chains_and_lines_are_exact_for_linear_velocit
 
 
 def test_starts_answer_what_they_reach_and_chains_the_rest():
-    """Queries that lie within the starts' stretch go to them; all others to the whole chains."""
-    chains, starts = (
+    """Queries that lie within the starts' stretch go to them; all others to the whole trajectories."""
+    trajectories, starts = (
         record(count=12),
-        chains_of(swirl, torch.full((8,), 1), 10, seed=9, until=0.8),
+        trajectories_of(swirl, torch.full((8,), 1), 10, seed=9, until=0.8),
     )
     marked = replace(starts, labels=torch.full((8,), 7))
-    e = draw_examples(chains, RULE, 2, 600, QueryRange(), generator(1), marked)
+    e = draw_examples(trajectories, RULE, 2, 600, QueryRange(), generator(1), marked)
     from_start = e.labels == 7
     earliest = torch.stack([e.t, e.t - e.h, e.t - e.span]).amin(0)
     assert from_start.sum() > 30 and (earliest[from_start] >= 0.8 - 1e-6).all()
@@ -116,12 +116,12 @@ def test_starts_answer_what_they_reach_and_chains_the_rest():
 
 def test_where_a_run_saves_its_first_call_the_anchor_there_is_the_mean():
     """Only at t = 1, only in runs toward the data that begin with a short step, and as often as asked."""
-    chains, mean = record(count=12), torch.randn(SHAPE, generator=generator(3))
-    ranges = QueryRange(calls=(8, 15), shift=(3.0, 4.0), skip_first=0.5)
+    trajectories, mean = record(count=12), torch.randn(SHAPE, generator=generator(3))
+    ranges = QueryRange(calls=(8, 15), shift=(3.0, 4.0), analytic_first_step=0.5)
     wanted, _, skipped = draw_queries(RULE, 2, 2000, ranges, generator(1))
     at_noise = (wanted[:, 0] == 1) & (wanted[:, 2] < 1) & (wanted[:, 1] == 1)
     assert 0.3 < skipped[at_noise].float().mean() < 0.5
-    e = draw_examples(chains, RULE, 2, 2000, ranges, generator(1), mean=mean)
+    e = draw_examples(trajectories, RULE, 2, 2000, ranges, generator(1), mean=mean)
     guessed = (e.v - (e.x - mean)).flatten(1).abs().amax(1) < 1e-6
     torch.testing.assert_close(e.v[~guessed], swirl(e.x, e.t, e.labels)[~guessed])
     assert (e.t[guessed] == 1).all() and guessed.any() and (skipped & (wanted[:, 0] == 1))[guessed].all()
@@ -129,7 +129,7 @@ def test_where_a_run_saves_its_first_call_the_anchor_there_is_the_mean():
     second = skipped & (e.t - e.span == 1) & (e.span != 0)
     assert second.any()
     there = (e.v + e.slope * e.span[:, None, None, None])[second]
-    nearest = (there[:, None] - (chains.states[:, 0] - mean)).flatten(2).abs().amax(2).amin(1)
+    nearest = (there[:, None] - (trajectories.states[:, 0] - mean)).flatten(2).abs().amax(2).amin(1)
     assert nearest.max() < 1e-4
 
 

@@ -1,16 +1,16 @@
-"""Tuning end to end: its run is the sampler's, its gradients are right, and what it finds serves other noises."""
+"""Tuning end to end: its run is the solver's, its gradients are right, and what it finds serves other noises."""
 
 import pytest
 import torch
-from ba_solver.bas_core import FittedRun, Guidance, solve
+from ba_solver.bas_core import Schedule, Guidance, solve
 from ba_solver.bas_core.grids import time_grid
 from ba_solver.bas_core.guidance import Field
-from ba_solver.bas_core.step_weights import row_length
+from ba_solver.bas_core.coefficients import row_length
 from ba_solver.bas_core.steps import StraightLine
 from ba_solver.training.network.memory import passes_within, saved_bytes
 from ba_solver.training.recording.replay import recomputed
-from ba_solver.training.runs.fitting import Fitting, fit_run
-from ba_solver.training.runs.tuning import TunedRun
+from ba_solver.training.schedules.fitting import Fitting, fit_run
+from ba_solver.training.schedules.tuning import TunedRun
 from checks import guided_field
 from problems import noise, small_sidenet
 
@@ -20,9 +20,9 @@ SCALE = 2.5
 
 def begun():
     """A run of fitted weights and half calls, with its field, noise and network, in double precision."""
-    field, x, sidenet = guided_field(2, Guidance(SCALE), "guided"), noise(2, 2, 4, 4), small_sidenet().double()
+    field, x, sidenet = guided_field(2, Guidance(SCALE), "combined"), noise(2, 2, 4, 4), small_sidenet().double()
     fitting = Fitting(sidenet, field, x, lambda t: x * float(t) ** 2)
-    run = fit_run(fitting, FittedRun(torch.tensor(GRID, dtype=torch.float64)), True)[1]
+    run = fit_run(fitting, Schedule(torch.tensor(GRID, dtype=torch.float64)), True)[1]
     return TunedRun(run).double(), field, x, sidenet
 
 
@@ -34,7 +34,7 @@ def check_run_is_the_samplers():
         times = torch.tensor(found.times, dtype=torch.float64)
         theirs = solve(field, sidenet, x, found.over(times))
     torch.testing.assert_close(times, torch.tensor(GRID, dtype=torch.float64), atol=1e-6, rtol=0)
-    assert found.halves == 2 and len(found.step_weights) == 9
+    assert found.conditional_only == 2 and len(found.coefficients) == 9
     torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
 
 
@@ -46,7 +46,7 @@ def check_gradients():
         return run(field, x, sidenet, 1.0).square().sum()
 
     error().backward()
-    picked = [(run.log_steps, 1), (run.step_weights[0], 0), (run.step_weights[3], 2), (run.half_calls[2], 1)]
+    picked = [(run.log_steps, 1), (run.coefficients[0], 0), (run.coefficients[3], 2), (run.cfg_coefficients[2], 1)]
     for parameter, index in picked:
         ends = []
         for change in (1e-5, -2e-5):
@@ -66,7 +66,7 @@ def hold_the_times(patch):
 
 
 def forget_the_half_calls(patch):
-    patch.setattr(TunedRun, "run", lambda self: FittedRun(self.times(), list(self.step_weights)))
+    patch.setattr(TunedRun, "run", lambda self: Schedule(self.times(), list(self.coefficients)))
 
 
 @pytest.mark.parametrize("check", [check_run_is_the_samplers, check_gradients])
@@ -109,7 +109,7 @@ def test_gradients_are_those_of_the_whole_run_at_the_memory_of_its_states():
 
     kept, gradients = [], []
     for make in (field, lambda: recomputed(field())):
-        run = TunedRun(FittedRun(times, [[0.01] * row_length(row) for row in range(11)]))
+        run = TunedRun(Schedule(times, [[0.01] * row_length(row) for row in range(11)]))
         loss = lambda make=make, run=run: run(make(), x, StraightLine(), 1.0).square().sum()  # noqa: E731
         kept.append(saved_bytes(loss))
         loss().backward()

@@ -7,20 +7,20 @@ Trained numbers differ from processor to processor. Each effect asked for here i
 from dataclasses import replace
 
 import torch
-from ba_solver.bas_core import FittedRun, load_sidenet, solve, time_grid
+from ba_solver.bas_core import Schedule, load_sidenet, solve, time_grid
 from ba_solver.training.backbones import BackboneChoice, open_backbone
 from ba_solver.training.cli import main
 from ba_solver.training.network.loop import LoopSettings
-from ba_solver.training.recording.chains import open_chains
+from ba_solver.training.recording.trajectories import open_trajectories
 from ba_solver.training.recording.replay import Replay
-from ba_solver.training.runs.fitting import fit_weights
-from ba_solver.training.runs.samplers import endpoint_errors
-from ba_solver.training.runs.search import learn_times
-from ba_solver.training.runs.tuning import tune, tuning_loop
+from ba_solver.training.schedules.fitting import fit_weights
+from ba_solver.training.schedules.solvers import endpoint_errors
+from ba_solver.training.schedules.time_search import learn_times
+from ba_solver.training.schedules.tuning import tune, tuning_loop
 from training_problems import BACKBONE
 
 SMALL = ("--base-channels", "16", "--embedding-dim", "16", "--num-layers", "2", "--patch-size", "1", "--batch", "16")
-SMALL += ("--body", "convolution", "--kernel-size", "3", "--no-muon")
+SMALL += ("--architecture", "conv", "--kernel-size", "3", "--no-muon")
 QUICK = (*SMALL, "--warmup", "10", "--learning-rate", "1e-2", "--ema", "0.95")
 
 
@@ -39,27 +39,27 @@ TOKENS = (
 
 
 def record(out, *more):
-    command = ["record", "--backbone", BACKBONE, "--points", "40", "--record-batch", "16", "--starts", "0"]
+    command = ["record", "--backbone", BACKBONE, "--points", "40", "--record-batch", "16", "--prefixes", "0"]
     assert main([*command, "--out", str(out), *more]) == 0
 
 
 def run(folder, out, *more, status=0):
-    assert main(["train", "--chains", str(folder), "--out", str(out), *map(str, more)]) == status
+    assert main(["train", "--trajectories", str(folder), "--out", str(out), *map(str, more)]) == status
     return load_sidenet(out) if status == 0 else None
 
 
 def rollout_error(sidenet, folder, over=None):
     """Mean end-point error on the recording's held-out runs."""
-    chains, about = open_chains([folder])
+    trajectories, about = open_trajectories([folder])
     backbone = open_backbone(BackboneChoice(backbone=BACKBONE))
-    held_out = chains.split(12)[1]
-    replay = Replay(backbone, held_out, about)
-    rows = torch.arange(0, len(held_out), held_out.branches)
+    validation = trajectories.split(12)[1]
+    replay = Replay(backbone, validation, about)
+    rows = torch.arange(0, len(validation), validation.branches)
     with torch.no_grad():
-        over = FittedRun(time_grid(5)) if over is None else over
+        over = Schedule(time_grid(5)) if over is None else over
         field = replay.field_of(rows)
         x = solve(field, sidenet, replay.noise(rows), over)
-        assert field.cost == over.cost
+        assert field.nfe == over.nfe
     return endpoint_errors(x, replay.truth(rows, torch.tensor(0.0))).mean().item()
 
 
@@ -70,7 +70,7 @@ def train_on_pairs(folder, out):
 
 
 def check_pairs(folder, trained, tmp_path):
-    """From chains alone it learns all kinds of query, and its sampler ends nearer than the one without a network."""
+    """From trajectories alone it learns all kinds of query, and its solver ends nearer than the one without a network."""
     _, sidenet, card = train_on_pairs(folder, tmp_path / "pairs.safetensors")
     kinds = card.evaluation["residual_variance"]["kind"]
     assert max(kinds[kind] for kind in ("between", "beyond", "last")) < 0.85, kinds
@@ -78,7 +78,7 @@ def check_pairs(folder, trained, tmp_path):
 
 
 def in_the_loop(folder, tmp_path, *stage):
-    """End-point error of a SideNet that a stage with the real sampler made, over that of no SideNet; and its card."""
+    """End-point error of a SideNet that a stage with the real solver made, over that of no SideNet; and its card."""
     options = ("--steps", "0", "--backbone", BACKBONE, *QUICK, "--nfe-range", "5", "5", *stage)
     sidenet, card = run(folder, tmp_path / "looped.safetensors", *options, "--learning-rate", "1e-1")
     return rollout_error(sidenet, folder) / rollout_error(None, folder), card
@@ -101,16 +101,16 @@ def check_end_point(folder, trained, tmp_path):
 
 def parts_of(folder):
     """The recorded runs to fit on, and those that are held out."""
-    chains, about = open_chains([folder])
+    trajectories, about = open_trajectories([folder])
     backbone = open_backbone(BackboneChoice(backbone=BACKBONE))
-    return tuple(Replay(backbone, part, about) for part in chains.split(12))
+    return tuple(Replay(backbone, part, about) for part in trajectories.split(12))
 
 
 def check_fitted_weights(folder, trained, tmp_path):
     """Weights by least squares are most of what a run gains, of runs that they were not fitted on."""
     sidenet, parts = load_sidenet(trained)[0], parts_of(folder)
     fitted = fit_weights(sidenet, parts[0], learn_times(sidenet, parts[0], [5], 8, rounds=0))[5]
-    errors = [rollout_error(sidenet, folder, each) for each in (fitted, replace(fitted, step_weights=()))]
+    errors = [rollout_error(sidenet, folder, each) for each in (fitted, replace(fitted, coefficients=()))]
     assert errors[0] < 0.4 * errors[1], errors
 
 
@@ -118,7 +118,7 @@ def check_tuning(folder, trained, tmp_path):
     """Gradients through whole runs find weights where there are none: from the published step on."""
     sidenet, parts = load_sidenet(trained)[0], parts_of(folder)
     fitted = fit_weights(sidenet, parts[0], learn_times(sidenet, parts[0], [5], 8, rounds=0))[5]
-    begun = replace(fitted, step_weights=[[0.0] * len(row) for row in fitted.step_weights])
+    begun = replace(fitted, coefficients=[[0.0] * len(row) for row in fitted.coefficients])
     loop = tuning_loop(LoopSettings(steps=60, batch=16, learning_rate=1e-3, seed=1))
     tuned = tune(sidenet, parts, begun, 5, loop, tmp_path)
     errors = [rollout_error(sidenet, folder, each) for each in (begun, tuned)]

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from ba_solver.bas_core import model_field
 from ba_solver.training.backbones import Backbone
-from ba_solver.training.recording import chains
-from ba_solver.training.recording.chains import Chains
-from ba_solver.training.recording.teacher import LAST_TIME, batch_generator, random_times, record_chain
+from ba_solver.training.recording import trajectories
+from ba_solver.training.recording.trajectories import Trajectories
+from ba_solver.training.recording.reference_solver import LAST_TIME, batch_generator, random_times, record_trajectory
 
 SHAPE = (2, 4, 4)
 BACKBONE = "python:training_problems:swirl_backbone"
@@ -83,20 +83,20 @@ def larger_backbone(device, dtype):
     return Backbone(**{**vars(swirl_backbone(device, dtype)), "shape": (2, 8, 8)})
 
 
-def chains_of(field, labels, points, seed=3, until=LAST_TIME, batch=8):
-    """Chains of a field `(x, t, y)`, one for every label, in memory."""
+def trajectories_of(field, labels, points, seed=3, until=LAST_TIME, batch=8):
+    """Trajectories of a field `(x, t, y)`, one for every label, in memory."""
     parts = []
     for index, rows in enumerate(labels.split(batch)):
         generator = batch_generator(seed, index)
         times = random_times(points, generator, until=until)
         noise = torch.randn((len(rows), *SHAPE), generator=generator)
-        parts.append((times.expand(len(rows), -1), *record_chain(model_field(field, rows), noise, times)))
-    return Chains(*(torch.cat(column).clone() for column in zip(*parts, strict=True)), labels)
+        parts.append((times.expand(len(rows), -1), *record_trajectory(model_field(field, rows), noise, times)))
+    return Trajectories(*(torch.cat(column).clone() for column in zip(*parts, strict=True)), labels)
 
 
 def environment():
     """For a process of its own, which finds what this one finds."""
-    package = str(Path(chains.__file__).resolve().parents[1].parent)
+    package = str(Path(trajectories.__file__).resolve().parents[1].parent)
     paths = os.pathsep.join([*(p for p in sys.path if p), package])
     return os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
 

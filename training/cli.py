@@ -43,12 +43,14 @@ COMMANDS = {
         "run_record",
         "--record-batch, or use --offload",
     ),
-    "train": Command("train a SideNet from recorded runs", "train", "FitSettings", "run_fit", needs=("matplotlib",)),
+    "train": Command(
+        "train a SideNet from recorded runs", "train", "TrainSettings", "run_train", needs=("matplotlib",)
+    ),
     "evaluate": Command(
         "measure a SideNet beside other solvers",
         "measuring.score",
-        "ScoreSettings",
-        "run_score",
+        "EvaluateSettings",
+        "run_evaluate",
         "--noise-batch",
         ("matplotlib",),
     ),

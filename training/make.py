@@ -6,67 +6,61 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from .add_inversions import add_inversions, calls_for_inversions, check_inversion
 from .backbones import BackboneChoice, open_backbone
-from .efforts import CHECKED, QUICK, with_effort
-from .measuring.held_out import RIVALS, SCORED
+from .extra_cfg import add_extra_cfg, check_extra_cfg, nfe_for_cfg
+from .measuring.evaluate import Evaluation, evaluate
 from .measuring.rivals import Measurement
-from .measuring.score import Scoring, evaluate
-from .more_scales import add_scales, calls_for_scale, check_scales
+from .measuring.validation import RIVALS, SCORED
 from .network.options import Training
+from .presets import CHECKED, FULL, QUICK, with_preset
 from .progress import say
-from .recording.record import CHECKED_CHAINS, COMPARED_CALLS, Recording, record
-from .runs.on_paths import REFINED, calls_on_paths
-from .runs.tuning import BATCH
-from .settings import UsageError, parse_calls, plain, prepare_folder
+from .recording.record import COMPARED_CALLS, Recording, record
+from .schedules.surrogate_search import surrogate_search_nfe
+from .schedules.tuning import BATCH
+from .settings import UsageError, parse_nfe, plain, prepare_folder
 from .train import train_from
 
 
 @dataclass(frozen=True, kw_only=True)
-class MakeSettings(BackboneChoice, Recording, Training, Scoring):
+class MakeSettings(BackboneChoice, Recording, Training, Evaluation):
     """Record a model's sampling runs, train a SideNet on them and evaluate it.
 
     Attributes:
-        out: the SideNet's file. Chains, log and report lie beside it, in NAME.chains, NAME.run and NAME.report.
-        effort: quick (no network: times and weights alone, in some 1,500 calls), standard (some 20,000 calls), thorough
-            (tuned by gradients too); other flags change what it says. Left out: as standard, with times searched on the
-            model, which takes some 5,000 to 40,000 calls more.
-        more_guidance: further CFG scales to find times and weights for, a quick SideNet's work each; what is found for
-            one scale serves from half to one and a half times of it.
-        inversion: also find runs that take images to their noise and back, without guidance; some 7,000 calls, and as
-            many steps of `tune`.
+        out: the SideNet's file. Trajectories, log and report lie beside it, in NAME.trajectories, NAME.run and
+            NAME.report.
+        preset: quick (no network: schedules alone, in some 1,500 model calls) or full (a network too, and schedules
+            tuned by gradients); other flags change its values.
+        nfe: fit schedules for these numbers of model calls, such as 5,7,10.
+        extra_guidance: further CFG scales to fit schedules for, with a quick SideNet's work each; the schedules of one
+            scale serve from half to one and a half times of it.
         seed: of noises, weights and batches.
-        chains: how many sampling runs to record.
-        tune: steps that tune each number of calls' times and weights by gradients through whole runs; 0 = none, where
-            the memory of a call with gradients is not there. Where it does not help runs that were held out, it is
-            undone.
+        trajectories: how many sampling runs to record.
+        tune: steps that tune each schedule by gradients through whole samplings, which takes the memory of a model call
+            with gradients; 0 = none. A tuning that does not help the validation trajectories is undone.
     """
 
     out: Path
-    effort: str = ""
-    more_guidance: tuple[float, ...] = ()
-    inversion: bool = False
+    preset: str = FULL
+    nfe: str = "5,7,10"
+    extra_guidance: tuple[float, ...] = ()
     seed: int = 1
     tune: int = 480
 
 
-def planned_calls(settings: MakeSettings) -> int:
+def planned_nfe(settings: MakeSettings) -> int:
     """About how many backbone calls an effort costs, with times found on recorded paths; one call for one sample.
 
     A call with gradients counts as three.
     """
-    made = sum(n + 1 for n in parse_calls(settings.nfe))  # with half calls, one more than it costs
-    held_out = settings.held_out_of(settings.chains)
-    fitted = settings.chains - held_out
-    calls = settings.chains * settings.points + settings.starts * settings.start_points
+    made = sum(n + 1 for n in parse_nfe(settings.nfe))  # with half calls, one more than it costs
+    validation = settings.validation_count(settings.trajectories)
+    fitted = settings.trajectories - validation
+    calls = settings.trajectories * settings.points + settings.starts * settings.prefix_points
     calls += CHECKED * (3 * settings.points + COMPARED_CALLS)
-    calls += calls_on_paths(fitted, parse_calls(settings.nfe))
-    moved = sum((2 * n + 3) * (n + 1) for n in parse_calls(settings.nfe) if n <= REFINED)
-    calls += settings.grid_moves * min(settings.grid_runs, fitted) * moved
+    calls += surrogate_search_nfe(fitted, parse_nfe(settings.nfe))
     calls += 3 * settings.tune * BATCH * made
-    calls += len(settings.more_guidance) * calls_for_scale(settings)
-    calls += calls_for_inversions(settings) if settings.inversion else 0
-    return calls + min(SCORED, held_out) * (1 + len(RIVALS)) * made
+    calls += len(settings.extra_guidance) * nfe_for_cfg(settings)
+    return calls + min(SCORED, validation) * (1 + len(RIVALS)) * made
 
 
 def run_make(settings: MakeSettings) -> list[Measurement]:
@@ -75,31 +69,28 @@ def run_make(settings: MakeSettings) -> list[Measurement]:
     Returns:
         The evaluation's lines; none for a quick SideNet, whose file holds a short one.
     """
-    settings = with_effort(settings, settings.effort) if settings.effort else settings
-    training = settings if settings.grid_nfe else dataclasses.replace(settings, grid_nfe=settings.nfe)
+    settings = with_preset(settings, settings.preset)
+    # The paper's objective trains the network alone, per branch; schedules are fitted for combined CFG.
+    training = dataclasses.replace(settings, nfe="", tune=0) if settings.objective == "published" else settings
     training.check()
-    parse_calls(settings.nfe)
-    check_scales(settings.more_guidance, settings, training)
-    check_inversion(settings)
+    parse_nfe(settings.nfe)
+    check_extra_cfg(settings.extra_guidance, settings, settings)
     if settings.out.suffix != ".safetensors":
         raise UsageError(f"--out must end in .safetensors; got {settings.out}.")
-    chains, report = settings.out.with_suffix(".chains"), settings.out.with_suffix(".report")
+    trajectories, report = settings.out.with_suffix(".trajectories"), settings.out.with_suffix(".report")
     prepare_folder(report)
     backbone = open_backbone(settings)
     say("1 of 3: record")
-    quick = settings.effort == QUICK
-    record(settings, settings, chains, backbone, CHECKED if settings.effort else CHECKED_CHAINS)
+    record(settings, settings, trajectories, backbone, CHECKED)
     say("2 of 3: train")
     if settings.out.exists() and settings.resume:
         say(f"{settings.out} is trained already.")
     else:
-        train_from(training, training, (chains,), settings.out, settings, backbone)
-    add_scales(settings, chains, lambda scale: backbone)
-    if settings.inversion:
-        add_inversions(settings, chains, backbone)
-    if quick:
-        say("3 of 3: evaluated on held-out runs. `ba-solver evaluate` measures more.")
+        train_from(training, training, (trajectories,), settings.out, settings, backbone)
+    add_extra_cfg(settings, trajectories, lambda scale: backbone)
+    if settings.preset == QUICK:
+        say("3 of 3: evaluated on validation trajectories. `ba-solver evaluate` measures more.")
         return []
     say("3 of 3: evaluate")
-    more = {"chains": (chains,), "seed": settings.seed, "settings": plain(settings)}
+    more = {"trajectories": (trajectories,), "seed": settings.seed, "settings": plain(settings)}
     return evaluate(settings, settings, backbone, settings.out, report, more)

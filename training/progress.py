@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -11,10 +10,9 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from .processes import MAIN_PROCESS
+
 T = TypeVar("T")
-# Of several processes (`accelerate launch`) one speaks; the variables are torch's convention.
-MAIN_PROCESS = os.environ.get("RANK", "0") == "0"
-PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @dataclass(frozen=True)
@@ -78,13 +76,3 @@ def tell_history(what: str, history: list[dict[str, float]]) -> None:
     """Show the listeners how a training goes."""
     for listener in _listeners:
         listener.history(what, history)
-
-
-def processes(cpu: bool) -> tuple[int, int, Callable[[], None]]:
-    """This process's number, how many there are (`accelerate launch`), and what waits for all the others."""
-    if PROCESSES == 1:
-        return 0, 1, lambda: None
-    from accelerate import PartialState
-
-    state = PartialState(cpu=cpu)
-    return state.process_index, state.num_processes, state.wait_for_everyone

@@ -24,10 +24,11 @@ from ..bas_core.files import CheckpointError, fingerprint, write_text
 from ..bas_core.sidenet import SideNet
 from .backbones import Backbone, BackboneChoice, open_backbone
 from .drawing.folder import Folder, write_npz
+from .drawing.named_solvers import PRESETS, parse_rival, solver_named
 from .drawing.scores import MISSING, scores, weights_file
-from .drawing.solvers import PRESETS, parse_rival, solver_named
-from .progress import MAIN_PROCESS, processes, progress, say
-from .runs.samplers import Sampler
+from .processes import MAIN_PROCESS, processes
+from .progress import progress, say
+from .schedules.solvers import Solver
 from .settings import UsageError, check_positive, plain
 
 REPORT = "report.json"
@@ -82,7 +83,7 @@ class Drawing:
 
     Attributes:
         backbone: the model.
-        sampler, calls: what draws.
+        solver, calls: what draws.
         rival: another solver and its calls, or None.
         scale, interval, mode: of guidance.
         classes: conditions, in turn.
@@ -92,9 +93,9 @@ class Drawing:
     """
 
     backbone: Backbone
-    sampler: Sampler
+    solver: Solver
     calls: int
-    rival: tuple[Sampler, int] | None
+    rival: tuple[Solver, int] | None
     scale: float
     interval: tuple[float, float]
     mode: Any
@@ -108,19 +109,19 @@ class Drawing:
         generator = np.random.Generator(np.random.Philox(key=[self.seed, index]))
         return torch.from_numpy(generator.standard_normal(self.backbone.shape, dtype=np.float32))
 
-    def draw(self, indices: list[int], sampler: Sampler, calls: int) -> tuple[Tensor, float]:
+    def draw(self, indices: list[int], solver: Solver, calls: int) -> tuple[Tensor, float]:
         """The end states [B, C, *spatial] of some images, and what each of them cost in calls.
 
         On a CPU one by one: there a batch saves little, and changes the last digits of what is computed.
         """
         if self.backbone.device.type == "cpu" and len(indices) > 1:
-            drawn = [self.draw([index], sampler, calls) for index in indices]
+            drawn = [self.draw([index], solver, calls) for index in indices]
             return torch.cat([states for states, _ in drawn]), drawn[0][1]
         noise = self.backbone.noise(torch.stack([self.noise(index) for index in indices])).to(self.backbone.device)
         labels = torch.tensor([self.classes[index % len(self.classes)] for index in indices])
         field = self.backbone.field(labels, self.scale, self.interval, self.mode)
         shape = (1.0 if self.published else self.backbone.shift, 0.0)
-        return sampler.sample(field, noise, calls, shape), field.cost
+        return solver.sample(field, noise, calls, shape), field.nfe
 
     def images(self, states: Tensor) -> Tensor:
         """States to images, or states as they are."""
@@ -192,7 +193,7 @@ def open_sidenet(settings: SampleSettings, backbone: Backbone) -> tuple[SideNet 
     if settings.sidenet is None:
         return None, SideNetCard(), ""
     if settings.sidenet.suffix in (".pt", ".pth"):
-        network, card = load_official_sidenet(settings.sidenet).to(backbone.device), SideNetCard(velocity="branch")
+        network, card = load_official_sidenet(settings.sidenet).to(backbone.device), SideNetCard(cfg_mode="per_branch")
     else:
         network, card = load_sidenet(settings.sidenet, backbone.device, torch.float32)
     if card.backbone.get("fingerprint") not in (None, "", backbone.fingerprint):
@@ -215,15 +216,15 @@ def prepare(settings: SampleSettings, backbone: Backbone, sidenet: SideNet | Non
     Raises:
         UsageError: a setting cannot be used.
     """
-    scale = settings.guidance[0] if settings.guidance else card.guidance
+    scale = settings.guidance[0] if settings.guidance else card.cfg
     asked = dataclasses.replace(settings, guidance=(scale,))
     asked.check_guidance(backbone)
     if len(settings.guidance) > 1:
         raise UsageError(f"--guidance takes one scale here; got {settings.guidance}.")
-    if sidenet is not None and not card.serves(scale) and not settings.preset:
-        say(f"Note: the SideNet was made for guidance {card.scales()}; at {scale:g} it is less accurate.")
+    if sidenet is not None and not card.supports_cfg(scale) and not settings.preset:
+        say(f"Note: the SideNet was made for guidance {card.describe_cfg()}; at {scale:g} it is less accurate.")
     published = bool(settings.preset)
-    runs = card.runs_at(scale)
+    runs = card.schedules_for(scale)
     runs = {} if published or settings.nfe not in runs else runs
     rival = None
     if settings.compare:
@@ -236,7 +237,7 @@ def prepare(settings: SampleSettings, backbone: Backbone, sidenet: SideNet | Non
         rival,
         scale,
         settings.guidance_interval,
-        card.velocity if settings.sidenet else "guided",
+        card.cfg_mode if settings.sidenet else "combined",
         classes_of(settings.classes, backbone),
         settings.seed,
         None if settings.latents else decoder(settings, backbone),
@@ -334,7 +335,7 @@ def drawn_batches(
 ) -> Iterator[tuple[list[int], Tensor, Tensor | None, float]]:
     """Numbers, images, the rival's images and the calls, batch by batch."""
     for indices in progress(batches, "batches"):
-        states, cost = drawing.draw(indices, drawing.sampler, drawing.calls)
+        states, cost = drawing.draw(indices, drawing.solver, drawing.calls)
         beside = None
         if drawing.rival is not None:
             beside = drawing.images(drawing.draw(indices, *drawing.rival)[0])

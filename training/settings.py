@@ -108,7 +108,7 @@ def shareable(settings: Any) -> dict[str, Any]:
 # --- values that several commands check -----------------------------------------------------------------------------
 
 
-def parse_calls(text: str, flag: str = "--nfe") -> list[int]:
+def parse_nfe(text: str, flag: str = "--nfe") -> list[int]:
     """'4,5,7' to numbers of calls.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from ..bas_core.checkpoint import SideNetCard, load_official_sidenet, load_sidenet, save_sidenet
-from ..bas_core.runs import describe_runs
+from ..bas_core.schedule import describe_schedules
 from ..bas_core.sidenet import SideNet
 from .settings import UsageError
 
@@ -45,7 +45,7 @@ def run_convert(settings: ConvertSettings) -> None:
     if settings.target.exists():
         raise UsageError(f"{settings.target} exists already; nothing is overwritten.")
     sidenet = load_official_sidenet(settings.source)
-    card = SideNetCard(velocity="branch", backbone={"name": "SiT-XL/2 + REPA", "kind": "sit"},
+    card = SideNetCard(cfg_mode="per_branch", backbone={"name": "SiT-XL/2 + REPA", "kind": "sit"},
                        training={"objective": "published", "converted_from": settings.source.name})  # fmt: skip
     save_sidenet(settings.target, sidenet, card)
     print(f"Written: {settings.target}")
@@ -66,14 +66,13 @@ def describe_sidenet(sidenet: SideNet, card: SideNetCard) -> str:
         f"fingerprint {card.backbone.get('fingerprint', 'unknown')})",
         "network": f"{config.anchors} anchor(s), {parameters:,} parameters, {config.in_channels} latent channels"
         + (f", {config.num_classes} classes" if config.num_classes else ""),
-        "velocity": f"{card.velocity}, guidance {card.scales()}",
-        "runs": describe_runs(card.runs),
-        "inversions": ", ".join(f"{n} calls each way" for n in sorted(card.inversions)),
+        "velocity": f"{card.cfg_mode}, guidance {card.describe_cfg()}",
+        "runs": describe_schedules(card.schedules_for(card.cfg)),
         "trained": str(training.get("objective", "not said")),
         "recorded": _told(
-            "{runs} runs of {points} points of ({shape}); the teacher's error {teacher_error:.2g}",
+            "{runs} runs of {points} points of ({shape}); the teacher's error {reference_error:.2g}",
             {
-                "teacher_error": float("nan"),
+                "reference_error": float("nan"),
                 **recorded,
                 "shape": str(recorded.get("shape")).strip("[]"),
                 "runs": training["recorded_runs"],
@@ -87,7 +86,7 @@ def describe_sidenet(sidenet: SideNet, card: SideNetCard) -> str:
         f"{earlier.get('backbone_calls', 'not said')}"
         if earlier
         else "",
-        "licence": card.licence,
+        "license": card.license,
     }
     lines = [f"{name + ':':<12}{value}" for name, value in facts.items() if value]
     return "\n".join([*lines, *_how_good(card.evaluation)])

@@ -1,10 +1,9 @@
-"""`ba-solver train`: a SideNet from recorded chains, in up to four stages, each of which can be interrupted.
+"""`ba-solver train`: a SideNet from recorded trajectories, in stages each of which can be interrupted.
 
-1. all pairs of the chains (or the published objective, which needs the backbone and data instead);
-2. the time grids for the numbers of calls that it will be used with (needs the backbone; those that are searched on the
-   recorded paths come before the first stage); when all is done, the steps' weights on them;
-3. closed loop: the real sampler, interval by interval (needs the backbone);
-4. end point: the real sampler, with gradients through the backbone (needs it, and its memory).
+1. the times of schedules for the numbers of calls that it will be used with (needs the backbone);
+2. the network, from pairs of the trajectories' points (or by the published objective, which needs the backbone and
+data);
+3. the schedules' coefficients, and if asked for, schedules tuned by gradients (needs the backbone).
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,107 +25,107 @@ from torch import Tensor
 
 from ..bas_core.checkpoint import SideNetCard, load_sidenet, save_sidenet
 from ..bas_core.files import CheckpointError, read_pickled_tensors, write_atomically, write_text
-from ..bas_core.runs import FittedRun
+from ..bas_core.schedule import Schedule
 from ..bas_core.sidenet import SideNet
 from .backbones import Backbone, BackboneChoice, open_backbone
-from .measuring.held_out import SCORED, score_held_out
 from .measuring.report import table as error_table
-from .network.closed_loop import end_point_loss, interval_loss
-from .network.fresh import data_mean, make_sidenet, mean_in
+from .measuring.validation import SCORED, score_validation
+from .network.new_sidenet import data_mean, mean_in, new_sidenet
 from .network.options import Training
-from .network.stages import Job, all_pairs_stage, published_stage, residual_table, rolled_stage
-from .progress import MAIN_PROCESS, say
-from .recording.chains import Chains, check_alike, open_chains
-from .recording.record import STARTS
-from .runs.fitting import fit_weights
-from .runs.on_paths import learn_on_paths, refine
-from .runs.search import ROUNDS, learn_times
-from .runs.tuning import tune, tuned_or_kept, tuning_loop
-from .settings import UsageError, check_device, parse_calls, plain, prepare_folder, shareable
+from .network.stages import Job, all_pairs_stage, published_stage, residual_table
+from .processes import MAIN_PROCESS
+from .progress import say
+from .recording.record import PREFIXES
+from .recording.trajectories import Trajectories, check_alike, open_trajectories
+from .schedules.fitting import fit_coefficients
+from .schedules.surrogate_search import search_on_surrogate
+from .schedules.tuning import tune, tuned_or_kept, tuning_loop
+from .settings import UsageError, check_device, parse_nfe, plain, prepare_folder, shareable
 
 # The objective of a SideNet whose network is not trained.
 NO_NETWORK = "no network, times and weights alone"
 # Settings that may change when a run is resumed: they do not change what it computes.
-MAY_CHANGE = ("resume", "device", "compile")
+MAY_CHANGE = ("resume", "device")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitSettings(BackboneChoice, Training):
-    """Train a SideNet from recorded chains; the backbone is not needed, but for the stages that say so.
+class TrainSettings(BackboneChoice, Training):
+    """Train a SideNet from recorded trajectories; the backbone is not needed, but for the stages that say so.
 
     Attributes:
-        chains: folders that `ba-solver record` wrote.
+        trajectories: folders that `ba-solver record` wrote.
         out: the SideNet's file; beside it a folder NAME.run keeps the unfinished run, its log and its plots.
         backbone: for the stages that need it: kind:where, as for `record`.
-        guidance: CFG scale; leave it out to take the chains'.
+        guidance: CFG scale; leave it out to take the trajectories'.
     """
 
-    chains: tuple[Path, ...]
+    trajectories: tuple[Path, ...]
     out: Path
     backbone: str = ""
     guidance: tuple[float, ...] = ()
 
 
 def check_choice(choice: BackboneChoice, about: dict[str, Any], backbone: Backbone | None) -> None:
-    """Refuse chains of another guidance, backbone or resolution than asked for.
+    """Refuse trajectories of another guidance, backbone or resolution than asked for.
 
     Raises:
         CheckpointError: saying which.
     """
     if choice.guidance and list(choice.scales) != about["guidance"]:
         raise CheckpointError(
-            f"The chains were recorded with guidance {about['guidance']}; {list(choice.scales)} is asked for. Record "
-            "chains with that, or leave --guidance out."
+            f"The trajectories were recorded with guidance {about['guidance']}; {list(choice.scales)} is asked for. "
+            "Record trajectories with that, or leave --guidance out."
         )
     if backbone is None:
         return
     if backbone.fingerprint != about["backbone"]["fingerprint"]:
         raise CheckpointError(
-            f"The chains were recorded from {about['backbone']['name']!r} (fingerprint "
-            f"{about['backbone']['fingerprint']}); {backbone.name!r} ({backbone.fingerprint}) is asked for. Record "
-            "chains of it."
+            f"The trajectories were recorded from {about['backbone']['name']!r} (fingerprint "
+            f"{about['backbone']['fingerprint']}); {backbone.name!r} ({backbone.fingerprint}) is asked for. "
+            "Record trajectories of it."
         )
     if list(backbone.shape) != about["shape"]:
         raise CheckpointError(
-            f"The chains hold states of {about['shape']}; {backbone.name} is asked for at {list(backbone.shape)}. Give "
-            "the resolution they were recorded at."
+            f"The trajectories hold states of {about['shape']}; {backbone.name} is asked for at {list(backbone.shape)}. "
+            "Give the resolution they were recorded at."
         )
 
 
-def open_starts(folders: tuple[Path, ...], about: dict[str, Any]) -> Chains | None:
-    """The starts that were recorded beside chains; None if there are none.
+def open_prefixes(folders: tuple[Path, ...], about: dict[str, Any]) -> Trajectories | None:
+    """The starts that were recorded beside trajectories; None if there are none.
 
     Raises:
-        CheckpointError: they do not belong to the chains, or a shard is damaged.
+        CheckpointError: they do not belong to the trajectories, or a shard is damaged.
     """
-    there = [folder / STARTS for folder in folders if (folder / STARTS).is_dir()]
+    there = [folder / PREFIXES for folder in folders if (folder / PREFIXES).is_dir()]
     if not any(path for folder in there for path in folder.glob("*.safetensors")):
         return None
-    starts, said = open_chains(there)
+    starts, said = open_trajectories(there)
     alike = {key: said.get(key) for key in ("points", "until")}
     check_alike(about | alike, said, str(there[0]), f"in {folders[0]} it is")
     return starts
 
 
-def hold_out(chains: Chains, training: Training) -> tuple[Chains, Chains]:
+def split_validation(trajectories: Trajectories, training: Training) -> tuple[Trajectories, Trajectories]:
     """Training runs, and runs to validate on.
 
     Raises:
         UsageError: there are too few.
     """
-    runs = len(chains) // chains.branches
-    held_out = training.held_out_of(runs)
-    if runs - held_out < 1:
-        raise UsageError(f"--held-out {held_out} leaves none of the {runs} recorded runs to train on. Record more.")
-    return chains.split(held_out)
+    runs = len(trajectories) // trajectories.branches
+    validation = training.validation_count(runs)
+    if runs - validation < 1:
+        raise UsageError(f"--validation {validation} leaves none of the {runs} recorded runs to train on. Record more.")
+    return trajectories.split(validation)
 
 
-def times_stage(job: Job, learn: Callable[[Sequence[int]], dict[int, FittedRun]]) -> dict[int, FittedRun]:
-    """Stage 2: the times of runs for numbers of calls, learned or kept from before an interruption."""
+def learn_schedules(job: Job, mean: Tensor | None) -> dict[int, Schedule]:
+    """The times of schedules for numbers of calls, or those kept from before an interruption."""
     path = job.folder / "time_grids.pt"
     if path.exists():
-        return {int(n): FittedRun(**parts) for n, parts in read_pickled_tensors(path).items()}
-    found = learn(parse_calls(job.training.grid_nfe, "--grid-nfe"))
+        return {int(n): Schedule(**parts) for n, parts in read_pickled_tensors(path).items()}
+    calls = parse_nfe(job.training.nfe, "--nfe")
+    found = job.within(lambda: search_on_surrogate(job.replay(job.trajectories), calls, mean))
     if MAIN_PROCESS:
         kept = {n: vars(run) for n, run in found.items()}
         write_atomically(path, lambda temporary: torch.save(kept, temporary))
@@ -136,27 +135,17 @@ def times_stage(job: Job, learn: Callable[[Sequence[int]], dict[int, FittedRun]]
 def begin(job: Job) -> SideNet:
     """The SideNet before its training, with the mean of the data where it is to save a first call.
 
-    Where times are learned on the recorded paths, that decides whether it is.
+    Where times are learned, that decides whether it is.
     """
     training = job.training
-    on_paths = bool(training.grid_nfe) and training.grid_search == "paths"
-    tolerance = {"tolerance": math.inf} if on_paths else {}
-    mean = data_mean(job.chains, job.about["start"], training.mean_size, **tolerance)
-    if on_paths:
-        job.runs = times_stage(job, lambda calls: job.within(lambda: on_paths_found(job, calls, mean)))
-        mean = mean if any(run.skip_first for run in job.runs.values()) else None
-    sidenet = make_sidenet(training, job.about, mean)
+    tolerance = {"tolerance": math.inf} if training.nfe else {}
+    mean = data_mean(job.trajectories, job.about["start"], training.data_mean_size, **tolerance)
+    if training.nfe:
+        job.runs = learn_schedules(job, mean)
+        mean = mean if any(run.analytic_first_step for run in job.runs.values()) else None
+    sidenet = new_sidenet(training, job.about, mean)
     job.mean = mean_in(sidenet, job.about["shape"])
     return sidenet.to(job.device)
-
-
-def on_paths_found(job: Job, calls: Sequence[int], mean: Tensor | None) -> dict[int, FittedRun]:
-    """Times found on the recorded paths, and moved on the model if that is asked for."""
-    replay, training = job.replay(job.chains), job.training
-    found = learn_on_paths(replay, calls, mean)
-    if not training.grid_moves:
-        return found
-    return refine(replay, found, mean, training.grid_runs, training.grid_moves)
 
 
 def fit(job: Job) -> SideNet:
@@ -165,29 +154,19 @@ def fit(job: Job) -> SideNet:
     sidenet = begin(job)
     if training.steps:
         sidenet = (published_stage if training.objective == "published" else all_pairs_stage)(job, sidenet)
-    if training.grid_nfe and not job.runs:
-        # In the family alone if they are tuned later.
-        rounds, replay, net = 0 if training.tune else ROUNDS, job.replay(job.chains), sidenet
-        job.runs = times_stage(job, lambda calls: learn_times(net, replay, calls, training.grid_runs, rounds))
-    if training.closed_loop:
-        begun = sidenet
-        sidenet = job.within(lambda: rolled_stage(job, begun, "closed_loop", training.closed_loop, interval_loss))
-    if training.end_point:
-        rolled = sidenet
-        sidenet = job.within(lambda: rolled_stage(job, rolled, "end_point", training.end_point, end_point_loss), True)
     sidenet = sidenet.eval().requires_grad_(False)
     if job.runs:
         job.runs = job.within(lambda: finish_runs(job, sidenet), gradients=bool(training.tune))
     return sidenet
 
 
-def finish_runs(job: Job, sidenet: SideNet) -> dict[int, FittedRun]:
+def finish_runs(job: Job, sidenet: SideNet) -> dict[int, Schedule]:
     """The runs with their weights, tuned if that is asked for."""
-    runs = fit_weights(sidenet, job.replay(job.chains), job.runs)
+    runs = fit_coefficients(sidenet, job.replay(job.trajectories), job.runs)
     if not job.training.tune:
         return runs
-    loop = tuning_loop(job.training.loop(job.training.tune, job.training.loop_batch))
-    parts = job.replay(job.chains), job.replay(job.held_out)
+    loop = tuning_loop(job.training.loop(job.training.tune, 1))
+    parts = job.replay(job.trajectories), job.replay(job.validation)
     for n, run in list(runs.items()):
         runs[n] = tuned_or_kept(partial(tune, sidenet, parts, run, n, loop, job.folder), run, f"{n} calls")
     return runs
@@ -201,13 +180,13 @@ def evaluation(job: Job, sidenet: SideNet) -> dict[str, Any]:
         found["residual_variance"] = table = residual_table(sidenet, job)
         left = ", ".join(f"{kind} {value:.2f}" for kind, value in table["kind"].items())
         say(f"Held-out residual variance left (1 = a straight line): {left}")
-    if job.runs and job.training.grid_search == "paths":
-        rows = job.within(lambda: score_held_out(sidenet, job.runs, job.replay(job.held_out)))
+    if job.runs:
+        rows = job.within(lambda: score_validation(sidenet, job.runs, job.replay(job.validation)))
         say(error_table(rows))
         scale = job.about["guidance"][0]
         found |= {
             "guidance": scale,
-            "noises": min(SCORED, len(job.held_out)),
+            "noises": min(SCORED, len(job.validation)),
             "endpoint_error": [dataclasses.asdict(row) for row in rows],
         }
     return found
@@ -215,23 +194,23 @@ def evaluation(job: Job, sidenet: SideNet) -> dict[str, Any]:
 
 def card_of(job: Job, sidenet: SideNet, settings: Any, seconds: float, found: dict[str, Any]) -> SideNetCard:
     """What the SideNet's file says of itself."""
-    runs = (len(job.chains) + len(job.held_out)) // job.chains.branches
-    recorded = {"chains": runs * job.about["points"]}
+    runs = (len(job.trajectories) + len(job.validation)) // job.trajectories.branches
+    recorded = {"trajectories": runs * job.about["points"]}
     if job.starts is not None:
-        recorded["starts"] = len(job.starts) // job.chains.branches * job.starts.times.shape[1]
+        recorded["starts"] = len(job.starts) // job.trajectories.branches * job.starts.times.shape[1]
     spent = dict(job.spent) if job.training.objective == "published" else {**recorded, **job.spent}
     low, high = job.about["guidance"]
     begun = job.training.start_from
     earlier = SideNetCard() if begun is None else load_sidenet(begun)[1]
     return SideNetCard(
-        velocity=job.about["velocity"],
-        guidance_range=(low, high),
+        cfg_mode=job.about["cfg_mode"],
+        cfg_range=(low, high),
         backbone=job.about["backbone"],
-        runs=job.runs,
+        schedules={(low + high) / 2: job.runs} if job.runs else {},
         training={
             "objective": job.training.objective if job.training.trains or begun else NO_NETWORK,
             "recorded_runs": runs,
-            "held_out_runs": len(job.held_out) // job.chains.branches,
+            "held_out_runs": len(job.validation) // job.trajectories.branches,
             "recorded": job.about,
             "backbone_calls": spent,
             "settings": shareable(settings),
@@ -239,7 +218,7 @@ def card_of(job: Job, sidenet: SideNet, settings: Any, seconds: float, found: di
             "torch": torch.__version__,
             **({} if begun is None else {"started_from": earlier.training}),
         },
-        licence=earlier.licence,
+        license=earlier.license,
         evaluation=found,
     )
 
@@ -288,17 +267,17 @@ def account(path: Path, spent: Counter[str]) -> Iterator[Callable[[], float]]:
 def train_from(
     training: Training,
     choice: BackboneChoice,
-    chains: tuple[Path, ...],
+    trajectories: tuple[Path, ...],
     out: Path,
     settings: Any,
     backbone: Backbone | None = None,
 ) -> SideNetCard:
-    """Train a SideNet on recorded chains and write it; returns what its file says.
+    """Train a SideNet on recorded trajectories and write it; returns what its file says.
 
     Args:
         training: how.
         choice: the backbone, for the stages that need it.
-        chains: folders.
+        trajectories: folders.
         out: the SideNet's file.
         settings: to be stored with it.
         backbone: what `choice` names, if it is open already.
@@ -311,22 +290,22 @@ def train_from(
     if training.objective == "published" and training.anchors != 1:
         say("Note: the published SideNet has one anchor; with --anchors 2 its second is never shown in training.")
     if training.needs_backbone and not choice.backbone:
-        raise UsageError("The published objective, --grid-nfe, --closed-loop and --end-point need --backbone.")
+        raise UsageError("The published objective and --nfe need --backbone.")
     folder = out.with_suffix(".run")
     check_run_folder(folder, settings, training.resume)
-    recorded, about = open_chains(chains)
-    starts = open_starts(chains, about)
+    recorded, about = open_trajectories(trajectories)
+    starts = open_prefixes(trajectories, about)
     if training.needs_backbone:
         backbone = backbone or open_backbone(choice)
     check_choice(choice, about, backbone)
-    if training.objective == "published" and about["velocity"] == "guided" and about["guidance"] != [1.0, 1.0]:
+    if training.objective == "published" and about["cfg_mode"] == "combined" and about["guidance"] != [1.0, 1.0]:
         raise CheckpointError(
-            "The published objective trains on each branch of guidance, and is validated on chains of them: record "
-            "with --mode branch."
+            "The published objective trains on each branch of guidance, and is validated on trajectories of them: "
+            "record with --cfg-mode branch."
         )
-    if training.grid_search == "paths" and about["velocity"] != "guided":
-        raise CheckpointError("--grid-search paths needs chains of the guided velocity: record with --mode guided.")
-    parts = hold_out(recorded, training)
+    if training.nfe and about["cfg_mode"] != "combined":
+        raise UsageError("Schedules need trajectories of the guided velocity: record with --cfg-mode guided.")
+    parts = split_validation(recorded, training)
     job = Job(training, *parts, about, check_device(choice.device), folder, backbone, starts)
     with account(folder / "spent.json", job.spent) as seconds:
         sidenet = fit(job)
@@ -340,6 +319,6 @@ def train_from(
     return card
 
 
-def run_fit(settings: FitSettings) -> SideNetCard:
+def run_train(settings: TrainSettings) -> SideNetCard:
     """Do the work of `ba-solver train`."""
-    return train_from(settings, settings, settings.chains, settings.out, settings)
+    return train_from(settings, settings, settings.trajectories, settings.out, settings)

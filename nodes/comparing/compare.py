@@ -13,9 +13,9 @@ import comfy.samplers
 import comfy.utils
 from torch import Tensor
 
-from ...bas_core.baselines import run_baseline
+from ...training.baselines import run_baseline
 from ..models.attach import applied_sidenet
-from ..models.paths import Schedule, path_of
+from ..models.paths import SigmaSchedule, path_of
 from ..sampling.sampler import Options, opened, sample_ba_solver
 from ..sampling.schedule import sigmas_for
 from ..say import warn
@@ -97,13 +97,14 @@ def jobs_for(model: Any, samplers: Sequence[str], schedulers: Sequence[str]) -> 
     jobs += [Job(MULTISTEP, s, multistep, grid("euler", s)) for s in schedulers]
     sidenet = applied_sidenet(model)
     if sidenet is not None and sidenet.strength:
-        sampling, held = model.get_model_object("model_sampling"), sidenet
+        sampling, analytic = model.get_model_object("model_sampling"), sidenet.has_data_mean
+        schedules = sidenet.card.schedules_for(sidenet.card.cfg)
         jobs.append(
             Job(
                 OURS,
                 LEARNED,
                 comfy.samplers.KSAMPLER(sample_ba_solver),
-                lambda calls: sigmas_for(sampling, calls, 1.0, held.card.runs, held.knows_mean),
+                lambda calls: sigmas_for(sampling, calls, 1.0, schedules, analytic),
                 fitted=True,
             )
         )
@@ -159,7 +160,7 @@ class Comparing(comfy.samplers.Sampler):
         model = comfy.samplers.KSamplerX0Inpaint(guider, sigmas)
         model.latent_image, model.noise = latent_image, noise
         start = sampling.noise_scaling(sigmas[0], noise, latent_image, self.max_denoise(guider, sigmas))
-        schedule = Schedule.of(path_of(sampling), sigmas)
+        schedule = SigmaSchedule.of(path_of(sampling), sigmas)
         with opened(model, extra_args, schedule, start, Options("multistep"), True) as on:
             x = schedule.path.to_flow(start, sigmas[0].to(start))
             end = run_baseline(REFERENCE, on.field, x, schedule.times)

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...bas_core.editing import SourcePath
+from ...bas_core.editing import SourceTrajectory
 from ..models.attach import applied_sidenet
 from ..models.fit import facts_of
-from ..models.paths import Path, Schedule
+from ..models.paths import Path, SigmaSchedule
 from .way import Way
 
 
@@ -27,9 +27,9 @@ class HeldPath(NamedTuple):
         straight: whether it is the straight line of inversion-free editing.
     """
 
-    source: SourcePath
+    source: SourceTrajectory
     latent: Tensor
-    schedule: Schedule
+    schedule: SigmaSchedule
     kind: str
     fingerprint: str
     sidenet: tuple[str, float] | None

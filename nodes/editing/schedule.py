@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from ...bas_core.editing import START, editing_grid
+from ...bas_core.editing import T_MIN, editing_grid
 from ..models.attach import applied_sidenet
-from ..models.paths import Schedule, path_of
+from ..models.paths import SigmaSchedule, path_of
 from ..sampling.schedule import stretched_sigmas
 
 
-def editing_schedule(model: Any, calls: int, strength: float) -> Schedule:
+def editing_schedule(model: Any, calls: int, strength: float) -> SigmaSchedule:
     """The sigmas of an edit: a number of calls each way, from as far up as the strength says.
 
     Args:
@@ -26,12 +26,14 @@ def editing_schedule(model: Any, calls: int, strength: float) -> Schedule:
     sampling = model.get_model_object("model_sampling")
     path = path_of(sampling)
     sidenet = applied_sidenet(model)
-    sigmas = stretched_sigmas(sampling, calls - 1, strength, sidenet.card.runs if sidenet else {})
+    sigmas = stretched_sigmas(
+        sampling, calls - 1, strength, sidenet.card.schedules_for(sidenet.card.cfg) if sidenet else {}
+    )
     # Diffusion models know no noise level below their smallest.
     lowest = float(path.times(torch.as_tensor(float(sampling.sigma_min), dtype=torch.float64)))
-    start = max(START, lowest)
+    start = max(T_MIN, lowest)
     times = path.times(sigmas.double())
     if times[0] <= start:
         raise ValueError(f"A strength of {strength:g} leaves nothing to edit. Set it higher; 0.6 to 1 is usual.")
     times = editing_grid(times, start).float()
-    return Schedule(path, path.sigmas(times.double()).float(), times)
+    return SigmaSchedule(path, path.sigmas(times.double()).float(), times)

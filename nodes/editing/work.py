@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from ...bas_core import editing
-from ...bas_core.editing import Control, SourcePath
+from ...bas_core.editing import Control, SourceTrajectory
 from ...bas_core.solver import Step
 from ..models.attach import applied_sidenet
 from ..models.fit import facts_of
-from ..models.paths import Schedule
+from ..models.paths import SigmaSchedule
 from ..sampling.sampler import Opened, Options, opened, step_callback
 from .held import HeldPath, solver_of
 from .way import Way
@@ -68,7 +68,7 @@ class PathSampler(comfy.samplers.Sampler):
         doubted: whether to tell the user where the SideNet is less accurate than it should be.
     """
 
-    def __init__(self, work: Work, schedule: Schedule, doubted: bool = True) -> None:
+    def __init__(self, work: Work, schedule: SigmaSchedule, doubted: bool = True) -> None:
         self.work = work
         self.schedule = schedule
         self.doubted = doubted
@@ -110,7 +110,7 @@ def options_for(model: Any) -> Options:
     return Options() if applied_sidenet(model) is not None else Options("multistep")
 
 
-def _moved(source: SourcePath, device: torch.device | str) -> SourcePath:
+def _moved(source: SourceTrajectory, device: torch.device | str) -> SourceTrajectory:
     return replace(
         source,
         states=tuple(state.to(device) for state in source.states),
@@ -118,7 +118,9 @@ def _moved(source: SourcePath, device: torch.device | str) -> SourcePath:
     )
 
 
-def sampled(way: Way, latent: Tensor, noise: Tensor, schedule: Schedule, work: Work, doubted: bool = True) -> Tensor:
+def sampled(
+    way: Way, latent: Tensor, noise: Tensor, schedule: SigmaSchedule, work: Work, doubted: bool = True
+) -> Tensor:
     """Run `work` in ComfyUI's sampling; returns the latent that the state it ends in stands for."""
     steps = len(schedule.times) - 1
     out = way.guider().sample(
@@ -133,7 +135,7 @@ def sampled(way: Way, latent: Tensor, noise: Tensor, schedule: Schedule, work: W
     return out.to(comfy.model_management.intermediate_device())
 
 
-def make_path(way: Way, latent: Tensor, schedule: Schedule, seed: int, method: str) -> tuple[HeldPath, Tensor]:
+def make_path(way: Way, latent: Tensor, schedule: SigmaSchedule, seed: int, method: str) -> tuple[HeldPath, Tensor]:
     """The source path of an image; N calls.
 
     Args:
@@ -146,12 +148,12 @@ def make_path(way: Way, latent: Tensor, schedule: Schedule, seed: int, method: s
     Returns:
         The path, and the latent of its noisy end.
     """
-    found: list[SourcePath] = []
+    found: list[SourceTrajectory] = []
     straight = method == METHODS[1]
 
     def work(run: Run) -> tuple[Tensor, float]:
         if straight:
-            source = editing.straight_path(*run.solver, run.image, run.noise, schedule.times, **run.more)
+            source = editing.straight_trajectory(*run.solver, run.image, run.noise, schedule.times, **run.more)
         else:
             source = editing.invert(*run.solver, run.image, schedule.times, run.noise, **run.more)
         found.append(_moved(source, "cpu"))

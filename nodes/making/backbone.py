@@ -13,7 +13,7 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ...bas_core.guidance import NO_GUIDANCE, Field, Guidance, Mode
+from ...bas_core.guidance import CFGMode, Evaluate, Field, Guidance
 from ...bas_core.sit import SiTConfig
 from ...training.backbones.base import Backbone
 from ..models.identity import Identity, identity_of
@@ -88,7 +88,7 @@ class ComfyBackbone(Backbone):
     on: list[Sampling] = dataclasses.field(default_factory=list)
 
     def field(
-        self, conditions: Tensor, scale: float, interval: tuple[float, float] = WHOLE, mode: Mode = "guided"
+        self, conditions: Tensor, scale: float, interval: tuple[float, float] = WHOLE, mode: CFGMode = "combined"
     ) -> Field:
         """The field of some prompts [B], by number; in two branches too, where nothing else on the MODEL sees both.
 
@@ -98,13 +98,13 @@ class ComfyBackbone(Backbone):
         if tuple(interval) != WHOLE:
             raise ValueError(f"ComfyUI's guider guides at all times; the interval {interval} is not possible here.")
         labels = conditions if self.num_classes else None
-        return Field(self._guided(conditions), (labels,), NO_GUIDANCE, scale, self._pair(conditions))
-
-    def _pair(self, conditions: Tensor) -> Field | None:
         calls = self._calls(())
-        if calls.scale == 1 or not calls.separable:
-            return None
+        if calls.scale != 1 and calls.separable:
+            guidance = Guidance(calls.scale)
+            return Field(self._branches(conditions), (labels, None), guidance, combined=True, scale=scale)
+        return Field(self._guided(conditions), (labels,), scale=scale)
 
+    def _branches(self, conditions: Tensor) -> Evaluate:
         def branches(x: Tensor, t: Tensor, count: int) -> Tensor:
             def call(on: Calls, some: Tensor) -> Tensor:
                 time = t[: len(some)]
@@ -112,7 +112,7 @@ class ComfyBackbone(Backbone):
 
             return self._by_prompt(conditions, x, call)
 
-        return Field(branches, (None, None), Guidance(calls.scale))
+        return branches
 
     def _guided(self, conditions: Tensor) -> Callable[[Tensor, Tensor, int], Tensor]:
         return lambda x, t, count: self._by_prompt(conditions, x, lambda on, some: on(some, t[: len(some)])[None])

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ...bas_core.checkpoint import SideNetCard, load_sidenet
 from ...bas_core.files import write_text
-from ...training.efforts import CHECKED, with_effort
-from ...training.make import MakeSettings, planned_calls
-from ...training.more_scales import add_scales, calls_for_scale, check_scales
+from ...training.extra_cfg import add_extra_cfg, check_extra_cfg, nfe_for_cfg
+from ...training.make import MakeSettings, planned_nfe
+from ...training.presets import CHECKED, with_preset
 from ...training.progress import Listener, listening, say
 from ...training.recording.record import check_recording, record
 from ...training.recording.shards import shard_bytes
@@ -26,7 +26,7 @@ from ...training.train import train_from
 from .backbone import ComfyBackbone, open_model
 
 # What may be another when a making is gone on with: it does not change what was computed.
-MAY_CHANGE = ("device", "more_guidance", "patch_size")
+MAY_CHANGE = ("device", "extra_guidance", "patch_size")
 
 
 @dataclass(frozen=True)
@@ -161,16 +161,16 @@ def make(
     Raises:
         ValueError: something cannot be done; the message says what, and what to do.
     """
-    settings = replace(with_effort(settings, settings.effort), grid_nfe=settings.nfe, accumulate=0)
+    settings = replace(with_preset(settings, settings.preset), tune=0, accumulate=0)
     card = finished(settings.out, settings)
-    missing = len(set(settings.more_guidance) - set(card.more_runs if card else ()))
+    missing = len(set(settings.extra_guidance) - set(card.schedules if card else ()))
     if card is not None and not missing:
         told.line("This SideNet is there already; nothing was to be done.")
         return card
     settings.check()
-    check_scales(settings.more_guidance, settings, settings)
+    check_extra_cfg(settings.extra_guidance, settings, settings)
     prepare_folder(settings.out.parent, "The folder")
-    clock = Clock(planned_calls(settings) if card is None else missing * calls_for_scale(settings), told)
+    clock = Clock(planned_nfe(settings) if card is None else missing * nfe_for_cfg(settings), told)
     # Nodes run in inference mode, and what is made there cannot be trained on.
     with torch.inference_mode(False), torch.enable_grad(), listening(clock.listener()):
 
@@ -181,19 +181,19 @@ def make(
         check_recording(settings, backbone)
         remember(settings.out, settings)
         say(plan_text(settings, clock.planned, backbone))
-        folder = chains or settings.out.with_suffix(".chains")
+        folder = chains or settings.out.with_suffix(".trajectories")
         if card is None:
             work(settings, backbone, folder)
-        return add_scales(replace(settings, device=str(backbone.device)), folder, opened)
+        return add_extra_cfg(replace(settings, device=str(backbone.device)), folder, opened)
 
 
 def plan_text(settings: MakeSettings, calls: int, backbone: ComfyBackbone) -> str:
     """What it will cost, before it starts."""
-    points = settings.chains * settings.points + settings.starts * settings.start_points
+    points = settings.trajectories * settings.points + settings.starts * settings.prefix_points
     size = shard_bytes(backbone.shape, points, 1, 2 if settings.storage == "float16" else 4)
     batch = shard_bytes(backbone.shape, settings.points, 1) * settings.record_batch
     return (
-        f"Making {settings.out.stem!r} for {backbone.name}, effort {settings.effort}: {calls:,} model calls in batches "
+        f"Making {settings.out.stem!r} for {backbone.name}, preset {settings.preset}: {calls:,} model calls in batches "
         f"of {settings.record_batch}, {size / 1e6:.3g} MB on disk, and {batch / 1e6:.3g} MB of memory beside sampling."
     )
 

@@ -39,9 +39,9 @@ class LoadedSideNet:
         return self.patcher.model
 
     @property
-    def knows_mean(self) -> bool:
-        """Whether it can save a run's first call."""
-        return self.network.config.mean_size > 0
+    def has_data_mean(self) -> bool:
+        """Whether its first step can be analytic."""
+        return self.network.has_data_mean
 
 
 def read_sidenet(path: Path, name: str, dtype: torch.dtype | None = None) -> LoadedSideNet:

@@ -10,7 +10,7 @@ import comfy.model_sampling
 import torch
 from torch import Tensor
 
-from ...bas_core.flow import exploding_to_flow, per_sample, sigma_to_time, time_to_sigma
+from ...bas_core.flow import per_sample, time_to_ve_sigma, ve_sigma_to_time, ve_to_flow
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,15 @@ class Path:
 
     def times(self, sigmas: Tensor) -> Tensor:
         """Flow times [N] of sigmas [N]."""
-        return torch.as_tensor(sigma_to_time(sigmas)) if self.exploding else sigmas
+        return torch.as_tensor(ve_sigma_to_time(sigmas)) if self.exploding else sigmas
 
     def sigmas(self, times: Tensor) -> Tensor:
         """Sigmas [N] of flow times [N]; infinite at t = 1 on the exploding path."""
-        return torch.as_tensor(time_to_sigma(times)) if self.exploding else times
+        return torch.as_tensor(time_to_ve_sigma(times)) if self.exploding else times
 
     def to_flow(self, x: Tensor, sigma: Tensor) -> Tensor:
         """The flow state of a model's state x [B, ...] at sigma (0-d or [B])."""
-        return exploding_to_flow(x, sigma) if self.exploding else x
+        return ve_to_flow(x, sigma) if self.exploding else x
 
     def from_flow(self, x: Tensor, sigma: Tensor) -> Tensor:
         """The model's state of a flow state; by sigma, for 1 - t has few digits left where sigma is large."""
@@ -75,7 +75,7 @@ def path_of(model_sampling: Any) -> Path:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class SigmaSchedule:
     """A run's sigmas and the flow times that stand for them.
 
     Attributes:
@@ -89,7 +89,7 @@ class Schedule:
     times: Tensor
 
     @staticmethod
-    def of(path: Path, sigmas: Tensor) -> Schedule:
+    def of(path: Path, sigmas: Tensor) -> SigmaSchedule:
         """Check the sigmas and find their times.
 
         Raises:
@@ -114,14 +114,14 @@ class Schedule:
                 f"This is a flow model, whose sigmas lie between 0 and 1; got {values}. Use a scheduler that is given "
                 "this MODEL, such as BA-Solver Scheduler or BasicScheduler."
             )
-        return Schedule(path, sigmas, path.times(sigmas))
+        return SigmaSchedule(path, sigmas, path.times(sigmas))
 
-    def over(self, times: Sequence[Tensor]) -> Schedule:
+    def over(self, times: Sequence[Tensor]) -> SigmaSchedule:
         """The same ends, and other times between them."""
         if torch.equal(torch.stack(list(times)).float(), self.times):
             return self
         inner = self.path.sigmas(torch.stack(list(times[1:-1])).double()).float()
-        return Schedule.of(self.path, torch.cat([self.sigmas[:1], inner, self.sigmas[-1:]]))
+        return SigmaSchedule.of(self.path, torch.cat([self.sigmas[:1], inner, self.sigmas[-1:]]))
 
     def sigma_at(self, time: float) -> Tensor:
         """The very sigma (0-d) that one of the times stands for; no rounding on the way there and back."""

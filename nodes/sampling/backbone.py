@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ...bas_core.flow import x0_to_velocity
-from ..models.paths import AnyTime, Schedule
+from ..models.paths import AnyTime, SigmaSchedule
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Backbone:
 
     model: Any
     extra_args: dict[str, Any]
-    schedule: Schedule | AnyTime
+    schedule: SigmaSchedule | AnyTime
     shape: torch.Size
     called: Callable[[int], Any]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...bas_core.guidance import NO_GUIDANCE, Evaluate, Field, Guidance
+from ...bas_core.guidance import Evaluate, Field, Guidance
 from ..models.attach import LoadedSideNet
 from ..models.labels import labels_of
 from ..say import warn
@@ -33,17 +33,20 @@ def field_of(backbone: Backbone, sidenet: LoadedSideNet | None, interval: tuple[
             "A CFG interval works with KSampler, SamplerCustom, CFGGuider and BasicGuider; "
             f"{type(backbone.guider).__name__} combines its branches in its own way. Set the interval to 0 and 1."
         )
-    if sidenet is not None and sidenet.card.velocity == "branch" and _can_split(backbone):
+    if sidenet is not None and sidenet.card.cfg_mode == "per_branch" and _can_split(backbone):
         return _branch_field(backbone, sidenet, guidance, x)
 
-    pair = Field(_branches_of(backbone, guidance), (None,) * (1 + (guidance.scale != 1)), guidance)
+    positive = _labels(backbone, sidenet, "positive", x)
+    if backbone.separable and not limited and guidance.scale != 1:
+        return Field(
+            _branches_of(backbone, guidance), (positive, None), guidance, combined=True, scale=backbone.told_scale
+        )
 
     def guided(state: Tensor, t: Tensor, count: int) -> Tensor:
         call = backbone if guidance.active(t[0]) or not limited else backbone.positive
         return call(state, t)[None]
 
-    positive = _labels(backbone, sidenet, "positive", x)
-    return Field(guided, (positive,), NO_GUIDANCE, backbone.told_scale, pair)
+    return Field(guided, (positive,), scale=backbone.told_scale)
 
 
 def _can_split(backbone: Backbone) -> bool:
@@ -69,7 +72,7 @@ def _branches_of(backbone: Backbone, guidance: Guidance) -> Evaluate:
 def _branch_field(backbone: Backbone, sidenet: LoadedSideNet, guidance: Guidance, x: Tensor) -> Field:
     sides = ("positive", "negative") if guidance.scale != 1 else ("positive",)
     conditions = tuple(_labels(backbone, sidenet, side, x) for side in sides)
-    return Field(_branches_of(backbone, guidance), conditions, guidance, backbone.scale)
+    return Field(_branches_of(backbone, guidance), conditions, guidance)
 
 
 def _labels(backbone: Backbone, sidenet: LoadedSideNet | None, side: str, x: Tensor) -> Tensor | None:

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...bas_core.grids import same_grid
+from ...bas_core.grids import same_times
 from ...bas_core.guidance import Field, Guidance
-from ...bas_core.runs import FittedRun, run_over
+from ...bas_core.prediction import SideNetProtocol
+from ...bas_core.schedule import Schedule, match_schedule
 from ...bas_core.solver import Step, solve
-from ...bas_core.steps import Predictor
 from ..models.attach import LoadedSideNet
-from ..models.paths import Schedule, path_of
+from ..models.paths import SigmaSchedule, path_of
 from ..say import warn
 from .backbone import Backbone, guidance_of
 from .field import WHOLE_RANGE, field_of
@@ -35,13 +35,13 @@ class Options:
         method: one of METHODS.
         rule: name of a quadrature rule; None = the method's own.
         interval: (lo, hi), the flow times between which CFG applies.
-        skip_first: a SideNet that knows the mean of the model's data may save the first call.
+        analytic_first_step: a SideNet with a data mean may replace the first model call.
     """
 
     method: str = "bi_anchor"
     rule: str | None = None
     interval: tuple[float, float] = WHOLE_RANGE
-    skip_first: bool = True
+    analytic_first_step: bool = True
 
     def __post_init__(self) -> None:
         Guidance(1.0, self.interval)  # checks the interval
@@ -78,18 +78,18 @@ def sample_ba_solver(
     """
     options = options or Options()
     guider = model.inner_model
-    asked = Schedule.of(path_of(guider.inner_model.model_sampling), sigmas)
+    asked = SigmaSchedule.of(path_of(guider.inner_model.model_sampling), sigmas)
     run = run_for(options, sidenet_of(options, guider), asked.times, guidance_of(guider))
     schedule = asked.over(run.grid)
     with opened(model, extra_args or {}, schedule, x, options, disable) as on:
         on.say_doubts()
         on.progress.reset(run.calls)
-        if run.halves and on.backbone.scale != 1 and not on.backbone.separable:
+        if run.conditional_only and on.backbone.scale != 1 and not on.backbone.separable:
             warn(
-                f"{run.halves} of the {run.calls} calls could leave the negative out, but the guider, or a node on the "
-                "MODEL, works on both branches in its own way: both are evaluated at every call."
+                f"{run.conditional_only} of the {run.calls} calls could leave the negative out, but the guider, or a "
+                "node on the MODEL, works on both branches in its own way: both are evaluated at every call."
             )
-            run = replace(run, half_calls=())
+            run = replace(run, cfg_coefficients=())
         shape = x.shape if x.ndim > 3 else (*x.shape[:2], 1, x.shape[2])  # the core knows no audio [B, C, L]
         end = solve(
             on.field,
@@ -119,7 +119,7 @@ class Opened(NamedTuple):
     backbone: Backbone
     field: Field
     sidenet: LoadedSideNet | None
-    predictor: Predictor | None
+    predictor: SideNetProtocol | None
     chunk: int | None
     progress: Any
 
@@ -131,7 +131,7 @@ class Opened(NamedTuple):
 
 @contextmanager
 def opened(
-    model: Any, extra_args: dict[str, Any], schedule: Schedule, x: Tensor, options: Options, disable: bool | None
+    model: Any, extra_args: dict[str, Any], schedule: SigmaSchedule, x: Tensor, options: Options, disable: bool | None
 ) -> Iterator[Opened]:
     """Open a run on a MODEL: the one way from ComfyUI's sampling into the core.
 
@@ -158,26 +158,26 @@ def sidenet_of(options: Options, guider: Any) -> LoadedSideNet | None:
     return None if options.method in WITHOUT_SIDENET else sidenet_for(guider)
 
 
-def run_for(options: Options, sidenet: LoadedSideNet | None, times: Tensor, scale: float) -> FittedRun:
+def run_for(options: Options, sidenet: LoadedSideNet | None, times: Tensor, scale: float) -> Schedule:
     """The run over a schedule's times: one of the SideNet's own where it is as they were fitted, with the defaults.
 
     The times of a run of its own ask for as many calls. A scheduler knows no CFG scale, and so, where the file holds
     a run of as many for a scale that is nearer to this one, that is taken, with its times.
     """
     if sidenet is None:
-        return FittedRun(times)
+        return Schedule(times.tolist())
     card = sidenet.card
-    usual = sidenet.strength == 1 and options == Options(skip_first=options.skip_first)
-    run = run_over(times, card.runs if usual else {}, sidenet.knows_mean)
+    usual = sidenet.strength == 1 and options == Options(analytic_first_step=options.analytic_first_step)
+    run = match_schedule(times, card.schedules_for(card.cfg) if usual else {}, sidenet.has_data_mean)
     if run.fitted:
-        nearer = card.runs_at(scale).get(round(run.cost))
-        if nearer is not None and not same_grid(times, nearer.times):
+        nearer = card.schedules_for(scale).get(round(run.nfe))
+        if nearer is not None and not same_times(times, nearer.times):
             run = nearer.scaled(float(times[0]))
-    return run if options.skip_first else replace(run, skip_first=False)
+    return run if options.analytic_first_step else replace(run, analytic_first_step=False)
 
 
 def step_callback(
-    schedule: Schedule, shape: torch.Size, callback: Callable[[dict[str, Any]], None]
+    schedule: SigmaSchedule, shape: torch.Size, callback: Callable[[dict[str, Any]], None]
 ) -> Callable[[Step], None]:
     """The core's callback to ComfyUI's, with the dictionary of k-diffusion's samplers."""
 

@@ -9,25 +9,25 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ...bas_core.grids import grid_of_calls, resample_grid
-from ...bas_core.runs import FittedRun
+from ...bas_core.grids import grid_for_nfe, resample_grid
+from ...bas_core.schedule import Schedule
 from ..models.paths import path_of
 
 GRIDS = ("auto", "model")
 
 
 def sigmas_for(
-    model_sampling: Any, calls: int, denoise: float, runs: Mapping[int, FittedRun], skip_first: bool = False
+    model_sampling: Any, calls: int, denoise: float, runs: Mapping[int, Schedule], has_data_mean: bool = False
 ) -> Tensor:
     """The SideNet's own times for a whole run of so many calls, and else `stretched_sigmas`, which takes the same
     arguments."""
     if calls in runs and denoise == 1:
         return _on_path(model_sampling, torch.stack(runs[calls].grid)).cpu()
-    return stretched_sigmas(model_sampling, calls, denoise, runs, skip_first)
+    return stretched_sigmas(model_sampling, calls, denoise, runs, has_data_mean)
 
 
 def stretched_sigmas(
-    model_sampling: Any, calls: int, denoise: float, runs: Mapping[int, FittedRun], skip_first: bool = False
+    model_sampling: Any, calls: int, denoise: float, runs: Mapping[int, Schedule], has_data_mean: bool = False
 ) -> Tensor:
     """The last `calls` + 1 sigmas of a grid long enough to start at the noise level that `denoise` asks for.
 
@@ -36,7 +36,7 @@ def stretched_sigmas(
         calls: of the backbone.
         denoise: in (0, 1]; the whole grid has calls / denoise steps, as in ComfyUI's own schedulers.
         runs: the SideNet's fitted runs by number of calls; may be empty.
-        skip_first: the SideNet may save the call at t = 1; a whole run then has one sigma more.
+        has_data_mean: the SideNet may save the call at t = 1; a whole run then has one sigma more.
 
     Raises:
         ValueError: the MODEL is neither a flow nor a diffusion model.
@@ -46,7 +46,7 @@ def stretched_sigmas(
         whole = comfy.samplers.calculate_sigmas(model_sampling, "simple", total)
     else:
         nearest = torch.stack(runs[min(runs, key=lambda known: abs(known - total))].grid)
-        times = grid_of_calls(lambda intervals: resample_grid(nearest, intervals), total, skip_first)
+        times = grid_for_nfe(lambda intervals: resample_grid(nearest, intervals), total, has_data_mean)
         whole = _on_path(model_sampling, times)
     return whole.cpu() if total == calls else whole[-(calls + 1) :].cpu()
 

@@ -9,8 +9,8 @@ import comfy.model_management
 import torch
 from torch import Tensor
 
-from ...bas_core.steps import Predictor
-from ...bas_core.weighting import WeightedSideNet, with_strength
+from ...bas_core.prediction import SideNetProtocol
+from ...bas_core.strength import WeightedSideNet, with_strength
 from ..models.attach import LoadedSideNet, applied_sidenet
 from .backbone import Backbone, embedded_guidance
 
@@ -38,7 +38,9 @@ def guidance_doubts(sidenet: LoadedSideNet, guider: Any) -> list[str]:
     """
     cfg, embedded = float(getattr(guider, "cfg", 1.0)), embedded_guidance(guider)
     card, taken = sidenet.card, cfg if embedded is None else embedded
-    doubts = [] if card.serves(taken) else [("CFG" if embedded is None else "guidance", card.scales(), taken)]
+    doubts = (
+        [] if card.supports_cfg(taken) else [("CFG" if embedded is None else "guidance", card.describe_cfg(), taken)]
+    )
     if embedded is not None and not math.isclose(cfg, 1.0):
         doubts.append(("CFG", "1", cfg))
     return [
@@ -66,7 +68,7 @@ def check_latent(sidenet: LoadedSideNet, x: Tensor) -> None:
         )
 
 
-def predictor_of(backbone: Backbone, sidenet: LoadedSideNet | None) -> Predictor | None:
+def predictor_of(backbone: Backbone, sidenet: LoadedSideNet | None) -> SideNetProtocol | None:
     """The SideNet with its strength, held back where an inpaint mask keeps the image as it is.
 
     There the velocity points from the noise straight to the kept image and does not change along the path, which is

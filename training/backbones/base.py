@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ...bas_core.guidance import NO_GUIDANCE, Field, Guidance, Mode, just_inside, model_field
+from ...bas_core.guidance import NO_GUIDANCE, CFGMode, Field, Guidance, just_inside, model_field
 from ..settings import UsageError
 
 Velocity = Callable[[Tensor, Tensor, Tensor, float], Tensor]
@@ -87,7 +87,7 @@ class Backbone:
         return {"name": self.name, "kind": self.kind, "fingerprint": self.fingerprint}
 
     def field(
-        self, conditions: Tensor, scale: float, interval: tuple[float, float] = (0.0, 1.0), mode: Mode = "guided"
+        self, conditions: Tensor, scale: float, interval: tuple[float, float] = (0.0, 1.0), mode: CFGMode = "combined"
     ) -> Field:
         """The velocity field for conditions [B] at one CFG scale."""
         conditions = conditions.to(self.device)

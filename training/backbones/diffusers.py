@@ -28,7 +28,7 @@ from .pipeline_watch import calls_of_first_step, input_name, network_of, run_wat
 
 
 def open_backbone(where: str, choice: BackboneChoice, device: torch.device) -> Backbone:
-    """A pipeline from a local folder, with a prompt for every chain in turn.
+    """A pipeline from a local folder, with a prompt for every trajectory in turn.
 
     Raises:
         UsageError: no folder, no prompts, prompts that are too long, or a resolution that does not divide.

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ...bas_core.files import CheckpointError
 from ...bas_core.flow import (
-    alpha_to_time,
-    epsilon_prediction_to_velocity,
-    flow_to_preserving,
+    eps_to_velocity,
+    flow_to_vp,
     v_prediction_to_velocity,
+    vp_alpha_to_time,
 )
 from ..settings import UsageError
 from .base import BackboneChoice, Combine
@@ -74,12 +74,12 @@ class Clock:
 
     def state(self, x: Tensor, t: Tensor) -> Tensor:
         """What the network is shown of a flow state."""
-        return x if self.prediction == "flow" else flow_to_preserving(x, t)
+        return x if self.prediction == "flow" else flow_to_vp(x, t)
 
     def velocity(self, x: Tensor, output: Tensor, t: Tensor) -> Tensor:
         """The flow velocity that its output means."""
         if self.prediction == "epsilon":
-            return epsilon_prediction_to_velocity(x, output, t)
+            return eps_to_velocity(x, output, t)
         return v_prediction_to_velocity(x, output, t) if self.prediction == "v_prediction" else output
 
 
@@ -177,7 +177,7 @@ def clock_of(pipeline: Any, watch: Watch) -> Clock:
     prediction = "flow" if flow else config.get("prediction_type")
     table = None
     if prediction in ("epsilon", "v_prediction"):
-        table = alpha_to_time(pipeline.scheduler.alphas_cumprod.double().cpu()).numpy()
+        table = vp_alpha_to_time(pipeline.scheduler.alphas_cumprod.double().cpu()).numpy()
     elif prediction != "flow":
         raise CheckpointError(
             f"{type(pipeline.scheduler).__name__} predicts {prediction!r}; flow, epsilon and v_prediction are known."

@@ -20,7 +20,7 @@ INPUTS = ("hidden_states", "sample")
 WATCHED_SCALE = 3.0
 
 
-class Seen(Exception):
+class Deviations(Exception):
     """Raised inside the pipeline when enough of it has been watched."""
 
 
@@ -50,13 +50,13 @@ def watching(pipeline: Any, network: Any, calls: int, steps: int) -> Iterator[Wa
     def on_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         watch.calls.append(dict(signature.bind(*args, **kwargs).arguments))
         if len(watch.calls) == calls:
-            raise Seen
+            raise Deviations
 
     @functools.wraps(step)
     def on_step(output: Tensor, timestep: Any, state: Tensor, *args: Any, **kwargs: Any) -> Any:
         watch.steps.append((output.clone(), float(timestep), state.clone()))
         if len(watch.steps) == steps:
-            raise Seen
+            raise Deviations
         return step(output, timestep, state, *args, **kwargs)
 
     @functools.wraps(set_timesteps)
@@ -68,7 +68,7 @@ def watching(pipeline: Any, network: Any, calls: int, steps: int) -> Iterator[Wa
     scheduler.step, scheduler.set_timesteps = on_step, on_timesteps
     try:
         yield watch
-    except Seen:
+    except Deviations:
         pass
     finally:
         handle.remove()

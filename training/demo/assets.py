@@ -14,7 +14,7 @@ from ...bas_core.files import CheckpointError
 from ...bas_core.guidance import Field, Guidance, model_field
 from ...bas_core.sidenet import SideNet
 from ...bas_core.sit import SiT
-from ..runs.samplers import UNIFORM, GridShape, Sampler
+from ..schedules.solvers import UNIFORM, GridShape, Solver
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
 SIT_FILE = WEIGHTS / "demo_sit.safetensors"
@@ -46,24 +46,24 @@ class Demo:
         """The guided velocity field for class labels [B]."""
         return guided_field(self.sit, labels, cfg)
 
-    def on_grid(self, sampler: Sampler, calls: int, kind: str) -> tuple[Sampler, GridShape]:
+    def on_grid(self, solver: Solver, calls: int, kind: str) -> tuple[Solver, GridShape]:
         """A solver and its "uniform" or "best" grid for a number of calls.
 
         The best is the one in the SideNet's file for BA-solver, and the best known shape (that of the nearest number
         searched) for the others and for other numbers.
         """
         if kind == "uniform":
-            return sampler, UNIFORM
-        if sampler.name == "ba_solver" and calls in self.card.runs:
-            return replace(sampler, given=self.card.runs), UNIFORM
-        known = self.grids.get(sampler.name)
-        return sampler, known[min(known, key=lambda n: abs(n - calls))] if known else UNIFORM
+            return solver, UNIFORM
+        if solver.name == "ba_solver" and calls in self.card.schedules_for(DEMO_CFG):
+            return replace(solver, given=self.card.schedules_for(DEMO_CFG)), UNIFORM
+        known = self.grids.get(solver.name)
+        return solver, known[min(known, key=lambda n: abs(n - calls))] if known else UNIFORM
 
 
 def guided_field(sit: SiT, labels: Tensor, cfg: float = DEMO_CFG) -> Field:
     """A SiT's guided velocity field for class labels [B]."""
     null = torch.full_like(labels, sit.null_class)
-    return model_field(sit, labels, null, Guidance(cfg), mode="guided")
+    return model_field(sit, labels, null, Guidance(cfg), mode="combined")
 
 
 def load_demo(device: torch.device | str = "cpu") -> Demo:

@@ -13,8 +13,8 @@ from torch import Tensor
 from ..measuring.report import SHOWN, plot_errors, plot_images, summary, table, write_csv
 from ..measuring.rivals import Measurement, converged_reference, line_up, measure, rivals
 from ..progress import progress
-from ..runs.samplers import sidenet_sampler
-from ..settings import UsageError, check_device, parse_calls, prepare_folder
+from ..schedules.solvers import sidenet_solver
+from ..settings import UsageError, check_device, parse_nfe, prepare_folder
 from .assets import DEMO_CFG, demo_noise, load_demo
 
 IMAGES = 20
@@ -47,7 +47,7 @@ def run_demo(settings: DemoSettings) -> list[Measurement]:
     Raises:
         UsageError: a setting cannot be used.
     """
-    calls = parse_calls(settings.nfe)
+    calls = parse_nfe(settings.nfe)
     if not 0 <= settings.cfg <= 20:
         raise UsageError(f"--cfg must lie between 0 and 20; got {settings.cfg}.")
     device = check_device(settings.device)
@@ -58,8 +58,8 @@ def run_demo(settings: DemoSettings) -> list[Measurement]:
 
     noise, labels = (part.to(device) for part in demo_noise(SEED_OFFSET + settings.seed, IMAGES))
     field = demo.field(labels, settings.cfg)
-    samplers = [*rivals(), sidenet_sampler(demo.sidenet)]
-    jobs = line_up(samplers, calls)
+    solvers = [*rivals(), sidenet_solver(demo.sidenet)]
+    jobs = line_up(solvers, calls)
 
     rows: list[Measurement] = []
     images: dict[tuple[str, int, str], Tensor] = {}
@@ -70,12 +70,12 @@ def run_demo(settings: DemoSettings) -> list[Measurement]:
     with torch.inference_mode(), progress(jobs, "sampling", leave=False) as bar:
         bar.set_description("converged reference")
         reference = converged_reference(field, noise)
-        for sampler, n, grid in bar:
-            bar.set_description(f"{sampler.label}, {n} calls")
-            on_grid, shape = demo.on_grid(sampler, n, grid)
+        for solver, n, grid in bar:
+            bar.set_description(f"{solver.label}, {n} calls")
+            on_grid, shape = demo.on_grid(solver, n, grid)
             row, samples = measure(on_grid, field, noise, reference, n, shape, grid)
             rows.append(row)
-            images[sampler.name, n, grid] = shown(samples)
+            images[solver.name, n, grid] = shown(samples)
 
     print(table(rows))
     write_csv(settings.out / "results.csv", rows)

@@ -11,9 +11,9 @@ from torch import Tensor
 from ...bas_core.grids import time_shift
 from ...bas_core.guidance import Field
 from ..backbones import Backbone
-from ..recording.chains import Chains
-from ..recording.teacher import LAST_TIME, record_chain
-from ..runs.samplers import endpoint_errors
+from ..recording.reference_solver import LAST_TIME, record_trajectory
+from ..recording.trajectories import Trajectories
+from ..schedules.solvers import endpoint_errors
 
 # Euler with so many calls is what people know; it is in every table.
 KEPT_POINTS = 4
@@ -48,17 +48,19 @@ def reference_times(backbone: Backbone, points: int) -> Tensor:
 def reference_paths(field: Field, noise: Tensor, backbone: Backbone, points: int) -> Paths:
     """Integrate finely from noise."""
     times = reference_times(backbone, points)
-    half, _ = record_chain(field, noise, torch.cat([times[:-1:2], times[-1:]]))
-    states, velocities = record_chain(field, noise, times)
+    half, _ = record_trajectory(field, noise, torch.cat([times[:-1:2], times[-1:]]))
+    states, velocities = record_trajectory(field, noise, times)
     error = endpoint_errors(states[:, -1], half[:, -1]).mean().item()
     kept = torch.arange(0, points, KEPT_POINTS)
     kept = torch.cat([kept[kept < points - 1], torch.tensor([points - 1])])
-    chains = Chains(times[kept].expand(len(noise), -1), states[:, kept].cpu(), velocities[:, kept].cpu(), kept[:1])
+    trajectories = Trajectories(
+        times[kept].expand(len(noise), -1), states[:, kept].cpu(), velocities[:, kept].cpu(), kept[:1]
+    )
     rows = torch.arange(len(noise))
-    ends = chains.ends(rows).to(noise.device)
+    ends = trajectories.ends(rows).to(noise.device)
 
     def truth(t: Tensor) -> Tensor:
-        return ends if float(t) == 0 else chains.at(rows, t).to(noise.device)
+        return ends if float(t) == 0 else trajectories.at(rows, t).to(noise.device)
 
     return Paths(field, noise, ends, truth, error)
 

@@ -30,8 +30,8 @@ def table(rows: Sequence[Measurement]) -> str:
 
 def summary(rows: Sequence[Measurement]) -> str:
     """One sentence on what the table shows."""
-    long = next(row for row in rows if row.sampler == "euler" and row.calls == LONG)
-    ours = [row for row in rows if row.sampler == "ba_solver" and row.error <= long.error]
+    long = next(row for row in rows if row.solver == "euler" and row.calls == LONG)
+    ours = [row for row in rows if row.solver == "ba_solver" and row.error <= long.error]
     if not ours:
         return f"Euler with 100 calls ends at {long.error:.4f}; BA-solver does not reach that with these calls."
     best = min(ours, key=lambda row: row.calls)
@@ -58,8 +58,8 @@ def plot_errors(path: Path, rows: Sequence[Measurement], title: str) -> None:
     panels = figure.subplots(1, 2, sharey=True)
     euler_long = next(row.error for row in rows if row.calls == LONG)
     for panel, grid, heading in zip(panels, ("uniform", "best"), ("uniform grid", "best grid of each"), strict=True):
-        for name in dict.fromkeys(row.sampler for row in rows):
-            line = [row for row in rows if row.sampler == name and row.grid == grid and row.calls < LONG]
+        for name in dict.fromkeys(row.solver for row in rows):
+            line = [row for row in rows if row.solver == name and row.grid == grid and row.calls < LONG]
             if not line:
                 continue
             ours = name == "ba_solver"
@@ -101,8 +101,8 @@ def plot_images(
     """
     from matplotlib.figure import Figure
 
-    best = {(row.sampler, row.calls): row for row in rows}  # the last of a solver's grids is its best
-    solvers = {row.sampler: row.label for row in reversed(rows) if row.calls in calls}
+    best = {(row.solver, row.calls): row for row in rows}  # the last of a solver's grids is its best
+    solvers = {row.solver: row.label for row in reversed(rows) if row.calls in calls}
     lines = [*references, *solvers]
     figure = Figure(figsize=(1.3 + 2.6 * len(calls), 0.62 * len(lines) + 0.5), layout="constrained")
     panels = figure.subplots(len(lines), len(calls), squeeze=False)

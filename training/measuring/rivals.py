@@ -3,42 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ...bas_core.grids import starts_short
 from ...bas_core.guidance import Field
-from ...bas_core.sidenet import SideNet
-from ..runs.samplers import GridShape, Sampler, baseline_sampler, endpoint_errors
-
-
-@dataclass
-class Opened:
-    """A field whose velocity at t = 1 is what a SideNet knows of it: other solvers notice nothing, and save a call."""
-
-    field: Field
-    first_velocity: Callable[[Tensor, Tensor], Tensor | None]
-
-    def velocity(self, x: Tensor, t: Tensor) -> Tensor:
-        """[B, C, *spatial] states at one time."""
-        known = self.first_velocity(x, t) if float(t) == 1 else None
-        return self.field.velocity(x, t) if known is None else known
-
-
-def with_first_call_saved(sampler: Sampler, sidenet: SideNet) -> Sampler:
-    """A solver without a SideNet that is told the mean of the data all the same, and so saves its first call too."""
-
-    def run(field: Field, x: Tensor, times: Tensor) -> Tensor:
-        opened: Any = Opened(field, sidenet.first_velocity) if starts_short(times) else field
-        return sampler.run(opened, x, times)
-
-    return replace(
-        sampler, name=f"{sampler.name}_mean", label=f"{sampler.label}, told the mean", run=run, skip_first=True
-    )
+from ..schedules.solvers import GridShape, Solver, baseline_solver, endpoint_errors
 
 
 def unipc(field: Field, x: Tensor, times: Tensor) -> Tensor:
@@ -52,27 +24,22 @@ def unipc(field: Field, x: Tensor, times: Tensor) -> Tensor:
     return x
 
 
-def rivals(start: float = 1.0) -> list[Sampler]:
+def rivals(start: float = 1.0) -> list[Solver]:
     """The training-free solvers that BA-solver is measured against."""
     return [
-        baseline_sampler("euler", start),
-        baseline_sampler("heun", start),
-        baseline_sampler("adams_bashforth2", start),
-        baseline_sampler("dpmpp_2m", start),
-        Sampler("unipc", "UniPC", unipc, start=start),
-        baseline_sampler("predictor_corrector", start),
+        baseline_solver("euler", start),
+        baseline_solver("heun", start),
+        baseline_solver("adams_bashforth2", start),
+        baseline_solver("dpmpp_2m", start),
+        Solver("unipc", "UniPC", unipc, start=start),
+        baseline_solver("predictor_corrector", start),
     ]
 
 
-def more_rivals(start: float = 1.0) -> list[Sampler]:
-    """What ComfyUI's core has beside them, for this project's own figures; none of them was the best anywhere."""
-    return [baseline_sampler(name, start) for name in ("ipndm", "deis", "res_multistep", "dpm_2")]
-
-
-def line_up(samplers: Sequence[Sampler], calls: Sequence[int]) -> list[tuple[Sampler, int, str]]:
-    """What a table compares: every sampler at every number of calls on both grids, and Euler with 100 calls."""
-    jobs = [(sampler, n, grid) for n in calls for sampler in samplers for grid in ("uniform", "best")]
-    return [*jobs, (baseline_sampler("euler", samplers[0].start), 100, "uniform")]
+def line_up(solvers: Sequence[Solver], calls: Sequence[int]) -> list[tuple[Solver, int, str]]:
+    """What a table compares: every solver at every number of calls on both grids, and Euler with 100 calls."""
+    jobs = [(solver, n, grid) for n in calls for solver in solvers for grid in ("uniform", "best")]
+    return [*jobs, (baseline_solver("euler", solvers[0].start), 100, "uniform")]
 
 
 def converged_reference(field: Field, noise: Tensor, tolerance: float = 1e-5) -> Tensor:
@@ -88,7 +55,7 @@ class Measurement:
     """One line of a table.
 
     Attributes:
-        sampler, label: which.
+        solver, label: which.
         grid: "uniform" or "best".
         shape: (shift, cosine) of the grid.
         calls: backbone calls, counted, half ones as half.
@@ -97,7 +64,7 @@ class Measurement:
         seconds: per image.
     """
 
-    sampler: str
+    solver: str
     label: str
     grid: str
     shape: GridShape
@@ -108,22 +75,22 @@ class Measurement:
 
 
 def measure(
-    sampler: Sampler, field: Field, noise: Tensor, reference: Tensor, calls: int, shape: GridShape, grid: str
+    solver: Solver, field: Field, noise: Tensor, reference: Tensor, calls: int, shape: GridShape, grid: str
 ) -> tuple[Measurement, Tensor]:
     """Sample, compare with the reference, and time it.
 
     Returns:
         The table's line, and the samples [B, C, *spatial].
     """
-    before = field.cost
+    before = field.nfe
     start = time.perf_counter()
-    x = sampler.sample(field, noise, calls, shape)
+    x = solver.sample(field, noise, calls, shape)
     if x.is_cuda:
         torch.cuda.synchronize()
     seconds = (time.perf_counter() - start) / len(noise)
     errors = endpoint_errors(x, reference)
     spread = (errors.std() / len(noise) ** 0.5).item() if len(noise) > 1 else 0.0
     line = Measurement(
-        sampler.name, sampler.label, grid, shape, round(field.cost - before), errors.mean().item(), spread, seconds
+        solver.name, solver.label, grid, shape, round(field.nfe - before), errors.mean().item(), spread, seconds
     )
     return line, x

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ...bas_core.files import CheckpointError, read_pickled_tensors, write_atomically, write_text
+from ..processes import mean_over_processes, processes
 from ..progress import progress, tell_history
-from .processes import processes_for
+from ..settings import UsageError
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -38,9 +39,7 @@ class LoopSettings:
         seed: of weights and batches.
         save_every: steps between reports and saves.
         accumulate: backward passes a step, each over a part of the batch, when memory is short.
-        precision: fp32, bf16 or fp16 (the last on a GPU only).
-        patience: reports without a better score after which to stop; 0 = never.
-        compile: use torch.compile.
+        precision: fp32 or bf16.
     """
 
     steps: int
@@ -54,14 +53,27 @@ class LoopSettings:
     save_every: int = 500
     accumulate: int = 1
     precision: str = "fp32"
-    patience: int = 0
-    compile: bool = False
 
     def factor(self, step: int) -> float:
         """The learning rate at a step, over the peak."""
         if step < self.warmup:
             return (step + 1) / self.warmup
         return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.steps - self.warmup)))
+
+    def check(self, processes: int) -> None:
+        """Refuse an unknown precision, and a batch that so many processes cannot share.
+
+        Raises:
+            UsageError: saying which.
+        """
+        if self.precision not in ("fp32", "bf16"):
+            raise UsageError(f"--precision must be fp32 or bf16; got {self.precision!r}.")
+        passes = processes * self.accumulate
+        if self.accumulate < 1 or self.batch % passes:
+            raise UsageError(
+                f"--batch must be a multiple of processes times --accumulate, here {passes}, so that all do the same; "
+                f"got {self.batch}."
+            )
 
     def generator(self, step: int) -> torch.Generator:
         """The source of a step's randomness, so that a resumed run draws what the whole run would have drawn."""
@@ -131,12 +143,12 @@ class Run(Generic[Model]):
 
     def __init__(self, model: Model, settings: LoopSettings, path: Path | None) -> None:
         self.model, self.settings, self.path, self.done = model, settings, path, 0
-        self.accelerator = processes_for(model, settings.precision, settings.batch, settings.accumulate)
+        self.device = next(model.parameters()).device
+        self.rank, self.processes, _ = processes(self.device.type == "cpu")
+        settings.check(self.processes)
         self.average = averaged(model, settings.ema)
         self.optimizers = make_optimizers(model, settings)
         self.schedules = [torch.optim.lr_scheduler.LambdaLR(o, settings.factor) for o in self.optimizers]
-        # The schedules stay with the bare optimizers: wrapped ones would advance once for every process.
-        self.steppers = [self.accelerator.prepare_optimizer(o) for o in self.optimizers]
         self.history: list[Numbers] = []
         self.best: dict[str, Tensor] | None = None
         if path is not None and path.exists():
@@ -158,8 +170,6 @@ class Run(Generic[Model]):
         parts: dict[str, Any] = {"model": self.model, "average": self.average}
         for i, (optimizer, schedule) in enumerate(zip(self.optimizers, self.schedules, strict=True)):
             parts |= {f"optimizer{i}": optimizer, f"schedule{i}": schedule}
-        if self.accelerator.scaler is not None:
-            parts["scaler"] = self.accelerator.scaler
         return parts
 
     @property
@@ -167,43 +177,34 @@ class Run(Generic[Model]):
         result: Any = self.average.module
         return result
 
-    @property
-    def stopped(self) -> bool:
-        """Whether the score has not improved for `patience` reports."""
-        scores = [row["score"] for row in self.history if "score" in row]
-        patience = self.settings.patience
-        return bool(patience) and len(scores) > patience and min(scores[-patience:]) >= min(scores[:-patience])
-
     def gradients(self, loss_at: LossAt) -> float:
         """One step's loss, with its gradients in place; all processes and passes share the batch."""
         passes = self.settings.accumulate
-        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         self.model.zero_grad()
-        total = torch.zeros((), device=self.accelerator.device)
+        total = torch.zeros((), device=self.device)
         for index in range(passes):
-            with self.accelerator.autocast():
-                loss = loss_at(self.done, Share(rank * passes + index, passes * processes)) / passes
-            self.accelerator.backward(loss)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"):
+                loss = loss_at(self.done, Share(self.rank * passes + index, passes * self.processes)) / passes
+            loss.backward()
             total += loss.detach().float()
-        if processes > 1:
+        if self.processes > 1:
             self._share_gradients()
-            total = self.accelerator.reduce(total, "mean")
-        return total.item()
+        return mean_over_processes(total).item()
 
     def _share_gradients(self) -> None:
         # In one message, by hand: a SideNet is small, and a loss may call it many times, which wrappers do not like.
         trained = [p for p in self.model.parameters() if p.requires_grad]
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trained])
-        mean = self.accelerator.reduce(flat, "mean")
+        mean = mean_over_processes(flat)
         for p, gradient in zip(trained, mean.split([p.numel() for p in trained]), strict=True):
             p.grad = gradient.view_as(p).clone()
 
     def advance(self) -> None:
         """One optimizer step; Ctrl-C waits for its end, so that what is saved is never half a step."""
-        self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         with interrupts_deferred():
-            for stepper, schedule in zip(self.steppers, self.schedules, strict=True):
-                stepper.step()
+            for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
+                optimizer.step()
                 schedule.step()
             self.average.update_parameters(self.model)
             self.done += 1
@@ -212,8 +213,7 @@ class Run(Generic[Model]):
         """Add a line to the history, and keep the averaged weights if their score is the best so far."""
         if "score" in numbers:
             # The same on every process, or one would stop and the others wait for it.
-            mine = torch.tensor(numbers["score"], device=self.accelerator.device)
-            numbers["score"] = float(self.accelerator.reduce(mine, "mean"))
+            numbers["score"] = float(mean_over_processes(torch.tensor(numbers["score"], device=self.device)))
             known = [row["score"] for row in self.history if "score" in row]
             if not known or numbers["score"] < min(known):
                 self.best = {name: value.clone() for name, value in self.averaged_model.state_dict().items()}
@@ -221,7 +221,7 @@ class Run(Generic[Model]):
 
     def save(self) -> None:
         """Write the run's state, atomically."""
-        if self.path is not None and self.accelerator.is_main_process:
+        if self.path is not None and self.rank == 0:
             state = {"step": self.done, "history": self.history, "best": self.best}
             state |= {name: part.state_dict() for name, part in self._parts().items()}
             write_atomically(self.path, lambda temporary: torch.save(state, temporary))
@@ -254,7 +254,7 @@ def train(
         what: the progress bar's name.
         state_path: where to keep the unfinished run; the same call goes on from it. None = keep nothing.
         report: called with the averaged model and the step before each save; its numbers join the progress bar. A
-            number called `score` (lower is better) decides which weights are kept, and early stopping.
+            number called `score` (lower is better) decides which weights are kept.
         journal: folder for TensorBoard's log and a plot of the loss; None = neither.
 
     Raises:
@@ -263,14 +263,10 @@ def train(
         CheckpointError: the state is of another run.
     """
     run = Run(model, settings, state_path)
-    if settings.compile:
-        model.compile()
     recent: list[float] = []
     try:
         with progress(range(run.done, settings.steps), what, initial=run.done, total=settings.steps) as bar:
             for step in bar:
-                if run.stopped:
-                    break
                 loss = run.gradients(loss_at)
                 if not math.isfinite(loss):
                     raise FloatingPointError(
@@ -286,7 +282,7 @@ def train(
                     bar.set_postfix({name: f"{value:.4g}" for name, value in run.history[-1].items() if name != "step"})
                     run.save()
                     tell_history(what, run.history)
-                    if journal is not None and run.accelerator.is_main_process:
+                    if journal is not None and run.rank == 0:
                         write_journal(journal, what, run.history)
     except FloatingPointError:
         raise

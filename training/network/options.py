@@ -8,11 +8,10 @@ from pathlib import Path
 import torch
 
 from ...bas_core.quadrature import RULES
-from ..settings import UsageError, check_positive, parse_calls
+from ..settings import UsageError, check_positive, parse_nfe
 from .loop import LoopSettings
 
 OBJECTIVES = ("all_pairs", "published")
-SEARCHES = ("calls", "paths")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +19,7 @@ class Training:
     """How a SideNet is trained.
 
     Attributes:
-        objective: all_pairs (from chains alone) or published (from data, with the backbone; for comparison).
+        objective: all_pairs (from trajectories alone) or published (from data, with the backbone; for comparison).
         latents: data for the published objective: a folder of images, or safetensors with `latents` and `labels`.
         start_from: a SideNet to go on from instead of fresh weights.
         steps: optimizer steps of the first stage.
@@ -32,36 +31,25 @@ class Training:
             faster with; the convolution body has none, and is trained by AdamW alone.
         ema: decay of the averaged weights.
         accumulate: backward passes a step, when memory is short; 0 = by what is free, where that is known.
-        precision: fp32, bf16 or fp16.
-        compile: use torch.compile.
-        patience: reports without a better held-out score after which to stop; 0 = never.
+        precision: fp32 or bf16.
         save_every: steps between reports and saves.
-        held_out: runs to validate on; 0 = an eighth, at most 64.
+        validation: runs to validate on; 0 = an eighth, at most 64.
         nfe_range: fewest and most backbone calls it will be used with.
         rule: quadrature that the network is trained for; fitted runs have one of their own.
         anchors: 2, or 1 (the paper).
         body: of the SideNet: tokens (transformer blocks) or convolution (the paper).
-        mean_size: it keeps the mean of the model's data on a grid of this side, which saves each run's first backbone
-            call, if the chains show that the model says no more there; 0 = it does not.
+        data_mean_size: it keeps the mean of the model's data on a grid of this side, which saves each run's first
+            backbone
+            call, if the trajectories show that the model says no more there; 0 = it does not.
         base_channels: the SideNet's width.
         embedding_dim: width of its time, step and class embeddings.
         num_layers: its blocks.
         num_heads: of its attention block.
         patch_size: it works on a grid this much coarser; 0 = as the model does, or 2 where that is not known.
         kernel_size: of its first and last convolution.
-        grid_nfe: learn time grids for these numbers of calls, such as 5,7,10 (needs --backbone).
-        grid_runs: recorded runs that they are learned on; each number of calls takes 30 to 60 times so many samplings.
-            A few runs find the grid that suits those few.
-        grid_search: calls (on the model) or paths (on the recorded paths, with a few runs on the model to learn from,
-            for a twentieth of the calls, and up to a quarter less exact).
-        grid_moves: rounds over times found on paths that move them on the model, one after another, over grid_runs
-            recorded runs; for up to 7 calls.
-        tune: steps that tune each number of calls' times and weights by gradients through whole runs (needs --grid-nfe,
-            and the memory of --end-point); the grids are then searched in the family alone. A few hundred; where it
-            does not help runs that were held out, it is undone.
-        closed_loop: steps of the closed-loop stage (needs --backbone).
-        end_point: steps with gradients through the backbone (needs --backbone, and its memory).
-        loop_batch: runs a step in these two stages.
+        nfe: learn time grids for these numbers of calls, such as 5,7,10 (needs --backbone).
+        tune: steps that tune each number of calls' times and weights by gradients through whole runs (needs --nfe,
+            and the memory of a call with gradients). Where it does not help runs that were held out, it is undone.
         seed: of weights and batches.
         resume: go on with an unfinished run.
     """
@@ -78,29 +66,21 @@ class Training:
     ema: float = 0.995
     accumulate: int = 1
     precision: str = "fp32"
-    compile: bool = False
-    patience: int = 0
     save_every: int = 250
-    held_out: int = 0
+    validation: int = 0
     nfe_range: tuple[int, int] = (4, 15)
     rule: str = "lobatto4"
     anchors: int = 2
     body: str = "tokens"
-    mean_size: int = 32
+    data_mean_size: int = 32
     base_channels: int = 96
     embedding_dim: int = 64
     num_layers: int = 4
     num_heads: int = 4
     patch_size: int = 0
     kernel_size: int = 1
-    grid_nfe: str = ""
-    grid_runs: int = 24
-    grid_search: str = "calls"
-    grid_moves: int = 0
+    nfe: str = ""
     tune: int = 0
-    closed_loop: int = 0
-    end_point: int = 0
-    loop_batch: int = 16
     seed: int = 1
     resume: bool = False
 
@@ -118,8 +98,6 @@ class Training:
             save_every=self.save_every,
             accumulate=max(1, self.accumulate),
             precision=self.precision,
-            patience=self.patience,
-            compile=self.compile,
         )
 
     def check(self) -> None:
@@ -128,11 +106,9 @@ class Training:
         Raises:
             UsageError: saying which setting and why.
         """
-        check_positive(self, "batch", "save_every", "loop_batch", "grid_runs")
+        check_positive(self, "batch", "save_every")
         if self.objective not in OBJECTIVES:
             raise UsageError(f"--objective must be one of {', '.join(OBJECTIVES)}; got {self.objective!r}.")
-        if self.grid_search not in SEARCHES:
-            raise UsageError(f"--grid-search must be one of {', '.join(SEARCHES)}; got {self.grid_search!r}.")
         if (self.objective == "published") != (self.latents is not None):
             raise UsageError(
                 "--latents and --objective published go together: it trains from data, all_pairs does not."
@@ -143,24 +119,26 @@ class Training:
         low, high = self.nfe_range
         if not 2 <= low <= high <= 100:
             raise UsageError(f"--nfe-range must be two numbers from 2 to 100, the lower first; got {self.nfe_range}.")
-        if self.tune and not self.grid_nfe:
-            raise UsageError("--tune tunes learned grids: give --grid-nfe too, such as --grid-nfe 5,7,10.")
-        for name in ("steps", "grid_moves", "tune", "closed_loop", "end_point", "held_out", "patience", "accumulate"):
+        if self.objective == "published" and self.nfe:
+            raise UsageError("The published objective trains a network alone: leave --nfe out.")
+        if self.tune and not self.nfe:
+            raise UsageError("--tune tunes learned grids: give --nfe too, such as --nfe 5,7,10.")
+        for name in ("steps", "tune", "validation", "accumulate"):
             if getattr(self, name) < 0:
                 raise UsageError(f"--{name.replace('_', '-')} must not be negative; got {getattr(self, name)}.")
-        if self.grid_nfe:
-            parse_calls(self.grid_nfe, "--grid-nfe")
+        if self.nfe:
+            parse_nfe(self.nfe, "--nfe")
 
-    def held_out_of(self, runs: int) -> int:
+    def validation_count(self, runs: int) -> int:
         """How many of so many runs are held out."""
-        return self.held_out or min(64, max(1, runs // 8))
+        return self.validation or min(64, max(1, runs // 8))
 
     @property
     def trains(self) -> bool:
         """Whether the network is trained; one that is not adds nothing, and is as small as can be."""
-        return bool(self.steps or self.closed_loop or self.end_point)
+        return self.steps > 0
 
     @property
     def needs_backbone(self) -> bool:
         """Whether a stage calls the backbone."""
-        return bool(self.objective == "published" or self.grid_nfe or self.closed_loop or self.end_point)
+        return self.objective == "published" or bool(self.nfe)

@@ -1,8 +1,9 @@
-"""Training examples from chains: what the sampler will ask of the SideNet, with the recorded velocity as the answer.
+"""Training examples from trajectories: what the solver will ask of the SideNet, with the recorded velocity as the
+answer.
 
-All ordered pairs (or triples, with a second anchor) of a chain's points are usable, in both directions. Those are
-drawn that the sampler asks for: a number of calls, a grid and an interval of it are drawn at random, and each of its
-queries (forward probe, backward refinement) is snapped to the nearest recorded points. Where the sampler would save
+All ordered pairs (or triples, with a second anchor) of a trajectory's points are usable, in both directions. Those are
+drawn that the solver asks for: a number of calls, a grid and an interval of it are drawn at random, and each of its
+queries (forward probe, backward refinement) is snapped to the nearest recorded points. Where the solver would save
 the call at t = 1, the anchor there is what the SideNet is to begin with, instead of the recorded velocity.
 """
 
@@ -16,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ...bas_core.flow import per_sample
-from ...bas_core.grids import starts_short, time_grid
+from ...bas_core.grids import has_short_first_step, time_grid
 from ...bas_core.quadrature import Rule
-from ..recording.chains import Chains, Points
+from ..recording.trajectories import Points, Trajectories
 
 KINDS = ("between", "beyond", "first", "last")
 
@@ -69,14 +70,14 @@ class QueryRange:
         shift: lowest and highest time shift of the grids (drawn log-uniformly).
         cosine: lowest and highest cosine blend.
         ascending: share of examples in the other direction (noise-ward), for inversion.
-        skip_first: share of the runs that save the call at t = 1, of those whose first interval is short enough.
+        analytic_share: share of the samplings with an analytic first step, of those whose first step is short enough.
     """
 
     calls: tuple[int, int] = (4, 12)
     shift: tuple[float, float] = (0.8, 3.5)
     cosine: tuple[float, float] = (-0.3, 0.6)
     ascending: float = 0.1
-    skip_first: float = 0.0
+    analytic_share: float = 0.0
 
 
 class Queries(NamedTuple):
@@ -108,7 +109,7 @@ def draw_queries(rule: Rule, anchors: int, count: int, ranges: QueryRange, gener
     inner = [c for c in rule.nodes if 0 < c < 1]
     for a, b, c, d, e, f in uniform.tolist():
         low, high = ranges.calls
-        intervals = low + int(a * (high - low + 1 + bool(ranges.skip_first)))
+        intervals = low + int(a * (high - low + 1 + bool(ranges.analytic_share)))
         shift = ranges.shift[0] * (ranges.shift[1] / ranges.shift[0]) ** b
         grid = time_grid(intervals, shift, ranges.cosine[0] + c * (ranges.cosine[1] - ranges.cosine[0])).tolist()
         last = intervals - 1
@@ -119,7 +120,7 @@ def draw_queries(rule: Rule, anchors: int, count: int, ranges: QueryRange, gener
         i, node, forward = queries[int(d * len(queries))]
         if e < ranges.ascending:
             grid = grid[::-1]
-        skipped.append(f < ranges.skip_first and starts_short(grid))
+        skipped.append(f < ranges.analytic_share and has_short_first_step(grid))
         left, right = grid[i], grid[i + 1]
         target = left + node * (right - left)
         if forward:
@@ -134,19 +135,19 @@ def draw_queries(rule: Rule, anchors: int, count: int, ranges: QueryRange, gener
 
 
 def draw_examples(
-    chains: Chains,
+    trajectories: Trajectories,
     rule: Rule,
     anchors: int,
     count: int,
     ranges: QueryRange,
     generator: torch.Generator,
-    starts: Chains | None = None,
+    starts: Trajectories | None = None,
     mean: Tensor | None = None,
 ) -> Examples:
     """Draw a batch of training examples; see the module's docstring.
 
     Args:
-        chains: whole runs.
+        trajectories: whole runs.
         rule, anchors: whose queries are drawn.
         count: B.
         ranges: see `QueryRange`.
@@ -159,11 +160,11 @@ def draw_examples(
     """
     queries = draw_queries(rule, anchors, count, ranges, generator)
     if starts is None:
-        return read_examples(chains, queries, generator, mean)
+        return read_examples(trajectories, queries, generator, mean)
     early = queries.times.amin(1) >= starts.times[:, -1].max()
     parts = [
         read_examples(source, queries.of(rows), generator, mean)
-        for source, rows in ((starts, early), (chains, ~early))
+        for source, rows in ((starts, early), (trajectories, ~early))
         if rows.any()
     ]
     return joined(parts)
@@ -176,11 +177,13 @@ def joined(parts: Sequence[Examples]) -> Examples:
     return Examples(*together)
 
 
-def read_examples(chains: Chains, queries: Queries, generator: torch.Generator, mean: Tensor | None = None) -> Examples:
-    """Answer queries from randomly drawn chains."""
+def read_examples(
+    trajectories: Trajectories, queries: Queries, generator: torch.Generator, mean: Tensor | None = None
+) -> Examples:
+    """Answer queries from randomly drawn trajectories."""
     wanted = queries.times
-    rows = torch.randint(len(chains), (len(wanted),), generator=generator)
-    times = chains.times[rows]
+    rows = torch.randint(len(trajectories), (len(wanted),), generator=generator)
+    times = trajectories.times[rows]
     near, far, target = (nearest(times, wanted[:, i]) for i in range(3))
     # Snapping must not let the target fall on an anchor, nor the second anchor on the first.
     target = step_off(target, near, wanted[:, 2] < wanted[:, 0], times.shape[1])
@@ -190,33 +193,33 @@ def read_examples(chains: Chains, queries: Queries, generator: torch.Generator, 
         return values[rows, index]
 
     def anchor_velocities(index: Tensor) -> Tensor:
-        v = at(chains.velocities, index)
+        v = at(trajectories.velocities, index)
         first = (queries.skipped & (index == 0)).nonzero()[:, 0]
         if mean is not None and len(first):
-            v[first] = chains.states[rows[first], index[first]] - mean
+            v[first] = trajectories.states[rows[first], index[first]] - mean
         return v
 
-    t = at(chains.times, near)
-    span = torch.where(alone, 0.0, t - at(chains.times, far))
+    t = at(trajectories.times, near)
+    span = torch.where(alone, 0.0, t - at(trajectories.times, far))
     v = anchor_velocities(near)
     per_step = torch.where(alone, 0.0, 1 / torch.where(alone, 1.0, span))
     slope = (anchor_velocities(far) - v) * per_sample(per_step, v)
     return Examples(
-        x=at(chains.states, near),
+        x=at(trajectories.states, near),
         v=v,
         t=t,
-        h=t - at(chains.times, target),
+        h=t - at(trajectories.times, target),
         slope=slope,
         span=span,
-        target=at(chains.velocities, target),
-        labels=chains.labels[rows],
+        target=at(trajectories.velocities, target),
+        labels=trajectories.labels[rows],
         kinds=queries.kinds,
-        scales=None if chains.scales is None else chains.scales[rows],
+        scales=None if trajectories.scales is None else trajectories.scales[rows],
     )
 
 
 def nearest(times: Tensor, wanted: Tensor) -> Tensor:
-    """Index of the point of each chain nearest to the wanted time: [B, P], [B] -> [B]."""
+    """Index of the point of each trajectory nearest to the wanted time: [B, P], [B] -> [B]."""
     return (times - wanted[:, None]).abs().argmin(dim=1)
 
 

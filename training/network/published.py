@@ -1,6 +1,6 @@
 """The published training objective (arXiv 2601.21542, section 3 and its official code), for comparison.
 
-From a noised latent, a chain of small random steps; at each new state the backbone is called and the SideNet's
+From a noised latent, a trajectory of small random steps; at each new state the backbone is called and the SideNet's
 prediction from the state before is compared with what it says.
 """
 
@@ -102,7 +102,7 @@ def signed_steps(t: Tensor, generator: torch.Generator) -> Tensor:
 def published_loss(
     sidenet: nn.Module, backbone: Backbone, latents: Latents, batch: int, generator: torch.Generator, share: Share
 ) -> Tensor:
-    """Mean squared error over the chain's steps. Costs `CHAIN_STEPS + 1` calls of one branch a sample."""
+    """Mean squared error over the trajectory's steps. Costs `CHAIN_STEPS + 1` calls of one branch a sample."""
     rows = torch.randint(len(latents.states), (batch,), generator=generator)
     noise = torch.randn((batch, *backbone.shape), generator=generator)
     t = torch.rand(batch, generator=generator) * backbone.start

@@ -1,4 +1,4 @@
-"""The stages that train the network: from chains alone, as published, and with the real sampler in the loop."""
+"""The stages that train the network: from trajectories alone, as published, and with the real solver in the loop."""
 
 from __future__ import annotations
 
@@ -13,16 +13,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ...bas_core.grids import time_grid
 from ...bas_core.quadrature import Rule, get_rule
-from ...bas_core.runs import FittedRun
+from ...bas_core.schedule import Schedule
 from ...bas_core.sidenet import SideNet
 from ..backbones import Backbone
 from ..progress import say
-from ..recording.chains import Chains
-from ..recording.replay import SCORED_RUNS, Replay
+from ..recording.replay import Replay
+from ..recording.trajectories import Trajectories
 from ..settings import UsageError
-from .closed_loop import Rollout
 from .loop import LoopSettings, Numbers, Share, train
 from .losses import predicted, relative_loss, squared_errors
 from .memory import passes_within, saved_bytes
@@ -34,14 +32,10 @@ Result = TypeVar("Result")
 
 TIME_BINS, STEP_BINS = (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.05, 0.1, 0.2, 1.0)
 
-# The later stages' learning rate, over the first's; and on how many draws of SCORED_RUNS they are scored.
-LATER_RATE = 0.1
-SCORED_DRAWS = 4
-
 VALIDATION_BATCH, VALIDATION_BATCHES = 128, 16
 
 # Of the runs that could save the call at t = 1, how many do in training: the others are for noise of inversions.
-SKIP_FIRST = 0.85
+ANALYTIC_SHARE = 0.85
 
 
 @dataclass
@@ -50,10 +44,10 @@ class Job:
 
     Attributes:
         training: settings.
-        chains, held_out: to train on, and to validate on.
+        trajectories, validation: to train on, and to validate on.
         starts: first stretches of more runs to train on, if they were recorded.
         mean: of the data, as states, if the SideNet keeps it.
-        about: what the chains say of themselves.
+        about: what the trajectories say of themselves.
         device: where the SideNet is trained.
         folder: of the unfinished run.
         backbone: for the stages that need it.
@@ -62,16 +56,16 @@ class Job:
     """
 
     training: Training
-    chains: Chains
-    held_out: Chains
+    trajectories: Trajectories
+    validation: Trajectories
     about: dict[str, Any]
     device: torch.device
     folder: Path
     backbone: Backbone | None = None
-    starts: Chains | None = None
+    starts: Trajectories | None = None
     mean: Tensor | None = None
     spent: Counter[str] = field(default_factory=Counter)
-    runs: dict[int, FittedRun] = field(default_factory=dict)
+    runs: dict[int, Schedule] = field(default_factory=dict)
 
     @property
     def ranges(self) -> QueryRange:
@@ -80,18 +74,20 @@ class Job:
         highest = max(usual.shift[1], 1.5 * self.about["shift"])
         return dataclasses.replace(usual, calls=self.training.nfe_range, shift=(usual.shift[0], highest))
 
-    def examples(self, chains: Chains, sidenet: SideNet, count: int, generator: torch.Generator) -> Examples:
-        """A batch drawn from chains; for training, from the starts too."""
-        starts = self.starts if chains is self.chains else None
-        ranges = self.ranges if self.mean is None else dataclasses.replace(self.ranges, skip_first=SKIP_FIRST)
-        return draw_examples(chains, self.rule, sidenet.anchors, count, ranges, generator, starts, self.mean)
+    def examples(
+        self, trajectories: Trajectories, sidenet: SideNet, count: int, generator: torch.Generator
+    ) -> Examples:
+        """A batch drawn from trajectories; for training, from the starts too."""
+        starts = self.starts if trajectories is self.trajectories else None
+        ranges = self.ranges if self.mean is None else dataclasses.replace(self.ranges, analytic_share=ANALYTIC_SHARE)
+        return draw_examples(trajectories, self.rule, sidenet.anchors, count, ranges, generator, starts, self.mean)
 
     @property
     def rule(self) -> Rule:
         """The quadrature rule that the SideNet is trained for."""
         return get_rule(self.training.rule)
 
-    def replay(self, chains: Chains) -> Replay:
+    def replay(self, trajectories: Trajectories) -> Replay:
         """Recorded runs, to be run again.
 
         Raises:
@@ -99,22 +95,11 @@ class Job:
         """
         if self.backbone is None:
             raise UsageError("This stage needs the backbone; give --backbone.")
-        return Replay(self.backbone, chains, self.about, self.spent)
+        return Replay(self.backbone, trajectories, self.about, self.spent)
 
     def within(self, work: Callable[[], Result], gradients: bool = False) -> Result:
         """Do work that calls the backbone, where the backbone wants it done."""
         return work() if self.backbone is None else self.backbone.within(work, gradients)
-
-    def rollout(self, chains: Chains) -> Rollout:
-        """What the closed-loop stages roll: the runs' own times, or else some of the family.
-
-        Raises:
-            UsageError: there is no backbone.
-        """
-        grids = [torch.stack(run.grid) for run in self.runs.values()]
-        low, high = self.training.nfe_range
-        usual = [time_grid(n, self.about["shift"] * shift) for n in range(low, high + 1) for shift in (1.0, 1.5)]
-        return Rollout(self.replay(chains), self.rule, grids or usual, self.training.loop_batch)
 
 
 @torch.inference_mode()
@@ -124,7 +109,7 @@ def residual_table(sidenet: SideNet, job: Job) -> dict[str, dict[str, float]]:
     generator = torch.Generator().manual_seed(10_007)
     rows = []
     for _ in range(VALIDATION_BATCHES):
-        e = job.examples(job.held_out, sidenet, VALIDATION_BATCH, generator).share(lambda c: c.to(job.device))
+        e = job.examples(job.validation, sidenet, VALIDATION_BATCH, generator).share(lambda c: c.to(job.device))
         errors = squared_errors(predicted(sidenet, e, sidenet.anchors), e), squared_errors(e.straight_line(), e)
         rows.append(torch.stack([*errors, e.kinds.float(), e.t, e.h.abs()]).float().cpu())
     ours, line, kinds, t, h = torch.cat(rows, 1)
@@ -143,23 +128,17 @@ def residual_table(sidenet: SideNet, job: Job) -> dict[str, dict[str, float]]:
 
 LossOf = Callable[[SideNet, torch.Generator, Share], Tensor]
 
-RolledLoss = Callable[[SideNet, Rollout, torch.Generator, Share], Tensor]
 
-ScoreOf = Callable[[SideNet], float]
-
-
-def run_stage(
-    job: Job, sidenet: SideNet, name: str, loop: LoopSettings, loss_of: LossOf, score_of: ScoreOf | None
-) -> SideNet:
-    """Train one stage, or go on with it. The weights with the best held-out score are kept: by default the mean over
-    the kinds of query of the residual variance left."""
+def run_stage(job: Job, sidenet: SideNet, name: str, loop: LoopSettings, loss_of: LossOf) -> SideNet:
+    """Train one stage, or go on with it. The weights with the best held-out score are kept: the mean over the kinds of
+    query of the residual variance left."""
 
     def loss_at(step: int, share: Share) -> Tensor:
         return loss_of(sidenet, loop.generator(step), share)
 
     def report(average: SideNet, step: int) -> Numbers:
         table = residual_table(average, job)["kind"]
-        return {**table, "score": score_of(average) if score_of else sum(table.values()) / len(table)}
+        return {**table, "score": sum(table.values()) / len(table)}
 
     trained = train(sidenet, loss_at, loop, name, job.folder / f"{name}.pt", report, job.folder)
     return trained.train().requires_grad_(True)
@@ -167,12 +146,14 @@ def run_stage(
 
 def bytes_each(job: Job, sidenet: SideNet) -> float:
     """How much memory training keeps for the backward pass, for one example."""
-    drawn = job.examples(job.chains, sidenet, 2, torch.Generator().manual_seed(0)).share(lambda c: c.to(job.device))
+    drawn = job.examples(job.trajectories, sidenet, 2, torch.Generator().manual_seed(0)).share(
+        lambda c: c.to(job.device)
+    )
     return saved_bytes(lambda: relative_loss(sidenet, drawn, sidenet.anchors)) / 2
 
 
 def all_pairs_stage(job: Job, sidenet: SideNet) -> SideNet:
-    """Stage 1: from chains alone."""
+    """Stage 1: from trajectories alone."""
     loop = job.training.loop(job.training.steps, job.training.batch)
     free = job.backbone.make_room() if job.backbone else None
     if job.training.accumulate == 0 and free is not None:
@@ -181,10 +162,10 @@ def all_pairs_stage(job: Job, sidenet: SideNet) -> SideNet:
         say(f"A training step takes {each * loop.batch / loop.accumulate / 1e6:.3g} MB beside the weights.")
 
     def loss(network: SideNet, generator: torch.Generator, share: Share) -> Tensor:
-        examples = job.examples(job.chains, network, loop.batch, generator)
+        examples = job.examples(job.trajectories, network, loop.batch, generator)
         return relative_loss(network, examples.share(lambda c: share.of(c).to(job.device)), network.anchors)
 
-    return run_stage(job, sidenet, "all_pairs", loop, loss, None)
+    return run_stage(job, sidenet, "all_pairs", loop, loss)
 
 
 def published_stage(job: Job, sidenet: SideNet) -> SideNet:
@@ -199,18 +180,4 @@ def published_stage(job: Job, sidenet: SideNet) -> SideNet:
         job.spent["published"] += (CHAIN_STEPS + 1) * loop.batch if share.index == 0 else 0
         return published_loss(network, backbone, latents, loop.batch, generator, share)
 
-    return run_stage(job, sidenet, "published", loop, loss, None)
-
-
-def rolled_stage(job: Job, sidenet: SideNet, name: str, steps: int, loss: RolledLoss) -> SideNet:
-    """Stages 3 and 4: the real sampler, scored on held-out runs."""
-    rollout = job.rollout(job.chains)
-    held_out = dataclasses.replace(job.rollout(job.held_out), batch=SCORED_RUNS)
-    loop = job.training.loop(steps, job.training.loop_batch, LATER_RATE)
-
-    def score(average: SideNet) -> float:
-        draws = [torch.Generator().manual_seed(seed) for seed in range(SCORED_DRAWS)]
-        with torch.no_grad():
-            return sum(loss(average, held_out, draw, Share()).item() for draw in draws) / SCORED_DRAWS
-
-    return run_stage(job, sidenet, name, loop, lambda network, *drawn: loss(network, rollout, *drawn), score)
+    return run_stage(job, sidenet, "published", loop, loss)

@@ -1,4 +1,4 @@
-"""`ba-solver record`: sampling chains of a backbone as safetensors shards, and how exact they are."""
+"""`ba-solver record`: sampling trajectories of a backbone as safetensors shards, and how exact they are."""
 
 from __future__ import annotations
 
@@ -11,52 +11,63 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...bas_core.baselines import run_baseline
 from ...bas_core.files import CheckpointError, read_user_text
 from ...bas_core.grids import time_grid, time_shift
+from ...bas_core.guidance import CFG_MODES
 from ..backbones import Backbone, BackboneChoice, open_backbone
-from ..progress import processes, progress, say
+from ..baselines import run_baseline
+from ..processes import processes
+from ..progress import progress, say
 from ..settings import UsageError, check_positive, prepare_folder
+from .reference_solver import (
+    LAST_TIME,
+    REFERENCE_SOLVER,
+    batch_generator,
+    random_times,
+    record_branches,
+    record_trajectory,
+    refined_times,
+)
 from .shards import open_shard, save_shard, shard_bytes
-from .teacher import LAST_TIME, TEACHER, batch_generator, random_times, record_branches, record_chain, refined_times
 
 # The teacher's own error, over that of ten calls of the multistep method, from which on it is warned about: a
 # SideNet cannot become more exact than what it is taught.
 COARSE = 0.1
-CHECKED_CHAINS = 8
+CHECKED_TRAJECTORIES = 8
 COMPARED_CALLS = 10
-MODES = ("guided", "branch")
+
 # What an unfinished recording may be gone on with although it differs: older ones do not tell the patch size.
-MAY_HAVE_CHANGED = ("chains", "patch_size")
-# Shards of the starts lie in this folder of the chains'. They end where the first two intervals of few-step grids do.
-STARTS = "starts"
-STARTS_UNTIL = 0.69
+MAY_HAVE_CHANGED = ("trajectories", "patch_size")
+# Shards of the starts lie in this folder of the trajectories'. They end where the first two intervals of few-step
+# grids do.
+PREFIXES = "starts"
+PREFIXES_UNTIL = 0.69
 # Added to the seed, so that starts have other noises than the whole runs.
-START_SEEDS = 500_000
+PREFIX_SEEDS = 500_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recording:
-    """How chains are recorded.
+    """How trajectories are recorded.
 
     Attributes:
-        chains: how many sampling runs.
-        points: points a chain, and as many backbone calls a chain.
+        trajectories: how many sampling runs.
+        points: points a trajectory, and as many backbone calls a trajectory.
         starts: how many more runs to record from noise for a stretch only: what will become of a noise is decided
             there, and takes many noises to learn.
-        start_points: points of these.
-        record_batch: chains recorded together, and in one shard.
-        mode: guided (the SideNet predicts the guided velocity) or branch (each branch of CFG; the paper).
+        prefix_points: points of these.
+        record_batch: trajectories recorded together, and in one shard.
+        cfg_mode: combined (the SideNet predicts the guided velocity) or per_branch (each branch of CFG; the paper).
         storage: float32, or float16 for half the disk space.
         seed: of noise and times.
     """
 
-    chains: int = 256
+    trajectories: int = 256
     points: int = 40
     starts: int = 1024
-    start_points: int = 8
+    prefix_points: int = 8
     record_batch: int = 32
-    mode: str = "guided"
+    cfg_mode: str = "combined"
     storage: str = "float32"
     seed: int = 1
 
@@ -93,9 +104,9 @@ class Stretch:
 
 def stretches(recording: Recording, out: Path, backbone: Backbone) -> list[Stretch]:
     """What a recording is made of: whole runs, and the starts of more."""
-    until = time_shift(torch.tensor(STARTS_UNTIL), backbone.shift).item() * backbone.start
-    whole = Stretch(out, recording.chains, recording.points, LAST_TIME)
-    starts = Stretch(out / STARTS, recording.starts, recording.start_points, until, START_SEEDS)
+    until = time_shift(torch.tensor(PREFIXES_UNTIL), backbone.shift).item() * backbone.start
+    whole = Stretch(out, recording.trajectories, recording.points, LAST_TIME)
+    starts = Stretch(out / PREFIXES, recording.starts, recording.prefix_points, until, PREFIX_SEEDS)
     return [whole, starts] if recording.starts else [whole]
 
 
@@ -105,12 +116,12 @@ def describe(settings: BackboneChoice, recording: Recording, stretch: Stretch, b
     return {
         "backbone": backbone.identity,
         "shape": list(backbone.shape),
-        "velocity": recording.mode,
+        "cfg_mode": recording.cfg_mode,
         "guidance": list(settings.scales),
         "guidance_interval": list(settings.guidance_interval),
         "points": stretch.points,
         "until": stretch.until,
-        "teacher": TEACHER,
+        "teacher": REFERENCE_SOLVER,
         "patch_size": backbone.patch_size,
         "shift": backbone.shift,
         "start": backbone.start,
@@ -122,7 +133,7 @@ def describe(settings: BackboneChoice, recording: Recording, stretch: Stretch, b
         else backbone.conditions_digest,
         "storage": recording.storage,
         "record_batch": recording.record_batch,
-        "chains": stretch.runs,
+        "trajectories": stretch.runs,
         "seed": recording.seed,
     }
 
@@ -133,22 +144,22 @@ def check_recording(recording: Recording, backbone: Backbone) -> None:
     Raises:
         UsageError: saying which setting and why.
     """
-    check_positive(recording, "chains", "record_batch")
-    if recording.starts < 0 or recording.start_points < 4:
+    check_positive(recording, "trajectories", "record_batch")
+    if recording.starts < 0 or recording.prefix_points < 4:
         raise UsageError(
-            f"--starts must not be negative and --start-points at least 4; got {recording.starts} and "
-            f"{recording.start_points}."
+            f"--prefixes must not be negative and --prefix-points at least 4; got {recording.starts} and "
+            f"{recording.prefix_points}."
         )
     if recording.points < 8:
         raise UsageError(
-            f"--points must be at least 8, so that chains are finer than what is trained; got {recording.points}."
+            f"--points must be at least 8, so that trajectories are finer than what is trained; got {recording.points}."
         )
-    for name, valid in (("mode", MODES), ("storage", ("float32", "float16"))):
+    for name, valid in (("cfg_mode", CFG_MODES), ("storage", ("float32", "float16"))):
         if getattr(recording, name) not in valid:
             raise UsageError(f"--{name} must be one of {', '.join(valid)}; got {getattr(recording, name)!r}.")
-    if recording.mode == "branch" and (backbone.embedded_guidance or backbone.combine):
+    if recording.cfg_mode == "per_branch" and (backbone.embedded_guidance or backbone.combine):
         raise UsageError(
-            f"--mode branch needs plain CFG of two branches, which {backbone.name} does not use. Use guided."
+            f"--cfg-mode branch needs plain CFG of two branches, which {backbone.name} does not use. Use guided."
         )
 
 
@@ -172,46 +183,50 @@ def draw_batch(
 
 def record_shard(path: Path, drawn: dict[str, Any], recording: Recording, choice: BackboneChoice, backbone: Backbone,
                  about: dict[str, Any]) -> None:  # fmt: skip
-    """Record one batch of chains and write it."""
+    """Record one batch of trajectories and write it."""
     noise, times, labels = drawn["noise"].to(backbone.device), drawn["times"], drawn["labels"]
-    field = backbone.field(labels, drawn["scale"], choice.guidance_interval, "branch")
+    field = backbone.field(labels, drawn["scale"], choice.guidance_interval, "per_branch")
     tensors: dict[str, Tensor] = {}
     with torch.inference_mode():
-        if recording.mode == "branch" and len(field.conditions) == 2:
+        if recording.cfg_mode == "per_branch" and len(field.conditions) == 2:
             tensors["states"], tensors["velocities"], tensors["velocities_null"] = record_branches(field, noise, times)
         else:
-            field = backbone.field(labels, drawn["scale"], choice.guidance_interval, "guided")
-            tensors["states"], tensors["velocities"] = record_chain(field, noise, times)
+            field = backbone.field(labels, drawn["scale"], choice.guidance_interval, "combined")
+            tensors["states"], tensors["velocities"] = record_trajectory(field, noise, times)
     kept = torch.float16 if recording.storage == "float16" else torch.float32
     tensors = {name: tensor.to("cpu", kept) for name, tensor in tensors.items()}
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        raise ArithmeticError("The chains do not fit into float16. Record with --storage float32.")
+        raise ArithmeticError("The trajectories do not fit into float16. Record with --storage float32.")
     count = len(labels)
     rows = {"times": times.expand(count, -1), "labels": labels, "scales": torch.full((count,), drawn["scale"])}
     save_shard(path, tensors | rows, about)
 
 
-def teacher_error(
-    recording: Recording, whole: Stretch, choice: BackboneChoice, backbone: Backbone, checked: int = CHECKED_CHAINS
+def reference_error(
+    recording: Recording,
+    whole: Stretch,
+    choice: BackboneChoice,
+    backbone: Backbone,
+    checked: int = CHECKED_TRAJECTORIES,
 ) -> dict[str, float]:
     """How far the teacher's ends are from those of one twice as fine, on the first `checked` noises.
 
     Returns:
         `error`: root-mean-square distance. `relative`: over the error of ten calls of the multistep method from the
-        same noises, which is what a SideNet is to beat. `calls`: what the measurement cost, in calls a chain times
-        chains.
+        same noises, which is what a SideNet is to beat. `calls`: what the measurement cost, in calls a trajectory times
+        trajectories.
     """
     drawn = draw_batch(recording, whole, choice, backbone, 0)
     noise, labels = drawn["noise"][:checked].to(backbone.device), drawn["labels"][:checked]
     times = drawn["times"]
-    field = backbone.field(labels, drawn["scale"], choice.guidance_interval, "guided")
+    field = backbone.field(labels, drawn["scale"], choice.guidance_interval, "combined")
     coarse_grid = LAST_TIME + (backbone.start - LAST_TIME) * time_grid(COMPARED_CALLS, backbone.shift)
 
     def distance(x: Tensor, reference: Tensor) -> float:
         return (x - reference).square().mean().sqrt().item()
 
     with torch.inference_mode():
-        fine, own = (record_chain(field, noise, grid)[0][:, -1] for grid in (refined_times(times), times))
+        fine, own = (record_trajectory(field, noise, grid)[0][:, -1] for grid in (refined_times(times), times))
         error = distance(own, fine)
         rival = distance(run_baseline("adams_bashforth2", field, noise, coarse_grid), fine)
     return {"error": error, "relative": error / max(rival, 1e-12), "calls": field.calls * len(noise)}
@@ -219,12 +234,13 @@ def teacher_error(
 
 def plan_text(recording: Recording, backbone: Backbone) -> str:
     """What a recording will cost, before it starts."""
-    velocities = 2 if recording.mode == "branch" and backbone.null is not None else 1
-    points = recording.chains * recording.points + recording.starts * recording.start_points
+    velocities = 2 if recording.cfg_mode == "per_branch" and backbone.null is not None else 1
+    points = recording.trajectories * recording.points + recording.starts * recording.prefix_points
     size = shard_bytes(backbone.shape, points, velocities, 2 if recording.storage == "float16" else 4)
     starts = f", and the starts of {recording.starts} more" if recording.starts else ""
     return (
-        f"Recording {recording.chains} chains of {recording.points} points of {backbone.name}{starts}: {points:,} "
+        f"Recording {recording.trajectories} trajectories of {recording.points} points of {backbone.name}{starts}: "
+        f"{points:,} "
         f"backbone calls (in batches of {recording.record_batch}), {size / 1e9:.3g} GB on disk."
     )
 
@@ -237,7 +253,7 @@ def check_out(out: Path) -> None:
     """
     prepare_folder(out)
     there = (path for path in out.iterdir() if path.suffix != ".safetensors" and not path.name.startswith("."))
-    strange = sorted({path.name for path in there} - {STARTS})
+    strange = sorted({path.name for path in there} - {PREFIXES})
     if strange:
         raise UsageError(
             f"--out {out} holds other things ({strange[0]}). Choose an empty folder, or that of a recording to go on "
@@ -265,7 +281,7 @@ def shards_there(out: Path, about: dict[str, Any]) -> set[str]:
 
 
 def record(
-    choice: BackboneChoice, recording: Recording, out: Path, backbone: Backbone, checked: int = CHECKED_CHAINS
+    choice: BackboneChoice, recording: Recording, out: Path, backbone: Backbone, checked: int = CHECKED_TRAJECTORIES
 ) -> dict[str, Any]:
     """Record what is missing of a recording. Several processes (`accelerate launch`) share the shards.
 
@@ -273,7 +289,7 @@ def record(
         choice, recording: settings.
         out: folder.
         backbone: what `choice` names.
-        checked: on so many chains the teacher's own error is measured.
+        checked: on so many trajectories the teacher's own error is measured.
 
     Returns:
         What the shards of its whole runs say of themselves.
@@ -305,7 +321,7 @@ def record_missing(
 ) -> dict[str, Any]:
     """Record these shards, after a look at how exact the teacher is; returns what those of whole runs say."""
     whole = next(iter(abouts))
-    measured = report_teacher(teacher_error(recording, whole, choice, backbone, checked), recording)
+    measured = report_reference(reference_error(recording, whole, choice, backbone, checked), recording)
     rank, count, meet = processes(backbone.device.type == "cpu")
     mine = missing[rank::count]
     calls = sum(stretch.points for stretch, _ in mine)
@@ -317,17 +333,17 @@ def record_missing(
         if (stretch, index) == mine[0]:
             seconds = time.perf_counter() - began
             left = seconds * (calls / stretch.points - 1) / 60
-            say(f"The first {len(drawn['labels'])} chains took {seconds:.3g} s; about {left:.2g} minutes to go.")
+            say(f"The first {len(drawn['labels'])} trajectories took {seconds:.3g} s; about {left:.2g} minutes to go.")
     meet()
     return abouts[whole] | measured
 
 
 def shard_path(recording: Recording, stretch: Stretch, index: int) -> Path:
     """Where a shard lies. Its name says the seed: shards of the same name hold the same noises."""
-    return stretch.folder / f"chains-{recording.seed:04d}-{index:05d}.safetensors"
+    return stretch.folder / f"trajectories-{recording.seed:04d}-{index:05d}.safetensors"
 
 
-def report_teacher(measured: dict[str, float], recording: Recording) -> dict[str, float]:
+def report_reference(measured: dict[str, float], recording: Recording) -> dict[str, float]:
     """Say how exact the teacher is, and warn where it is coarse; returns what the shards keep of it."""
     say(
         f"The teacher's own error is {measured['error']:.2g}, {100 * measured['relative']:.2g} % of that of ten calls "
@@ -338,7 +354,7 @@ def report_teacher(measured: dict[str, float], recording: Recording) -> dict[str
             "Warning: that is coarse, and a SideNet learns the teacher's error too. Record with more --points than "
             f"{recording.points}."
         )
-    return {"teacher_error": measured["error"], "teacher_relative_error": measured["relative"]}
+    return {"reference_error": measured["error"], "reference_relative_error": measured["relative"]}
 
 
 def run_record(settings: RecordSettings) -> dict[str, Any]:

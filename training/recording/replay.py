@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ...bas_core.guidance import Field
 from ..backbones import Backbone
-from .chains import Chains
+from .trajectories import Trajectories
 
 # Held-out runs that the stages with the backbone in the loop are scored on.
 SCORED_RUNS = 16
@@ -29,10 +29,9 @@ def joined(parts: Sequence[Field], sizes: Sequence[int]) -> Field:
         pieces = zip(parts, x.split(list(sizes)), strict=True)
         return torch.cat([part.evaluate(some, t[: len(some)], branches) for part, some in pieces], 1)
 
-    told = zip(*(part.conditions for part in parts), strict=True)
-    conditions = tuple(None if any(c is None for c in each) else torch.cat(each) for each in told)
-    apart = [part.branches for part in parts if part.branches is not None]
-    return Field(evaluate, conditions, first.guidance, first.scale, joined(apart, sizes) if apart else None)
+    by_branch = zip(*(part.conditions for part in parts), strict=True)
+    conditions = tuple(None if any(c is None for c in each) else torch.cat(each) for each in by_branch)
+    return Field(evaluate, conditions, first.cfg, combined=first.combined, scale=first.scale)
 
 
 def recomputed(field: Field) -> Field:
@@ -47,8 +46,7 @@ def recomputed(field: Field) -> Field:
         found: Tensor = checkpoint(field.evaluate, x, t, branches, use_reentrant=False, preserve_rng_state=False)
         return found
 
-    apart = None if field.branches is None else recomputed(field.branches)
-    return Field(evaluate, field.conditions, field.guidance, field.scale, apart)
+    return Field(evaluate, field.conditions, field.cfg, combined=field.combined, scale=field.scale)
 
 
 class RecomputedSideNet:
@@ -74,20 +72,20 @@ class Replay:
 
     Attributes:
         backbone: the frozen model.
-        chains: recorded runs, for noises and truth.
+        trajectories: recorded runs, for noises and truth.
         about: what they say of themselves.
         spent: backbone calls by stage, in calls a run times runs.
     """
 
     backbone: Backbone
-    chains: Chains
+    trajectories: Trajectories
     about: dict[str, Any]
     spent: Counter[str] = field(default_factory=Counter)
 
     def runs(self) -> tuple[Tensor, Tensor]:
-        """The rows of the chains that begin a run, and their CFG scales."""
-        rows = torch.arange(0, len(self.chains), self.chains.branches)
-        return rows, torch.zeros(len(rows)) if self.chains.scales is None else self.chains.scales[rows]
+        """The rows of the trajectories that begin a run, and their CFG scales."""
+        rows = torch.arange(0, len(self.trajectories), self.trajectories.branches)
+        return rows, torch.zeros(len(rows)) if self.trajectories.scales is None else self.trajectories.scales[rows]
 
     def alike(self, count: int) -> Tensor:
         """The rows of so many runs of one CFG scale, the middle one, or of as many as there are."""
@@ -95,19 +93,24 @@ class Replay:
         return rows[scales == scales.median()][:count]
 
     def field_of(self, rows: Tensor) -> Field:
-        """The field that rows of chains were recorded from; the model is called with as many at once as it was then."""
-        scale = float(self.chains.scales[rows[0]]) if self.chains.scales is not None else self.about["guidance"][0]
+        """The field that rows of trajectories were recorded from; the model is called with as many at once as it was
+        then."""
+        scale = (
+            float(self.trajectories.scales[rows[0]])
+            if self.trajectories.scales is not None
+            else self.about["guidance"][0]
+        )
         interval = tuple(self.about["guidance_interval"])
         size = self.about.get("record_batch") or len(rows)
         some = rows.split(size)
-        labels = [self.chains.labels[each] for each in some]
-        fields = [recomputed(self.backbone.field(each, scale, interval, self.about["velocity"])) for each in labels]
+        labels = [self.trajectories.labels[each] for each in some]
+        fields = [recomputed(self.backbone.field(each, scale, interval, self.about["cfg_mode"])) for each in labels]
         return joined(fields, [len(each) for each in some])
 
     def truth(self, rows: Tensor, t: Tensor) -> Tensor:
         """Recorded states at time t, on the backbone's device."""
-        return self.chains.truth(rows, t).to(self.backbone.device)
+        return self.trajectories.truth(rows, t).to(self.backbone.device)
 
     def noise(self, rows: Tensor) -> Tensor:
         """Where the runs began."""
-        return self.chains.states[rows, torch.zeros_like(rows)].to(self.backbone.device)
+        return self.trajectories.states[rows, torch.zeros_like(rows)].to(self.backbone.device)

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from ...bas_core.files import CheckpointError, parse_object, read_head, write_safetensors
 
-CHAINS_FORMAT = "ba-solver-chains"
+TRAJECTORIES_FORMAT = "ba-solver-trajectories"
 
 
 NEEDED = {"times", "states", "velocities", "labels"}
 
 # What every shard says of itself, and training relies on.
-SAID = {"backbone", "shape", "velocity", "guidance", "guidance_interval", "points", "shift", "start", "num_classes"}
+SAID = {"backbone", "shape", "cfg_mode", "guidance", "guidance_interval", "points", "shift", "start", "num_classes"}
 
 OPTIONAL = {"scales", "velocities_null"}
 
@@ -45,7 +45,7 @@ def save_shard(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, An
         about: what the recording was asked for.
     """
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"format": CHAINS_FORMAT, "about": json.dumps(about), "digest": digest(whole)}
+    metadata = {"format": TRAJECTORIES_FORMAT, "about": json.dumps(about), "digest": digest(whole)}
     write_safetensors(path, whole, metadata)
 
 
@@ -54,7 +54,7 @@ def open_shard(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: the file is truncated, damaged, holds no chains, or holds NaN; the message names it.
+        CheckpointError: the file is truncated, damaged, holds no trajectories, or holds NaN; the message names it.
     """
     read_head(path)
     try:
@@ -66,8 +66,8 @@ def open_shard(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{path} cannot be read as safetensors ({error}). It may be truncated: delete it and record again, which "
             "goes on with the shards that are missing."
         ) from error
-    if metadata.get("format") != CHAINS_FORMAT or not NEEDED <= set(tensors) <= NEEDED | OPTIONAL:
-        raise CheckpointError(f"{path} holds no chains. Name a folder or file that `ba-solver record` wrote.")
+    if metadata.get("format") != TRAJECTORIES_FORMAT or not NEEDED <= set(tensors) <= NEEDED | OPTIONAL:
+        raise CheckpointError(f"{path} holds no trajectories. Name a folder or file that `ba-solver record` wrote.")
     if metadata.get("digest") != digest(tensors):
         raise CheckpointError(f"{path} is damaged: its check sum is wrong. Delete it and record again.")
     for name, tensor in tensors.items():

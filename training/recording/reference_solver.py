@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...bas_core.baselines import run_baseline
 from ...bas_core.grids import time_shift
 from ...bas_core.guidance import Field, Guidance, just_inside
 from ...bas_core.solver import Step
+from ..baselines import run_baseline
 
-TEACHER = "adams_pec"
+REFERENCE_SOLVER = "adams_pec"
 
-# Chains end here: at t = 0 itself a network's velocity means little, and the integral does not depend on it.
+# Trajectories end here: at t = 0 itself a network's velocity means little, and the integral does not depend on it.
 LAST_TIME = 0.01
 
 # Of a recording's times: the first gap, in usual gaps, and how far a time may be off, in gaps.
@@ -64,14 +64,14 @@ def both_branches(field: Field, guidance: Guidance, seen: list[Tensor]) -> Field
     return Field(evaluate, field.conditions[:1])
 
 
-def record_chain(field: Field, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+def record_trajectory(field: Field, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
     """Integrate from `noise` by the teacher and keep every point.
 
     Returns:
         States and velocities, both [B, N + 1, C, *spatial]; one backbone call a point.
     """
     steps: list[Step] = []
-    end = run_baseline(TEACHER, field, noise, times, steps.append)
+    end = run_baseline(REFERENCE_SOLVER, field, noise, times, steps.append)
     states = [step.x for step in steps] + [end]
     velocities = [step.velocity for step in steps] + [field.velocity(end, times[-1])]
     return torch.stack(states, 1), torch.stack(velocities, 1)
@@ -84,7 +84,7 @@ def record_branches(field: Field, noise: Tensor, times: Tensor) -> tuple[Tensor,
         States, conditional and unconditional velocities, each [B, N + 1, C, *spatial].
     """
     seen: list[Tensor] = []
-    states, _ = record_chain(both_branches(field, field.guidance, seen), noise, times)
+    states, _ = record_trajectory(both_branches(field, field.guidance, seen), noise, times)
     conditional, unconditional = torch.stack(seen, 2)
     return states, conditional, unconditional
 

@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 
 from ...bas_core.guidance import Field
-from ...bas_core.runs import FittedRun, run_over
-from ...bas_core.sidenet import SideNet
-from ...bas_core.steps import StraightLine
+from ...bas_core.prediction import StraightLine
+from ...bas_core.schedule import Schedule, match_schedule
 from ..progress import progress
-from ..recording.replay import Replay
-from .fitting import Fitting, Runs, fit_run, on_runs
-from .samplers import GridShape, endpoint_errors, search_grid, sidenet_sampler
+from .fitting import Fitting, Schedules, fit_schedule, has_conditional_only
+from .solvers import GridShape, endpoint_errors, search_grid, sidenet_solver
 
 ROUNDS = 2
 
@@ -58,7 +56,7 @@ def coordinate_search(error: Callable[[Tensor], float], start: Tensor, rounds: i
 
 def search_times(
     fitting: Fitting, calls: Sequence[int], rounds: int = ROUNDS, allowed: Callable[[Tensor], bool] = lambda times: True
-) -> Runs:
+) -> Schedules:
     """For each number of calls the best times found: first of the family (shift, cosine), then one by one, in rounds,
     among those that are allowed.
 
@@ -66,44 +64,35 @@ def search_times(
     neighbouring numbers are alike, so that each search begins where the one before ended.
 
     Returns:
-        Runs from 1 to 0 without weights, by number of calls, half ones counted as half.
+        Schedules from 1 to 0 without weights, by number of calls, half ones counted as half.
     """
-    plain = sidenet_sampler(fitting.sidenet or StraightLine(), start=fitting.start)
+    plain = sidenet_solver(fitting.sidenet or StraightLine(), start=fitting.start)
     ends = fitting.truth(torch.zeros(()))
-    found: Runs = {}
+    found: Schedules = {}
     shape: GridShape | None = None
     for n in progress(sorted(calls), "time grids"):
-        halved = fitting.halves(n)
+        halved = has_conditional_only(fitting.field, n)
         made = n + halved
 
         def run(field: Field, noise: Tensor, times: Tensor, halved: bool = halved) -> Tensor:
-            return fit_run(fitting, run_over(times, knows_mean=fitting.skips), halved)[0]
+            return fit_schedule(fitting, match_schedule(times, has_data_mean=fitting.analytic), halved)[0]
 
-        sampler = dataclasses.replace(plain, run=run)
-        shape = search_grid(sampler, fitting.field, fitting.noise, ends, made, shape)
-        found[n] = moved_times(fitting, n, sampler.times(made, shape), rounds, allowed)
+        solver = dataclasses.replace(plain, run=run)
+        shape = search_grid(solver, fitting.field, fitting.noise, ends, made, shape)
+        found[n] = moved_times(fitting, n, solver.times(made, shape), rounds, allowed)
     return found
 
 
 def moved_times(
     fitting: Fitting, calls: int, times: Tensor, rounds: int, allowed: Callable[[Tensor], bool] = lambda times: True
-) -> FittedRun:
+) -> Schedule:
     """The run that a coordinate search comes to from some times, which are from 1 to 0; without weights."""
-    halved, ends = fitting.halves(calls), fitting.truth(torch.zeros(()))
+    halved, ends = has_conditional_only(fitting.field, calls), fitting.truth(torch.zeros(()))
 
     def error(grid: Tensor) -> float:
-        candidate = run_over(grid, knows_mean=fitting.skips)
+        candidate = match_schedule(grid, has_data_mean=fitting.analytic)
         if candidate.calls != calls + halved or not allowed(grid):
             return math.inf  # a first time may have moved to where its call is, or is no longer, to be made
-        return endpoint_errors(fit_run(fitting, candidate.scaled(fitting.start), halved)[0], ends).mean().item()
+        return endpoint_errors(fit_schedule(fitting, candidate.scaled(fitting.start), halved)[0], ends).mean().item()
 
-    return run_over(coordinate_search(error, times, rounds).tolist(), knows_mean=fitting.skips)
-
-
-def learn_times(sidenet: SideNet, replay: Replay, calls: Sequence[int], count: int, rounds: int = ROUNDS) -> Runs:
-    """The best times found for each number of calls on `count` recorded runs; the cost is added to `replay.spent`."""
-    fitting = on_runs(sidenet, replay, count)
-    with torch.inference_mode():
-        found = search_times(fitting, calls, rounds)
-    replay.spent["time grids"] += fitting.field.calls * len(fitting.noise)
-    return found
+    return match_schedule(coordinate_search(error, times, rounds).tolist(), has_data_mean=fitting.analytic)

@@ -1,4 +1,4 @@
-"""A SideNet before its training: sized for the chains, with the mean of the data that they show."""
+"""A SideNet before its training: sized for the trajectories, with the mean of the data that they show."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from ...bas_core.files import CheckpointError
 from ...bas_core.sidenet import SideNet, SideNetConfig
 from ..backbones import Backbone
 from ..progress import say
-from ..recording.chains import Chains
+from ..recording.trajectories import Trajectories
 from ..settings import UsageError
 from .options import Training
 
 # The call at t = 1 is saved where the mean of the data leaves no more of the velocity there than this share of its mean
-# square (the demo at CFG 2: 0.017); the mean is taken over so many chains.
+# square (the demo at CFG 2: 0.017); the mean is taken over so many trajectories.
 MEAN_TOLERANCE, MEAN_CHAINS = 0.05, 1024
 
 
 def mean_in(sidenet: SideNet, shape: Sequence[int]) -> Tensor | None:
     """The mean of the data that a SideNet keeps, as states of `shape`; None if it keeps none."""
-    known = sidenet.first_velocity(torch.zeros(1, *shape), torch.tensor(1.0))
+    known = sidenet.analytic_velocity(torch.zeros(1, *shape), torch.tensor(1.0))
     return None if known is None else -known[0]
 
 
-def data_mean(chains: Chains, start: float, size: int, tolerance: float = MEAN_TOLERANCE) -> Tensor | None:
-    """The mean of the model's data, read off the chains' first velocities: at t = 1, velocity = noise - mean.
+def data_mean(trajectories: Trajectories, start: float, size: int, tolerance: float = MEAN_TOLERANCE) -> Tensor | None:
+    """The mean of the model's data, read off the trajectories' first velocities: at t = 1, velocity = noise - mean.
 
     Args:
-        chains: recorded runs.
+        trajectories: recorded runs.
         start: the time that sampling starts from.
         size: of the grid that it is kept on; 0 = it is not kept.
         tolerance: what share of the first velocity's mean square may be something else.
@@ -45,10 +45,10 @@ def data_mean(chains: Chains, start: float, size: int, tolerance: float = MEAN_T
     """
     if not size or start != 1:
         return None
-    rows = torch.arange(len(chains))[:MEAN_CHAINS]
+    rows = torch.arange(len(trajectories))[:MEAN_CHAINS]
     first = torch.zeros_like(rows)
-    velocities = chains.velocities[rows, first]
-    seen = chains.states[rows, first] - velocities
+    velocities = trajectories.velocities[rows, first]
+    seen = trajectories.states[rows, first] - velocities
     unexplained = ((seen - seen.mean(0)).square().mean() / velocities.square().mean()).item()
     if unexplained > tolerance:
         say(
@@ -71,13 +71,14 @@ SMALLEST = {
 }  # fmt: skip
 
 
-def make_sidenet(training: Training, about: dict[str, Any], mean: Tensor | None = None) -> SideNet:
-    """A fresh SideNet that fits the chains, and keeps the mean of the data if it is given; or the one to start from.
+def new_sidenet(training: Training, about: dict[str, Any], mean: Tensor | None = None) -> SideNet:
+    """A fresh SideNet that fits the trajectories, and keeps the mean of the data if it is given; or the one to start
+    from.
 
     One that is not to be trained is as small as can be.
 
     Raises:
-        UsageError, CheckpointError: the sizes do not fit each other, or the chains.
+        UsageError, CheckpointError: the sizes do not fit each other, or the trajectories.
     """
     low, high = about["guidance"]
     try:
@@ -87,8 +88,8 @@ def make_sidenet(training: Training, about: dict[str, Any], mean: Tensor | None 
         sizes |= {
             "in_channels": about["shape"][0],
             "num_classes": about["num_classes"],
-            "guidance_input": low != high,
-            "mean_size": 0 if mean is None else training.mean_size,
+            "cfg_input": low != high,
+            "data_mean_size": 0 if mean is None else training.data_mean_size,
             "patch_size": training.patch_size or about.get("patch_size", Backbone.patch_size),
         }
         config = SideNetConfig(**(sizes if training.trains or training.start_from else sizes | SMALLEST))
@@ -103,9 +104,9 @@ def make_sidenet(training: Training, about: dict[str, Any], mean: Tensor | None 
     sidenet, card = load_sidenet(training.start_from, dtype=torch.float32)
     if card.backbone.get("fingerprint") != about["backbone"]["fingerprint"]:
         raise CheckpointError(
-            f"{training.start_from} belongs to {card.backbone.get('name')!r}, the chains to "
+            f"{training.start_from} belongs to {card.backbone.get('name')!r}, the trajectories to "
             f"{about['backbone']['name']!r}. Start from a SideNet of the same model."
         )
-    if (sidenet.config.in_channels, sidenet.config.guidance_input) != (config.in_channels, config.guidance_input):
-        raise CheckpointError(f"{training.start_from} takes other channels or guidance than the chains have.")
+    if (sidenet.config.in_channels, sidenet.config.cfg_input) != (config.in_channels, config.cfg_input):
+        raise CheckpointError(f"{training.start_from} takes other channels or guidance than the trajectories have.")
     return sidenet.train().requires_grad_(True)

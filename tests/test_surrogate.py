@@ -12,19 +12,19 @@ from ba_solver.bas_core.files import CheckpointError
 from ba_solver.bas_core.grids import time_grid
 from ba_solver.bas_core.steps import StraightLine
 from ba_solver.training.cli import main
-from ba_solver.training.efforts import EFFORTS, with_effort
-from ba_solver.training.make import MakeSettings, planned_calls
-from ba_solver.training.recording.chains import open_chains
+from ba_solver.training.presets import PRESETS, with_preset
+from ba_solver.training.make import MakeSettings, planned_nfe
+from ba_solver.training.recording.trajectories import open_trajectories
 from ba_solver.training.recording.replay import Replay
-from ba_solver.training.recording.teacher import LAST_TIME
-from ba_solver.training.runs import on_paths
-from ba_solver.training.runs.fitting import Fitting, fit_run
-from ba_solver.training.runs.on_paths import even_enough, learn_on_paths, probe, refine
-from ba_solver.training.runs.search import run_over
-from ba_solver.training.runs.stand_in import StandIn, means_of_others, seen_by, thinned, usual_gain, velocity_at
+from ba_solver.training.recording.reference_solver import LAST_TIME
+from ba_solver.training.schedules import surrogate_search
+from ba_solver.training.schedules.fitting import Fitting, fit_run
+from ba_solver.training.schedules.surrogate_search import even_enough, search_on_surrogate, probe, refine
+from ba_solver.training.schedules.time_search import match_schedule
+from ba_solver.training.schedules.surrogate import Surrogate, means_of_others, deviations_of, subsampled, usual_gain, velocity_at
 from ba_solver.training.settings import UsageError
-from ba_solver.training.train import FitSettings, run_fit
-from training_problems import BACKBONE, GAUSSIAN_MEAN, chains_of, swirl, swirl_backbone, two_points_backbone
+from ba_solver.training.train import TrainSettings, run_train
+from training_problems import BACKBONE, GAUSSIAN_MEAN, trajectories_of, swirl, swirl_backbone, two_points_backbone
 
 LABELS = torch.arange(12) % 2
 
@@ -32,46 +32,46 @@ LABELS = torch.arange(12) % 2
 @pytest.fixture(scope="module")
 def replay():
     """Recorded runs of the swirl, and the swirl."""
-    chains = chains_of(swirl, LABELS, 40)
-    about = {"guidance": [1.0, 1.0], "guidance_interval": [0.0, 1.0], "velocity": "guided"}
-    return Replay(swirl_backbone(None, None), chains, about, Counter())
+    trajectories = trajectories_of(swirl, LABELS, 40)
+    about = {"guidance": [1.0, 1.0], "guidance_interval": [0.0, 1.0], "velocity": "combined"}
+    return Replay(swirl_backbone(None, None), trajectories, about, Counter())
 
 
 def test_recorded_velocities_between_the_points(replay):
     """Fourth order: with twice the points the error falls sixteenfold, at any time and in every run at once."""
     errors = []
     for points in (20, 40):
-        chains = chains_of(swirl, LABELS, points)
-        rows = torch.arange(len(chains))
+        trajectories = trajectories_of(swirl, LABELS, points)
+        rows = torch.arange(len(trajectories))
         for t in (0.93, 0.71, 0.4, 0.13):
-            x = replay.chains.at(rows, torch.tensor(t))
+            x = replay.trajectories.at(rows, torch.tensor(t))
             exact = swirl(x, torch.full((len(x),), t), LABELS.float())
-            errors.append((velocity_at(chains, t) - exact).abs().max().item())
+            errors.append((velocity_at(trajectories, t) - exact).abs().max().item())
     assert max(errors[4:]) < 0.15 * max(errors[:4]) and max(errors[4:]) < 0.02
 
 
 def test_a_stand_in_knows_what_it_was_shown(replay):
     """On the paths it is the model; where a run has been it answers as the model did, and beside that by the gain."""
     rows = torch.arange(12)
-    tracks = thinned(replay.chains, rows, 0, kept=24)
-    assert torch.equal(tracks.thin(replay.chains.states[rows, 0 * rows]), tracks.truth(torch.tensor(1.0)))
+    subsampled = subsampled(replay.trajectories, rows, 0, kept=24)
+    assert torch.equal(subsampled.thin(replay.trajectories.states[rows, 0 * rows]), subsampled.truth(torch.tensor(1.0)))
     t = torch.tensor(0.5)
     away = 0.1 * torch.randn(12, 2, 4, 4, generator=torch.Generator().manual_seed(0))
-    x = replay.chains.at(rows, t) + away
+    x = replay.trajectories.at(rows, t) + away
     v = swirl(x, t.expand(12), LABELS.float())
-    seen = seen_by(tracks, [(0.5, tracks.thin(x), tracks.thin(v))])
-    field = StandIn(tracks, [seen]).field()
-    on_path, there = (field.velocity(tracks.truth(t) + part * tracks.thin(away), t) for part in (0, 1))
-    assert torch.allclose(on_path, velocity_at(tracks.chains, 0.5), atol=1e-5)
-    asked = tracks.thin(v) - on_path
+    seen = deviations_of(subsampled, [(0.5, subsampled.thin(x), subsampled.thin(v))])
+    field = Surrogate(subsampled, [seen]).field()
+    on_path, there = (field.velocity(subsampled.truth(t) + part * subsampled.thin(away), t) for part in (0, 1))
+    assert torch.allclose(on_path, velocity_at(subsampled.trajectories, 0.5), atol=1e-5)
+    asked = subsampled.thin(v) - on_path
     assert (there - on_path - asked).norm() < 0.15 * asked.norm()
     # What it has not seen goes by the gain.
     other = torch.randn(12, 24, 1, 1, generator=torch.Generator().manual_seed(1))
-    other -= (other * tracks.thin(away)).sum(1, True) / tracks.thin(away).square().sum(1, True) * tracks.thin(away)
-    gain = StandIn(tracks, [seen]).gain(0.5)
-    moved = field.velocity(tracks.truth(t) + other, t) - on_path
+    other -= (other * subsampled.thin(away)).sum(1, True) / subsampled.thin(away).square().sum(1, True) * subsampled.thin(away)
+    gain = Surrogate(subsampled, [seen]).gain(0.5)
+    moved = field.velocity(subsampled.truth(t) + other, t) - on_path
     assert torch.allclose(moved, gain * other, atol=1e-4) and gain < 0
-    assert StandIn(tracks).gain is usual_gain
+    assert Surrogate(subsampled).gain is usual_gain
 
 
 def test_whether_a_first_call_is_saved_is_decided_by_other_conditions():
@@ -85,31 +85,31 @@ def test_whether_a_first_call_is_saved_is_decided_by_other_conditions():
 
 def test_a_first_call_is_saved_where_the_mean_says_it_all():
     backbone = two_points_backbone(None, None)
-    about = {"guidance": [1.0, 1.0], "guidance_interval": [0.0, 1.0], "velocity": "guided"}
-    chains = chains_of(lambda x, t, y: backbone.velocity(x, t, y, 1.0), LABELS, 48)
-    known = Replay(backbone, chains, about, Counter())
-    runs = learn_on_paths(known, [2], GAUSSIAN_MEAN)
-    assert runs[2].skip_first and runs[2].calls == 2 and len(runs[2].times) == 4
+    about = {"guidance": [1.0, 1.0], "guidance_interval": [0.0, 1.0], "velocity": "combined"}
+    trajectories = trajectories_of(lambda x, t, y: backbone.velocity(x, t, y, 1.0), LABELS, 48)
+    known = Replay(backbone, trajectories, about, Counter())
+    runs = search_on_surrogate(known, [2], GAUSSIAN_MEAN)
+    assert runs[2].analytic_first_step and runs[2].calls == 2 and len(runs[2].times) == 4
 
 
 def test_the_better_way_is_taken_and_of_what_was_looked_at_the_best(capsys, monkeypatch):
     looked_at = []
 
-    def noted(tracks, replay, rows, runs, mean):
-        seen, errors = probe(tracks, replay, rows, runs, mean)
+    def noted(subsampled, replay, rows, runs, mean):
+        seen, errors = probe(subsampled, replay, rows, runs, mean)
         looked_at.append((runs, errors))
         return seen, errors
 
     monkeypatch.setattr(on_paths, "probe", noted)
-    about = {"guidance": [1.0, 1.0], "guidance_interval": [0.0, 1.0], "velocity": "guided"}
-    replay = Replay(swirl_backbone(None, None), chains_of(swirl, LABELS, 24), about, Counter())
-    found = learn_on_paths(replay, [3, 4], torch.zeros(2, 4, 4))
+    about = {"guidance": [1.0, 1.0], "guidance_interval": [0.0, 1.0], "velocity": "combined"}
+    replay = Replay(swirl_backbone(None, None), trajectories_of(swirl, LABELS, 24), about, Counter())
+    found = search_on_surrogate(replay, [3, 4], torch.zeros(2, 4, 4))
     # In each search, what it comes to with the first call saved and without is said, and the better is taken.
     said = re.findall(r"(\d) calls: about (\S+) with the first call saved, (\S+) with it made", capsys.readouterr().out)
     searched = [runs[calls] for runs, _ in looked_at for calls in (3, 4)]
     assert len(said) == len(searched) == 2 * on_paths.PROBES
     for (calls, saved, made), run in zip(said, searched, strict=True):
-        assert run.skip_first <= (float(saved) <= float(made)) and run.calls == int(calls)
+        assert run.analytic_first_step <= (float(saved) <= float(made)) and run.calls == int(calls)
     # Of all searches, those times that ended nearest on the model.
     for calls, run in found.items():
         assert run is min(looked_at, key=lambda pair: pair[1][calls])[0][calls]
@@ -122,26 +122,26 @@ def test_steps_that_shrink_too_fast_are_not_trusted():
 
 def test_probes_see_the_model_beside_the_paths(replay):
     rows = torch.arange(4)
-    tracks = thinned(replay.chains, rows, 0)
-    (seen,), errors = probe(tracks, replay, rows, {5: run_over(time_grid(5))}, None)
+    subsampled = subsampled(replay.trajectories, rows, 0)
+    (seen,), errors = probe(subsampled, replay, rows, {5: match_schedule(time_grid(5))}, None)
     assert 0 < errors[5] < 1
     assert replay.spent["probes"] >= 4 * 5 and seen.times[0] == 1 and list(seen.times) == sorted(seen.times)[::-1]
     for t, away, change in list(zip(seen.times, seen.away, seen.change, strict=True))[2:]:
         if t > 2 * LAST_TIME:
-            x = tracks.truth(torch.tensor(t)) + away[..., None, None]
-            whole = x[..., 0, 0][:, tracks.index.argsort()].unflatten(1, (2, 4, 4))
+            x = subsampled.truth(torch.tensor(t)) + away[..., None, None]
+            whole = x[..., 0, 0][:, subsampled.index.argsort()].unflatten(1, (2, 4, 4))
             v = swirl(whole, torch.full((4,), t), LABELS[:4].float())
             assert torch.allclose(
-                tracks.thin(v)[..., 0, 0] - velocity_at(tracks.chains, t)[..., 0, 0], change, atol=1e-4
+                subsampled.thin(v)[..., 0, 0] - velocity_at(subsampled.trajectories, t)[..., 0, 0], change, atol=1e-4
             )
 
 
 def test_times_are_moved_on_the_model(monkeypatch):
     """Of runs with few calls; they end nearer than before, on the runs that they are moved on."""
-    about = {"guidance": [1.0, 1.0], "guidance_interval": [0.0, 1.0], "velocity": "guided"}
-    replay = Replay(swirl_backbone(None, None), chains_of(swirl, LABELS, 24), about, Counter())
+    about = {"guidance": [1.0, 1.0], "guidance_interval": [0.0, 1.0], "velocity": "combined"}
+    replay = Replay(swirl_backbone(None, None), trajectories_of(swirl, LABELS, 24), about, Counter())
     monkeypatch.setattr(on_paths, "REFINED", 4)
-    runs = {n: run_over(time_grid(n)) for n in (4, 5)}
+    runs = {n: match_schedule(time_grid(n)) for n in (4, 5)}
     moved = refine(replay, runs, None, 8, 2)
     assert moved[5] is runs[5] and len(moved[4].times) == 5
     rows = torch.arange(8)
@@ -161,13 +161,13 @@ def test_times_are_moved_on_the_model(monkeypatch):
 
 def test_efforts_change_what_was_left_as_it_is():
     usual = MakeSettings(backbone="x", out=Path("x.safetensors"), points=30)
-    quick = with_effort(usual, "quick")
-    assert usual.tune == 480 and quick.tune == with_effort(usual, "standard").tune == 0
-    assert quick.steps == 0 and quick.points == 30 and quick.chains == EFFORTS["quick"]["chains"]
-    assert with_effort(usual, "thorough").tune == 480 and with_effort(usual, "standard").steps == usual.steps
+    quick = with_preset(usual, "quick")
+    assert usual.tune == 480 and quick.tune == with_preset(usual, "standard").tune == 0
+    assert quick.steps == 0 and quick.points == 30 and quick.trajectories == PRESETS["quick"]["trajectories"]
+    assert with_preset(usual, "thorough").tune == 480 and with_preset(usual, "standard").steps == usual.steps
     with pytest.raises(UsageError, match="one of quick, standard, thorough"):
-        with_effort(usual, "hasty")
-    planned = {e: planned_calls(with_effort(dataclasses.replace(usual, effort=e, points=40), e)) for e in EFFORTS}
+        with_preset(usual, "hasty")
+    planned = {e: planned_nfe(with_preset(dataclasses.replace(usual, preset=e, points=40), e)) for e in PRESETS}
     assert planned["quick"] < 2_000 and planned["standard"] < 20_000 < planned["thorough"]
 
 
@@ -175,7 +175,7 @@ def test_efforts_change_what_was_left_as_it_is():
 def quick(tmp_path_factory):
     """A quick SideNet of the swirl by the command line."""
     out = tmp_path_factory.mktemp("quick") / "swirl.safetensors"
-    command = ["make", "--backbone", BACKBONE, "--out", str(out), "--effort", "quick", "--nfe", "6"]
+    command = ["make", "--backbone", BACKBONE, "--out", str(out), "--preset", "quick", "--nfe", "6"]
     assert main(command) == 0
     return out, command
 
@@ -185,25 +185,25 @@ def test_quick_makes_runs_without_a_network(quick, capsys):
     out, command = quick
     sidenet, card = load_sidenet(out)
     assert sum(p.numel() for p in sidenet.parameters()) < 10_000 and not sidenet.output_conv.weight.any()
-    assert card.runs[6].step_weights and card.runs[6].calls == 6
-    errors = {(row["sampler"], row["calls"]): row["error"] for row in card.evaluation["endpoint_error"]}
+    assert card.schedules_for(card.cfg)[6].coefficients and card.schedules_for(card.cfg)[6].calls == 6
+    errors = {(row["solver"], row["calls"]): row["error"] for row in card.evaluation["endpoint_error"]}
     assert errors["ba_solver", 6] < 0.5 * min(errors["adams_bashforth2", 6], errors["dpmpp_2m", 6])
     spent = sum(card.training["backbone_calls"].values())
-    settings = MakeSettings(backbone=BACKBONE, out=out, effort="quick", nfe="6")
-    assert 0.8 * planned_calls(with_effort(settings, "quick")) < spent <= planned_calls(with_effort(settings, "quick"))
+    settings = MakeSettings(backbone=BACKBONE, out=out, preset="quick", nfe="6")
+    assert 0.8 * planned_nfe(with_preset(settings, "quick")) < spent <= planned_nfe(with_preset(settings, "quick"))
     assert main(["info", str(out)]) == 0 and "no network" in capsys.readouterr().out
     assert main([*command, "--resume"]) == 0
 
 
 def test_paths_are_searched_for_the_guided_velocity_alone(quick, tmp_path):
-    chains = tmp_path / "chains"
-    record = ["record", "--backbone", BACKBONE, "--guidance", "2", "--mode", "branch", "--chains", "4", "--starts", "0"]
-    assert main([*record, "--out", str(chains)]) == 0
-    assert open_chains((chains,))[1]["velocity"] == "branch"
-    train = ["train", "--chains", str(chains), "--backbone", BACKBONE, "--out", str(tmp_path / "x.safetensors")]
-    settings = FitSettings(
-        chains=(chains,), backbone=BACKBONE, out=tmp_path / "x.safetensors", grid_nfe="5", grid_search="paths"
+    trajectories = tmp_path / "trajectories"
+    record = ["record", "--backbone", BACKBONE, "--guidance", "2", "--cfg-mode", "per_branch", "--trajectories", "4", "--prefixes", "0"]
+    assert main([*record, "--out", str(trajectories)]) == 0
+    assert open_trajectories((trajectories,))[1]["velocity"] == "per_branch"
+    train = ["train", "--trajectories", str(trajectories), "--backbone", BACKBONE, "--out", str(tmp_path / "x.safetensors")]
+    settings = TrainSettings(
+        trajectories=(trajectories,), backbone=BACKBONE, out=tmp_path / "x.safetensors", nfe="5", grid_search="paths"
     )
-    with pytest.raises(CheckpointError, match="record with --mode guided"):
-        run_fit(settings)
+    with pytest.raises(CheckpointError, match="record with --cfg-mode guided"):
+        run_train(settings)
     assert main([*train, "--grid-search", "dice"]) == 2

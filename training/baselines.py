@@ -13,11 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .flow import velocity_to_x0
-from .grids import check_grid
-from .guidance import Field
-from .solver import Callback, check_state, run_steps, solve
-from .steps import Advance
+from ..bas_core.flow import velocity_to_x0
+from ..bas_core.grids import as_grid
+from ..bas_core.guidance import Field
+from ..bas_core.solver import Callback, StepResult, as_state, run_steps, solve
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 History = tuple[tuple[Tensor, Tensor], ...]
@@ -57,18 +56,6 @@ def rk4(velocity: Velocity, x: Tensor, t0: Tensor, t1: Tensor, history: History)
     c = velocity(x + half * b, t0 + half)
     d = velocity(x + step * c, t1)
     return x + step / 6 * (a + 2 * b + 2 * c + d), history
-
-
-def rf_solver(velocity: Velocity, x: Tensor, t0: Tensor, t1: Tensor, history: History) -> tuple[Tensor, History]:
-    """RF-Solver's second-order Taylor step (Wang et al. 2024, arXiv 2411.04746), order 2.
-
-    x + d v + d^2 / 2 v', with v' the difference quotient over the first half of the step, as the authors' experiments
-    take it. With that quotient it is the explicit midpoint in other words.
-    """
-    v, history = _evaluate(velocity, x, t0, history, 1)
-    step, half = t1 - t0, (t1 - t0) / 2
-    slope = (velocity(x + half * v, t0 + half) - v) / half
-    return x + step * v + step**2 / 2 * slope, history
 
 
 def fireflow(velocity: Velocity, x: Tensor, t0: Tensor, t1: Tensor, history: History) -> tuple[Tensor, History]:
@@ -256,7 +243,6 @@ BASELINES: dict[str, Baseline] = {
         Baseline("euler", "Euler", 1, 1, euler),
         Baseline("heun", "Heun", 2, 2, heun),
         Baseline("midpoint", "midpoint", 2, 2, midpoint),
-        Baseline("rf_solver", "RF-Solver", 2, 2, rf_solver),
         Baseline("fireflow", "FireFlow", 2, 1, fireflow, first_calls=1),
         Baseline("rk4", "RK4", 4, 4, rk4),
         Baseline("adams_bashforth2", "Adams-Bashforth 2", 2, 1, _adams_bashforth(2)),
@@ -306,18 +292,18 @@ def run_baseline(
     solver = get_baseline(solver) if isinstance(solver, str) else solver
     if solver.step is None:
         return solve(field, None, x, times, callback=callback)
-    x = check_state(x)
-    grid = [t.to(x.dtype) for t in check_grid(times)]
+    x = as_state(x)
+    grid = [t.to(x.dtype) for t in as_grid(times)]
     take = solver.step
 
-    def step(index: int, x: Tensor, t0: Tensor, t1: Tensor, state: History | None) -> Advance:
-        seen: list[Tensor] = []
+    def step(index: int, x: Tensor, history: History | None) -> StepResult:
+        evaluated: list[Tensor] = []
 
         def velocity(at: Tensor, t: Tensor) -> Tensor:
-            seen.append(field.velocity(at, t))
-            return seen[-1]
+            evaluated.append(field.velocity(at, t))
+            return evaluated[-1]
 
-        x_next, history = take(velocity, x, t0, t1, state or ())
-        return Advance(x_next, seen[0], history)
+        x_next, history = take(velocity, x, grid[index], grid[index + 1], history or ())
+        return StepResult(x_next, evaluated[0], history)
 
     return run_steps(step, field, x, grid, callback)

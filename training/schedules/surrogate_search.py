@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from ...bas_core.guidance import Field
-from ...bas_core.runs import FittedRun
+from ...bas_core.prediction import SideNetProtocol, StraightLine
+from ...bas_core.schedule import Schedule
 from ...bas_core.sidenet import spread_mean
-from ...bas_core.steps import Predictor, StraightLine
-from ..progress import progress, say
+from ..progress import say
 from ..recording.replay import Replay
-from .fitting import WEIGHT_RUNS, Fitting, Runs, fit_run, on_runs, takes_halves
-from .samplers import endpoint_errors
-from .search import moved_times, search_times
-from .stand_in import MeanLine, Seen, StandIn, Tracks, seen_by, thinned
+from .fitting import FITTED_TRAJECTORIES, Fitting, Schedules, fit_schedule, has_conditional_only
+from .solvers import endpoint_errors
+from .surrogate import Deviations, MeanLine, SubsampledTrajectories, Surrogate, deviations_of, subsampled
+from .time_search import search_times
 
 # How often real runs are looked at, and how many of them for each number of calls. Of the times that were looked at the
 # best are taken: once in a few recordings the stand-in is wrong about the last ones that it finds.
@@ -31,15 +31,13 @@ ROUNDS = 6
 # No step is shorter than this share of the one before it, but for the last: the stand-in would have two calls at nearly
 # one time, to tell what changes there, and the model does not keep to it so exactly.
 SHORTEST = 0.6
-# Numbers of calls up to which times gain by being moved on the model, which takes a sampling of every run for each of
-# 2 N moves: on the demo 4 to 11 % at 5 calls by 24 runs. A dozen runs find times that suit those few.
-REFINED = 7
 
 
-def calls_on_paths(runs: int, calls: Sequence[int]) -> int:
-    """How many calls `learn_on_paths` and the weights make, on so many runs; with half calls a run makes one more than
+def surrogate_search_nfe(runs: int, calls: Sequence[int]) -> int:
+    """How many calls `search_on_surrogate` and the weights make, on so many runs; with half calls a run makes one more
+    than
     it costs."""
-    return (PROBES * PROBED + min(WEIGHT_RUNS, runs)) * sum(n + 1 for n in calls)
+    return (PROBES * PROBED + min(FITTED_TRAJECTORIES, runs)) * sum(n + 1 for n in calls)
 
 
 def even_enough(times: Tensor) -> bool:
@@ -48,33 +46,37 @@ def even_enough(times: Tensor) -> bool:
     return bool((steps[1:] >= SHORTEST * steps[:-1]).all())
 
 
-def line_through(mean: Tensor | None) -> Predictor:
+def line_through(mean: Tensor | None) -> SideNetProtocol:
     """What takes a SideNet's place where there is none: it saves a first call where the mean of the data is given."""
     return StraightLine() if mean is None else MeanLine(mean)
 
 
-def on_stand_in(tracks: Tracks, seen: Sequence[Seen], start: float, saves: bool) -> Fitting:
+def on_stand_in(subsampled: SubsampledTrajectories, seen: Sequence[Deviations], start: float, saves: bool) -> Fitting:
     """What is fitted on a stand-in, with or without the first call saved."""
-    line = line_through(tracks.means if saves else None)
-    noise = tracks.chains.states[torch.arange(len(tracks)), torch.zeros(len(tracks), dtype=torch.long)]
-    return Fitting(line, StandIn(tracks, seen).field(), noise, tracks.truth, start)
+    line = line_through(subsampled.means if saves else None)
+    noise = subsampled.trajectories.states[
+        torch.arange(len(subsampled)), torch.zeros(len(subsampled), dtype=torch.long)
+    ]
+    return Fitting(line, Surrogate(subsampled, seen).field(), noise, subsampled.truth, start)
 
 
-def search_stand_in(tracks: Tracks, seen: Sequence[Seen], start: float, made: Mapping[int, int]) -> Runs:
+def search_stand_in(
+    subsampled: SubsampledTrajectories, seen: Sequence[Deviations], start: float, made: Mapping[int, int]
+) -> Schedules:
     """The best runs on a stand-in, by number of calls: with the first call saved where that is the better for it.
 
     Args:
-        tracks, seen: of the stand-in.
+        subsampled, seen: of the stand-in.
         start: the time that sampling starts from.
         made: by number of calls, how many a run makes, half ones counted as whole.
     """
-    found: dict[int, tuple[float, FittedRun]] = {}
-    for saves in (False, True)[: 1 + (tracks.means is not None)]:
-        fitting = on_stand_in(tracks, seen, start, saves)
+    found: dict[int, tuple[float, Schedule]] = {}
+    for saves in (False, True)[: 1 + (subsampled.means is not None)]:
+        fitting = on_stand_in(subsampled, seen, start, saves)
         runs = search_times(fitting, list(made.values()), ROUNDS, even_enough)
         for calls, count in made.items():
-            ends = fit_run(fitting, runs[count].scaled(start))[0]
-            error = endpoint_errors(ends, tracks.truth(torch.zeros(()))).mean().item()
+            ends = fit_schedule(fitting, runs[count].scaled(start))[0]
+            error = endpoint_errors(ends, subsampled.truth(torch.zeros(()))).mean().item()
             if calls in found:
                 other = found[calls][0]
                 say(f"{calls} calls: about {error:.3g} with the first call saved, {other:.3g} with it made.")
@@ -83,20 +85,20 @@ def search_stand_in(tracks: Tracks, seen: Sequence[Seen], start: float, made: Ma
     return {calls: run for calls, (_, run) in found.items()}
 
 
-def watched(field: Field, tracks: Tracks, calls: list[tuple[float, Tensor, Tensor]]) -> Field:
-    """The same field, which notes time, state and velocity of each call, thinned."""
+def watched(field: Field, subsampled: SubsampledTrajectories, calls: list[tuple[float, Tensor, Tensor]]) -> Field:
+    """The same field, which notes time, state and velocity of each call, subsampled."""
 
     def evaluate(x: Tensor, t: Tensor, branches: int) -> Tensor:
         v = field.evaluate(x, t, branches)
-        calls.append((float(t[0]), tracks.thin(x), tracks.thin(v[0])))
+        calls.append((float(t[0]), subsampled.thin(x), subsampled.thin(v[0])))
         return v
 
-    return Field(evaluate, field.conditions, field.guidance, field.scale)
+    return Field(evaluate, field.conditions, field.cfg, combined=field.combined, scale=field.scale)
 
 
 def probe(
-    tracks: Tracks, replay: Replay, rows: Tensor, runs: Runs, mean: Tensor | None
-) -> tuple[list[Seen], dict[int, float]]:
+    subsampled: SubsampledTrajectories, replay: Replay, rows: Tensor, runs: Schedules, mean: Tensor | None
+) -> tuple[list[Deviations], dict[int, float]]:
     """Real runs over these times from the recorded noises; the cost is added to `replay.spent`.
 
     Returns:
@@ -106,16 +108,16 @@ def probe(
     seen, errors = [], {}
     for number, run in runs.items():
         calls: list[tuple[float, Tensor, Tensor]] = []
-        field = watched(replay.field_of(rows), tracks, calls)
+        field = watched(replay.field_of(rows), subsampled, calls)
         fitting = Fitting(line, field, replay.noise(rows), partial(replay.truth, rows), start)
-        ends = fit_run(fitting, run.scaled(start))[0]
+        ends = fit_schedule(fitting, run.scaled(start))[0]
         replay.spent["probes"] += field.calls * len(rows)
-        seen.append(seen_by(tracks, calls))
+        seen.append(deviations_of(subsampled, calls))
         errors[number] = endpoint_errors(ends, fitting.truth(torch.zeros(()))).mean().item()
     return seen, errors
 
 
-def learn_on_paths(replay: Replay, calls: Sequence[int], mean: Tensor | None) -> Runs:
+def search_on_surrogate(replay: Replay, calls: Sequence[int], mean: Tensor | None) -> Schedules:
     """The best times found for each number of calls.
 
     Args:
@@ -123,16 +125,16 @@ def learn_on_paths(replay: Replay, calls: Sequence[int], mean: Tensor | None) ->
         calls: numbers of them.
         mean: [C, S, S] of the data, if a first call may be saved by it.
     """
-    rows = replay.alike(WEIGHT_RUNS)
-    tracks = thinned(replay.chains, rows, 0 if mean is None else mean.shape[-1])
+    rows = replay.alike(FITTED_TRAJECTORIES)
+    subset = subsampled(replay.trajectories, rows, 0 if mean is None else mean.shape[-1])
     field, start = replay.field_of(rows[:1]), replay.backbone.start
-    made = {n: n + takes_halves(field, n) for n in calls}
-    few = tracks.first(PROBED)
+    made = {n: n + has_conditional_only(field, n) for n in calls}
+    few = subset.first(PROBED)
     with torch.inference_mode():
-        found = search_stand_in(tracks, (), start, made)
+        found = search_stand_in(subset, (), start, made)
         spread = mean_for(replay, mean)
-        seen: list[Seen] = []
-        looked_at: list[tuple[Runs, dict[int, float]]] = []
+        seen: list[Deviations] = []
+        looked_at: list[tuple[Schedules, dict[int, float]]] = []
         for index in range(PROBES):
             found = search_stand_in(few, seen, start, made) if index else found
             saw, errors = probe(few, replay, rows[:PROBED], found, spread)
@@ -144,22 +146,3 @@ def learn_on_paths(replay: Replay, calls: Sequence[int], mean: Tensor | None) ->
 def mean_for(replay: Replay, mean: Tensor | None) -> Tensor | None:
     """The mean of the data [C, S, S] as the model's states are, and where they are."""
     return None if mean is None else spread_mean(mean, replay.backbone.shape).to(replay.backbone.device)
-
-
-def refine(replay: Replay, runs: Runs, mean: Tensor | None, count: int, rounds: int) -> Runs:
-    """The times of the runs with few calls, moved on the model itself; the cost is added to `replay.spent`.
-
-    Args:
-        replay: recorded guided runs.
-        runs: from `learn_on_paths`.
-        mean: see there.
-        count: on so many recorded runs.
-        rounds: of `search.coordinate_search`.
-    """
-    spread, better = mean_for(replay, mean), dict(runs)
-    with torch.inference_mode():
-        for calls, run in progress([pair for pair in runs.items() if pair[0] <= REFINED], "move times"):
-            fitting = on_runs(line_through(spread if run.skip_first else None), replay, count)
-            better[calls] = moved_times(fitting, calls, torch.stack(run.grid), rounds)
-            replay.spent["time grids"] += fitting.field.calls * len(fitting.noise)
-    return better

@@ -14,19 +14,21 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ...bas_core.grids import as_grid
 from ...bas_core.guidance import Field
-from ...bas_core.runs import FittedRun
+from ...bas_core.schedule import Schedule, ScheduleHook
 from ...bas_core.sidenet import SideNet
-from ...bas_core.solver import solve
+from ...bas_core.solver import make_solver, run_bi_anchor
 from ..network.loop import LoopSettings, Model, Numbers, Share, train
-from ..progress import PROCESSES, say
+from ..processes import PROCESSES
+from ..progress import say
 from ..recording.replay import SCORED_RUNS, RecomputedSideNet, Replay
-from .samplers import endpoint_errors
+from .solvers import endpoint_errors
 
 Found = TypeVar("Found")
 
@@ -49,8 +51,6 @@ def tuning_loop(usual: LoopSettings) -> LoopSettings:
         ema=EMA,
         save_every=-(-usual.steps // REPORTS),
         accumulate=1,
-        patience=0,
-        compile=False,
     )
 
 
@@ -74,43 +74,52 @@ def times_as_parameters() -> Iterator[None]:
         yield
 
 
-class TunedRun(nn.Module):
-    """A fitted run whose numbers are parameters.
+class TunedSchedule(nn.Module):
+    """A schedule whose times and coefficients are parameters.
 
     Args:
-        run: where they begin.
-        held: how many of its times stay, from the first on, beside the last one. In sampling the first step does:
-            whether its call is saved depends on it, and so what the run costs.
+        schedule: the starting values.
+        fixed: how many of its times stay, from the first on, beside the last one. The first step stays: its length
+            decides whether it is analytic, and so the NFE.
     """
 
-    def __init__(self, run: FittedRun, held: int = 2) -> None:
+    def __init__(self, schedule: Schedule, fixed: int = 2) -> None:
         super().__init__()
-        times = torch.stack(run.grid)
-        self.held, self.last = times[:held].tolist(), float(times[-1])
-        self.skip_first, self.rule = run.skip_first, run.rule
-        self.log_steps = nn.Parameter(times[held - 1 :].diff().abs().log())
-        self.step_weights = nn.ParameterList([nn.Parameter(torch.tensor(row)) for row in run.step_weights])
-        self.half_calls = nn.ParameterList([nn.Parameter(torch.tensor(row)) for row in run.half_calls])
+        times = torch.stack(schedule.grid)
+        self.schedule = schedule
+        self.fixed, self.last = times[:fixed].tolist(), float(times[-1])
+        self.log_steps = nn.Parameter(times[fixed - 1 :].diff().abs().log())
+        self.coefficients = nn.ParameterList([nn.Parameter(torch.tensor(row)) for row in schedule.coefficients])
+        self.cfg_coefficients = nn.ParameterList([nn.Parameter(torch.tensor(r)) for r in schedule.cfg_coefficients])
 
     def times(self) -> Tensor:
-        """[N + 1] of them, in the direction of the run that it began with."""
+        """[N + 1], in the direction of the schedule."""
         left = 1 - torch.softmax(self.log_steps, 0).cumsum(0)
-        held, last = self.log_steps.new_tensor(self.held), self.log_steps.new_tensor([self.last])
-        return torch.cat([held, last + (held[-1] - last) * left[:-1], last])
+        fixed, last = self.log_steps.new_tensor(self.fixed), self.log_steps.new_tensor([self.last])
+        return torch.cat([fixed, last + (fixed[-1] - last) * left[:-1], last])
 
-    def run(self) -> FittedRun:
-        """The run as it stands, with gradients to the parameters."""
-        return FittedRun(self.times(), list(self.step_weights), list(self.half_calls), self.skip_first, self.rule)
+    def found(self) -> Schedule:
+        """The schedule with the parameters' values."""
+        return dataclasses.replace(
+            self.schedule,
+            times=self.times().tolist(),
+            coefficients=[row.tolist() for row in self.coefficients],
+            cfg_coefficients=[row.tolist() for row in self.cfg_coefficients],
+        )
 
     def forward(self, field: Field, noise: Tensor, sidenet: SideNet, start: float) -> Tensor:
-        """The end [B, C, *spatial] of a run from noise at the time `start`."""
+        """The ends [B, C, *spatial] of samplings from noise at the time `start`."""
+        hook = ScheduleHook(list(self.coefficients), list(self.cfg_coefficients), self.schedule.steps)
+        analytic = self.schedule.analytic_first_step and start == 1
+        network: Any = RecomputedSideNet(sidenet)
+        solver = make_solver(field, network, self.schedule.rule, hook, analytic_first_step=analytic)
         with times_as_parameters():
-            return solve(field, RecomputedSideNet(sidenet), noise, self.run().scaled(start))
+            return run_bi_anchor(solver, noise, tuple(as_grid(self.times() * start)))
 
 
 def tune(
-    sidenet: SideNet, parts: tuple[Replay, Replay], run: FittedRun, calls: int, loop: LoopSettings, folder: Path
-) -> FittedRun:  # fmt: skip
+    sidenet: SideNet, parts: tuple[Replay, Replay], run: Schedule, calls: int, loop: LoopSettings, folder: Path
+) -> Schedule:  # fmt: skip
     """Tune a run; what it cost is added to the replays' `spent`.
 
     Args:
@@ -122,23 +131,23 @@ def tune(
         loop: see `tuning_loop`.
         folder: of the unfinished run, its log and its plot; the same call goes on from there.
     """
-    replay, held_out = parts
-    rows, scored = replay.alike(len(replay.chains)), held_out.alike(SCORED_RUNS)
+    replay, validation = parts
+    rows, scored = replay.alike(len(replay.trajectories)), validation.alike(SCORED_RUNS)
     backbone = replay.backbone
 
-    def error(tuned: TunedRun, source: Replay, drawn: Tensor, counted: int) -> Tensor:
+    def error(tuned: TunedSchedule, source: Replay, drawn: Tensor, counted: int) -> Tensor:
         field = source.field_of(drawn)
         ends = tuned(field, source.noise(drawn), sidenet, backbone.start)
-        source.spent["tuning"] += round(field.cost * counted)
+        source.spent["tuning"] += round(field.nfe * counted)
         return endpoint_errors(ends, source.truth(drawn, torch.tensor(0.0))).mean()
 
-    begun = TunedRun(run).to(backbone.device)
+    begun = TunedSchedule(run).to(backbone.device)
     drawn_error = lambda tuned, drawn, counted: error(tuned, replay, drawn, counted)  # noqa: E731
-    held_error = lambda tuned: error(tuned, held_out, scored, len(scored))  # noqa: E731
+    held_error = lambda tuned: error(tuned, validation, scored, len(scored))  # noqa: E731
     tuned = follow_gradients(
         begun, (rows, drawn_error), held_error, loop, folder / f"tune_{calls}.pt", f"{calls} calls"
     )
-    return run if tuned is None else tuned.run().detached()
+    return run if tuned is None else tuned.found()
 
 
 def follow_gradients(

@@ -12,8 +12,8 @@ from itertools import pairwise
 from torch import Tensor
 
 from ...bas_core.guidance import Field
-from ...bas_core.step_weights import add_terms
-from ..runs.fitting import least_squares
+from ...bas_core.schedule import linear_combination
+from ..schedules.fitting import least_squares
 
 Coefficients = list[Tensor]
 
@@ -34,7 +34,7 @@ def fit_coefficients(field: Field, noise: Tensor, times: Tensor, truth: Callable
     for t0, t1 in pairwise(times):
         velocities.append(field.velocity(x, t0))
         found.append(least_squares(velocities, truth(t1) - x))
-        x = add_terms(x, velocities, found[-1].tolist())
+        x = linear_combination(x, velocities, found[-1].tolist())
     return found
 
 
@@ -57,5 +57,5 @@ class LearnedMultistep:
         velocities: list[Tensor] = []
         for t0, coefficients in zip(times[:-1], self.known[key], strict=True):
             velocities.append(field.velocity(x, t0))
-            x = add_terms(x, velocities, coefficients.tolist())
+            x = linear_combination(x, velocities, coefficients.tolist())
         return x

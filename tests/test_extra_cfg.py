@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from ba_solver.bas_core import FittedRun, SideNetCard, load_sidenet, save_sidenet, solve
+from ba_solver.bas_core import Schedule, SideNetCard, load_sidenet, save_sidenet, solve
 from ba_solver.training.backbones import BackboneChoice, open_backbone
 from ba_solver.training.cli import main
-from ba_solver.training.make import MakeSettings, planned_calls
+from ba_solver.training.make import MakeSettings, planned_nfe
 from ba_solver.training.measuring.rivals import converged_reference
-from ba_solver.training.runs.samplers import endpoint_errors
+from ba_solver.training.schedules.solvers import endpoint_errors
 from training_problems import BACKBONE
 
 MORE = 6.0
@@ -19,16 +19,16 @@ MORE = 6.0
 def made(tmp_path_factory):
     """A quick SideNet for CFG 2, with runs for another scale."""
     out = tmp_path_factory.mktemp("scales") / "mine.safetensors"
-    command = ["make", "--backbone", BACKBONE, "--out", str(out), "--effort", "quick", "--nfe", "6"]
-    command += ["--guidance", "2", "--more-guidance", f"{MORE:g}"]
+    command = ["make", "--backbone", BACKBONE, "--out", str(out), "--preset", "quick", "--nfe", "6"]
+    command += ["--guidance", "2", "--extra-guidance", f"{MORE:g}"]
     main(command)
     return out, command
 
 
 def runs_for(*scales):
     """A card whose runs are told apart by their second time."""
-    runs = {scale: {2: FittedRun((1.0, scale / 10, 0.0))} for scale in scales}
-    return SideNetCard(guidance_range=(scales[0],) * 2, runs=runs.pop(scales[0]), more_runs=runs)
+    runs = {scale: {2: Schedule((1.0, scale / 10, 0.0))} for scale in scales}
+    return SideNetCard(cfg_range=(scales[0],) * 2, runs=runs.pop(scales[0]), more_runs=runs)
 
 
 @pytest.mark.parametrize(
@@ -37,21 +37,21 @@ def runs_for(*scales):
 )
 def test_the_nearest_scale_is_taken_and_rather_a_smaller_one(scale, taken):
     card = runs_for(2.0, 4.0, 8.0)
-    assert card.runs_at(scale)[2].times[1] == pytest.approx(taken / 10)
-    assert card.serves(scale) == (1 <= scale <= 12)
-    assert runs_for(2.0).runs_at(scale)[2].times[1] == pytest.approx(0.2)
+    assert card.schedules_for(scale)[2].times[1] == pytest.approx(taken / 10)
+    assert card.supports_cfg(scale) == (1 <= scale <= 12)
+    assert runs_for(2.0).schedules_for(scale)[2].times[1] == pytest.approx(0.2)
 
 
 def test_a_network_without_runs_serves_what_it_was_trained_for():
-    card = SideNetCard(guidance_range=(1.0, 2.0))
-    assert card.serves(1.5) and not card.serves(2.5)
+    card = SideNetCard(cfg_range=(1.0, 2.0))
+    assert card.supports_cfg(1.5) and not card.supports_cfg(2.5)
 
 
 def test_they_are_in_the_file(made, tmp_path):
     out, _ = made
     sidenet, card = load_sidenet(out)
-    assert set(card.more_runs) == {MORE} and card.scales() == "2 and 6"
-    assert card.more_runs[MORE][6].times != card.runs[6].times
+    assert set(card.more_runs) == {MORE} and card.describe_cfg() == "2 and 6"
+    assert card.more_runs[MORE][6].times != card.schedules_for(card.cfg)[6].times
     copied = tmp_path / "copy.safetensors"
     save_sidenet(copied, sidenet, card)
     assert load_sidenet(copied)[1] == card
@@ -68,7 +68,7 @@ def test_each_scale_is_sampled_best_by_its_own_runs(made):
         with torch.inference_mode():
             exact = converged_reference(field, noise)
             own, others = (
-                endpoint_errors(solve(field, sidenet, noise, card.runs_at(at)[6]), exact).mean()
+                endpoint_errors(solve(field, sidenet, noise, card.schedules_for(at)[6]), exact).mean()
                 for at in (scale, other)
             )
         assert own < 0.7 * others
@@ -77,10 +77,10 @@ def test_each_scale_is_sampled_best_by_its_own_runs(made):
 def test_the_cost_is_what_was_planned(made):
     card = load_sidenet(made[0])[1]
     settings = MakeSettings(
-        backbone=BACKBONE, out=made[0], effort="quick", nfe="6", guidance=(2.0,), chains=19, points=22, starts=0
+        backbone=BACKBONE, out=made[0], preset="quick", nfe="6", guidance=(2.0,), trajectories=19, points=22, starts=0
     )
-    more = dataclasses.replace(settings, more_guidance=(MORE,))
-    planned = planned_calls(more) - planned_calls(settings)
+    more = dataclasses.replace(settings, extra_guidance=(MORE,))
+    planned = planned_nfe(more) - planned_nfe(settings)
     assert 0.8 * planned < card.training["backbone_calls"]["CFG 6"] <= planned
 
 
@@ -105,9 +105,9 @@ def test_another_scale_is_added_to_a_file(made, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--more-guidance", "4", "4"), "each once"),
-        (("--more-guidance", "-1"), "from 0 to 100"),
-        (("--more-guidance", "4", "--mode", "branch"), "needs recordings of the guided velocity"),
+        (("--extra-guidance", "4", "4"), "each once"),
+        (("--extra-guidance", "-1"), "from 0 to 100"),
+        (("--extra-guidance", "4", "--cfg-mode", "per_branch"), "needs recordings of the guided velocity"),
     ],
 )
 def test_what_cannot_be_done_is_said(options, message, tmp_path, capsys):

@@ -9,31 +9,31 @@ from typing import Any
 
 from torch import Tensor
 
-from ...bas_core.baselines import BASELINES, run_baseline
-from ...bas_core.grids import grid_of_calls, time_grid
+from ...bas_core.grids import grid_for_nfe, time_grid
 from ...bas_core.guidance import Field
-from ...bas_core.runs import FittedRun, run_over
+from ...bas_core.prediction import SideNetProtocol
+from ...bas_core.schedule import Schedule, match_schedule
 from ...bas_core.solver import solve
-from ...bas_core.steps import Predictor, knows_mean
+from ..baselines import BASELINES, run_baseline
 
-Over = Tensor | FittedRun
+Over = Tensor | Schedule
 Run = Callable[[Field, Tensor, Any], Tensor]
 GridShape = tuple[float, float]
 UNIFORM: GridShape = (1.0, 0.0)
 
 
 @dataclass(frozen=True)
-class Sampler:
+class Solver:
     """A competitor.
 
     Attributes:
         name, label: for files and for people.
         run: (field, noise [B, ...], times or fitted run) to the end state.
         calls_per_step: backbone calls a step. Where it is 2, one or two Euler steps at the end spend the budget
-            exactly and keep off t = 0, where a network's velocity means little (as EDM's Heun sampler does).
+            exactly and keep off t = 0, where a network's velocity means little (as EDM's Heun solver does).
         start: the time that the model's noise is at; grids are scaled by it.
         given: what it runs over, by number of calls, instead of the family's grid: times, or a fitted run.
-        skip_first: whether it saves the first call where the first interval is short; it then takes one more.
+        has_data_mean: whether a short first step is analytic; the solver then takes one step more.
     """
 
     name: str
@@ -42,48 +42,52 @@ class Sampler:
     calls_per_step: int = 1
     start: float = 1.0
     given: Mapping[int, Over] | None = None
-    skip_first: bool = False
+    has_data_mean: bool = False
 
     def times(self, calls: int, shape: GridShape = UNIFORM) -> Tensor:
         """The grid of the family (shift, cosine) that spends exactly `calls` backbone calls."""
         intervals = calls if self.calls_per_step == 1 else calls // 2 + 1
-        return grid_of_calls(lambda n: time_grid(n, *shape), intervals, self.skip_first)
+        return grid_for_nfe(lambda n: time_grid(n, *shape), intervals, self.has_data_mean)
 
     def over(self, calls: int, shape: GridShape = UNIFORM) -> Over:
         """What it runs over on `calls` backbone calls, from the time that the model's noise is at."""
         over = self.times(calls, shape) if self.given is None else self.given[calls]
-        return over.scaled(self.start) if isinstance(over, FittedRun) else over * self.start
+        return over.scaled(self.start) if isinstance(over, Schedule) else over * self.start
 
     def sample(self, field: Field, noise: Tensor, calls: int, shape: GridShape = UNIFORM) -> Tensor:
         """Run on `calls` backbone calls."""
         over = self.over(calls, shape)
-        if self.calls_per_step == 1 or isinstance(over, FittedRun):
+        if self.calls_per_step == 1 or isinstance(over, Schedule):
             return self.run(field, noise, over)
         steps = (calls - 1) // 2
         x = self.run(field, noise, over[: steps + 1]) if steps else noise
         return run_baseline("euler", field, x, over[steps:])
 
 
-def baseline_sampler(name: str, start: float = 1.0) -> Sampler:
-    """A training-free solver of `bas_core.baselines` as a competitor."""
+def baseline_solver(name: str, start: float = 1.0) -> Solver:
+    """A training-free solver of `training.baselines` as a competitor."""
     solver = BASELINES[name]
-    return Sampler(
+    return Solver(
         name, solver.label, lambda field, x, t: run_baseline(solver, field, x, t), solver.calls_per_step, start
     )
 
 
-def sidenet_sampler(
-    sidenet: Predictor, name: str = "ba_solver", label: str = "BA-solver", start: float = 1.0, **options: Any
-) -> Sampler:
+def sidenet_solver(
+    sidenet: SideNetProtocol, name: str = "ba_solver", label: str = "BA-solver", start: float = 1.0, **options: Any
+) -> Solver:
     """The bi-anchor solver with a SideNet as a competitor; `options` go to `solve`."""
-    skips = start == 1 and knows_mean(sidenet)
+    skips = start == 1 and sidenet.has_data_mean
 
     def run(field: Field, x: Tensor, over: Over) -> Tensor:
         return solve(
-            field, sidenet, x, over if isinstance(over, FittedRun) else run_over(over, knows_mean=skips), **options
+            field,
+            sidenet,
+            x,
+            over if isinstance(over, Schedule) else match_schedule(over, has_data_mean=skips),
+            **options,
         )
 
-    return Sampler(name, label, run, start=start, skip_first=skips)
+    return Solver(name, label, run, start=start, has_data_mean=skips)
 
 
 def endpoint_errors(x: Tensor, reference: Tensor) -> Tensor:
@@ -97,7 +101,7 @@ SEARCH_REFINEMENTS = 3
 
 
 def search_grid(
-    sampler: Sampler, field: Field, noise: Tensor, reference: Tensor, calls: int, start: GridShape | None = None
+    solver: Solver, field: Field, noise: Tensor, reference: Tensor, calls: int, start: GridShape | None = None
 ) -> GridShape:
     """The (shift, cosine) of least end-point error: a pattern search of halving step from `start`, or else from the
     best of a coarse lattice."""
@@ -105,7 +109,7 @@ def search_grid(
 
     def error(shape: GridShape) -> float:
         if shape not in known:
-            known[shape] = endpoint_errors(sampler.sample(field, noise, calls, shape), reference).mean().item()
+            known[shape] = endpoint_errors(solver.sample(field, noise, calls, shape), reference).mean().item()
         return known[shape]
 
     best = start or min(itertools.product(SEARCH_SHIFTS, SEARCH_COSINES), key=error)

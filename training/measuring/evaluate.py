@@ -1,4 +1,4 @@
-"""`ba-solver evaluate`: how far a SideNet's sampler ends from the exact end, beside the best solvers without one."""
+"""`ba-solver evaluate`: how far a SideNet's solver ends from the exact end, beside the best solvers without one."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from torch import Tensor
 from ...bas_core.checkpoint import SideNetCard, load_sidenet, save_sidenet
 from ...bas_core.files import CheckpointError, write_text
 from ...bas_core.guidance import Field
+from ...bas_core.schedule import Schedule
 from ...bas_core.sidenet import SideNet
 from ..backbones import Backbone, BackboneChoice, open_backbone
 from ..progress import progress, say
-from ..recording.chains import open_chains
 from ..recording.replay import Replay
-from ..runs.fitting import Fitting, fit_runs
-from ..runs.samplers import UNIFORM, GridShape, Sampler, endpoint_errors, search_grid, sidenet_sampler
-from ..runs.search import search_times
-from ..settings import UsageError, check_positive, parse_calls, plain, prepare_folder
-from .multistep import LearnedMultistep
+from ..recording.trajectories import open_trajectories
+from ..schedules.fitting import Fitting, fit_schedules
+from ..schedules.solvers import UNIFORM, GridShape, Solver, endpoint_errors, search_grid, sidenet_solver
+from ..schedules.time_search import search_times
+from ..settings import UsageError, check_positive, parse_nfe, plain, prepare_folder
+from .learned_multistep import LearnedMultistep
 from .reference import Paths, draw_paths
 from .report import SHOWN, plot_errors, plot_images, summary, table, write_csv
 from .rivals import Measurement, line_up, measure, rivals
@@ -38,7 +39,7 @@ REPORT_SEED, SEARCH_SEED = 6_000_000, 7_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scoring:
+class Evaluation:
     """How a SideNet is evaluated.
 
     Attributes:
@@ -57,109 +58,108 @@ class Scoring:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreSettings(BackboneChoice, Scoring):
+class EvaluateSettings(BackboneChoice, Evaluation):
     """Measure a SideNet beside solvers without one: table, JSON, CSV, plots, images; the table goes into its file.
 
     Attributes:
         sidenet: its file.
         out: folder for the report.
-        chains: folders of recorded runs, to fit the learned multistep solver on; left out, it gets runs of its own.
+        trajectories: folders of recorded runs, to fit the learned multistep solver on; left out, it gets runs of its
+            own.
         guidance: CFG scale; left out, what the SideNet was trained for (the middle of a range).
         seed: of the noises.
     """
 
     sidenet: Path
     out: Path
-    chains: tuple[Path, ...] = ()
+    trajectories: tuple[Path, ...] = ()
     guidance: tuple[float, ...] = ()
     seed: int = 1
 
 
 def learned_multistep(
-    chains: tuple[Path, ...], backbone: Backbone, search: Paths | None, guidance: float, mode: str
-) -> Sampler | None:
-    """The learned multistep solver, fitted on recorded chains, or else on the search noises; None without either.
+    trajectories: tuple[Path, ...], backbone: Backbone, search: Paths | None, guidance: float, mode: str
+) -> Solver | None:
+    """The learned multistep solver, fitted on recorded trajectories, or else on the search noises; None without either.
 
     Raises:
-        CheckpointError: the chains are of another model or guidance.
+        CheckpointError: the trajectories are of another model or guidance.
     """
-    if not chains:
+    if not trajectories:
         if search is None:
             return None
         fitted = LearnedMultistep(search.field, search.noise, search.truth)
-        return Sampler("learned_multistep", "learned multistep", fitted, start=backbone.start)
-    recorded, about = open_chains(chains)
+        return Solver("learned_multistep", "learned multistep", fitted, start=backbone.start)
+    recorded, about = open_trajectories(trajectories)
     if about["backbone"]["fingerprint"] != backbone.fingerprint:
         raise CheckpointError(
-            f"--chains were recorded from {about['backbone']['name']!r}; {backbone.name!r} is evaluated. Give its "
-            "chains, or none."
+            f"--trajectories were recorded from {about['backbone']['name']!r}; {backbone.name!r} is evaluated. "
+            "Give its trajectories, or none."
         )
     runs = torch.arange(0, len(recorded), recorded.branches)
     # Over a range, those nearest to the scale that is evaluated.
     scales = torch.ones(len(recorded)) if recorded.scales is None else recorded.scales
     nearest = scales[runs][(scales[runs] - guidance).abs().argmin()]
     rows = runs[scales[runs] == nearest][:FIT_RUNS]
-    replay = Replay(backbone, recorded, {**about, "velocity": mode})
+    replay = Replay(backbone, recorded, {**about, "cfg_mode": mode})
     fitted = LearnedMultistep(replay.field_of(rows), replay.noise(rows), lambda t: replay.truth(rows, t))
-    return Sampler("learned_multistep", "learned multistep", fitted, start=backbone.start)
+    return Solver("learned_multistep", "learned multistep", fitted, start=backbone.start)
 
 
-def competitors(backbone: Backbone, multistep: Sampler | None) -> list[Sampler]:
+def competitors(backbone: Backbone, multistep: Solver | None) -> list[Solver]:
     """Every solver of the table but ours."""
     others = rivals(backbone.start)
     if importlib.util.find_spec("diffusers") is None:
         say("UniPC is left out: it needs diffusers, which the extra brings: ba-solver[bench].")
-        others = [sampler for sampler in others if sampler.name != "unipc"]
+        others = [solver for solver in others if solver.name != "unipc"]
     return [*others, *([multistep] if multistep else [])]
 
 
 Shapes = dict[tuple[str, int], GridShape]
 
 
-def search_shapes(jobs: Sequence[tuple[Sampler, int]], search: Paths) -> Shapes:
+def search_shapes(jobs: Sequence[tuple[Solver, int]], search: Paths) -> Shapes:
     """Solvers' best grids of the family for numbers of calls."""
     return {
-        (sampler.name, n): search_grid(sampler, search.field, search.noise, search.ends, n)
-        for sampler, n in progress(jobs, "grid search")
+        (solver.name, n): search_grid(solver, search.field, search.noise, search.ends, n)
+        for solver, n in progress(jobs, "grid search")
     }
 
 
-def with_more_runs(
-    card: SideNetCard, sidenet: SideNet, calls: Sequence[int], search: Paths, start: float
-) -> SideNetCard:
-    """The card with fitted runs for more numbers of calls, found on the search noises."""
+def fitted_schedules(sidenet: SideNet, nfe: Sequence[int], search: Paths, start: float) -> dict[int, Schedule]:
+    """Schedules for more NFE, found on the search noises."""
     fitting = Fitting(sidenet, search.field, search.noise, search.truth, start)
-    return dataclasses.replace(card, runs=card.runs | fit_runs(search_times(fitting, calls), fitting))
+    return fit_schedules(search_times(fitting, nfe), fitting)
 
 
 def jobs_for(
-    others: Sequence[Sampler], ours: Sampler, calls: Sequence[int], card: SideNetCard, shapes: Shapes
-) -> list[tuple[Sampler, int, str, GridShape]]:
+    others: Sequence[Solver], ours: Solver, calls: Sequence[int], schedules: dict[int, Schedule], shapes: Shapes
+) -> list[tuple[Solver, int, str, GridShape]]:
     """What is measured: every solver on its uniform and best grid, ours on those in its file."""
-    jobs: list[tuple[Sampler, int, str, GridShape]] = []
-    for sampler, n, grid in line_up([*others, ours], calls):
+    jobs: list[tuple[Solver, int, str, GridShape]] = []
+    for solver, n, grid in line_up([*others, ours], calls):
         if grid == "uniform":
-            jobs.append((sampler, n, grid, UNIFORM))
-        elif (sampler.name, n) in shapes:
-            jobs.append((sampler, n, grid, shapes[sampler.name, n]))
-        elif sampler is ours and n in card.runs:
-            jobs.append((dataclasses.replace(ours, given=card.runs), n, grid, UNIFORM))
+            jobs.append((solver, n, grid, UNIFORM))
+        elif (solver.name, n) in shapes:
+            jobs.append((solver, n, grid, shapes[solver.name, n]))
+        elif solver is ours and n in schedules:
+            jobs.append((dataclasses.replace(ours, given=schedules), n, grid, UNIFORM))
     return jobs
 
 
 def measure_all(
-    jobs: Sequence[tuple[Sampler, int, str, GridShape]], paths: Sequence[Paths]
+    jobs: Sequence[tuple[Solver, int, str, GridShape]], paths: Sequence[Paths]
 ) -> tuple[list[Measurement], dict[tuple[str, int, str], Tensor]]:
     """Measure every job on every batch of noises; the first batch's samples are returned too."""
     rows: list[Measurement] = []
     images: dict[tuple[str, int, str], Tensor] = {}
-    for sampler, n, grid, shape in progress(jobs, "measure"):
-        parts = [measure(sampler, p.field, p.noise, p.ends, n, shape, grid) for p in paths]
+    for solver, n, grid, shape in progress(jobs, "measure"):
+        parts = [measure(solver, p.field, p.noise, p.ends, n, shape, grid) for p in paths]
         errors = torch.cat([endpoint_errors(x, p.ends).cpu() for (_, x), p in zip(parts, paths, strict=True)])
         spread = (errors.std() / len(errors) ** 0.5).item() if len(errors) > 1 else 0.0
         seconds = sum(row.seconds * len(p.noise) for (row, _), p in zip(parts, paths, strict=True)) / len(errors)
         rows.append(dataclasses.replace(parts[0][0], error=errors.mean().item(), spread=spread, seconds=seconds))
-        images[sampler.name, n, grid] = parts[0][1][:SHOWN].cpu()
+        images[solver.name, n, grid] = parts[0][1][:SHOWN].cpu()
     return rows, images
 
 
@@ -174,11 +174,11 @@ def guidance_for(choice: BackboneChoice, card: SideNetCard, backbone: Backbone) 
             f"The SideNet belongs to {card.backbone.get('name')!r}; {backbone.name!r} is asked for. Train one for it."
         )
     if not choice.guidance:
-        return card.guidance
+        return card.cfg
     scale = choice.scales[0]
-    if len(choice.guidance) > 1 or not card.serves(scale):
+    if len(choice.guidance) > 1 or not card.supports_cfg(scale):
         raise CheckpointError(
-            f"The SideNet was made for guidance {card.scales()}; {choice.guidance} is asked for. Give one scale "
+            f"The SideNet was made for guidance {card.describe_cfg()}; {choice.guidance} is asked for. Give one scale "
             "near that, or leave --guidance out."
         )
     return scale
@@ -194,13 +194,13 @@ def to_images(backbone: Backbone, x: Tensor) -> Tensor:
     return (shown - low) / (high - low).clamp_min(1e-6)
 
 
-def check_scoring(scoring: Scoring) -> list[int]:
+def check_evaluation(scoring: Evaluation) -> list[int]:
     """The numbers of calls to measure at.
 
     Raises:
         UsageError: a setting cannot be used; the message says which and why.
     """
-    calls = parse_calls(scoring.nfe)
+    calls = parse_nfe(scoring.nfe)
     check_positive(scoring, "noises", "noise_batch")
     if scoring.reference < 4 * max(calls) or scoring.search_noises < 0:
         raise UsageError(
@@ -211,7 +211,7 @@ def check_scoring(scoring: Scoring) -> list[int]:
 
 
 def draw_references(
-    scoring: Scoring, backbone: Backbone, field_of: Callable[[Tensor], Field], seed: int
+    scoring: Evaluation, backbone: Backbone, field_of: Callable[[Tensor], Field], seed: int
 ) -> tuple[list[Paths], Paths | None]:
     """Reference solutions from the report's noises, in batches, and from those of the grid search if there is one."""
     say("Reference solutions …")
@@ -226,7 +226,7 @@ def draw_references(
 
 
 def evaluate(
-    scoring: Scoring, choice: BackboneChoice, backbone: Backbone, path: Path, out: Path, more: dict[str, Any]
+    scoring: Evaluation, choice: BackboneChoice, backbone: Backbone, path: Path, out: Path, more: dict[str, Any]
 ) -> list[Measurement]:
     """Measure a SideNet and write the report; its file gets the table.
 
@@ -235,30 +235,30 @@ def evaluate(
         backbone: the model.
         path: the SideNet's file.
         out: folder of the report.
-        more: `chains` for the learned multistep solver, `seed`, and the `settings` to be stored.
+        more: `trajectories` for the learned multistep solver, `seed`, and the `settings` to be stored.
     """
-    calls = check_scoring(scoring)
+    calls = check_evaluation(scoring)
     prepare_folder(out)
     sidenet, card = load_sidenet(path, backbone.device, torch.float32)
     scale = guidance_for(choice, card, backbone)
-    stored, card = card, dataclasses.replace(card, runs=card.runs_at(scale))
+    schedules = card.schedules_for(scale)
     recorded = card.training.get("recorded", {})
     interval = tuple(recorded.get("guidance_interval", choice.guidance_interval))
 
     def field_of(conditions: Tensor) -> Field:
-        return backbone.field(conditions, scale, interval, card.velocity)
+        return backbone.field(conditions, scale, interval, card.cfg_mode)
 
     spent: Counter[str] = Counter()
     with torch.inference_mode():
         paths, search = draw_references(scoring, backbone, field_of, more["seed"])
-        multistep = learned_multistep(more["chains"], backbone, search, scale, card.velocity)
+        multistep = learned_multistep(more["trajectories"], backbone, search, scale, card.cfg_mode)
         others, shapes = competitors(backbone, multistep), {}
         if search:
-            shapes = search_shapes([(sampler, n) for n in calls for sampler in others], search)
-            unknown = [n for n in calls if n not in card.runs]
-            card = with_more_runs(card, sidenet, unknown, search, backbone.start)
-        ours = sidenet_sampler(sidenet, start=backbone.start)
-        rows, states = measure_all(jobs_for(others, ours, calls, card, shapes), paths)
+            shapes = search_shapes([(solver, n) for n in calls for solver in others], search)
+            unknown = [n for n in calls if n not in schedules]
+            schedules = schedules | fitted_schedules(sidenet, unknown, search, backbone.start)
+        ours = sidenet_solver(sidenet, start=backbone.start)
+        rows, states = measure_all(jobs_for(others, ours, calls, schedules, shapes), paths)
         images = {key: to_images(backbone, x) for key, x in states.items()}
         ends = to_images(backbone, paths[0].ends[:SHOWN])
     for name, fields in (("measure", [p.field for p in paths]), ("search", [search.field] if search else [])):
@@ -271,9 +271,9 @@ def evaluate(
         "batched_backbone_calls": dict(spent),
     }
     write_report(out, rows, calls, images, ends, {"settings": more["settings"], "sidenet": str(path), **found})
-    # Runs that were found for want of others are kept with those of the scale that they were found at.
-    own = card.runs if scale == stored.guidance else stored.runs
-    card = dataclasses.replace(stored, runs=own, evaluation={**card.evaluation, **found})
+    # Schedules that were missing are added to those of their own CFG scale.
+    own = {scale: schedules} if scale == card.cfg and schedules else {}
+    card = dataclasses.replace(card, schedules=card.schedules | own, evaluation={**card.evaluation, **found})
     save_sidenet(path, load_sidenet(path)[0], card)
     say(f"Written: {out} (results.json, results.csv, errors.png, images.png); the table is in {path} too.")
     return rows
@@ -298,8 +298,8 @@ def write_report(
     plot_images(out / "images.png", rows, calls, images, {"converged": ends, "Euler, 100 calls": long})
 
 
-def run_score(settings: ScoreSettings) -> list[Measurement]:
+def run_evaluate(settings: EvaluateSettings) -> list[Measurement]:
     """Do the work of `ba-solver evaluate`."""
-    parse_calls(settings.nfe)
-    more = {"chains": settings.chains, "seed": settings.seed, "settings": plain(settings)}
+    parse_nfe(settings.nfe)
+    more = {"trajectories": settings.trajectories, "seed": settings.seed, "settings": plain(settings)}
     return evaluate(settings, settings, open_backbone(settings), settings.sidenet, settings.out, more)

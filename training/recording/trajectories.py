@@ -1,4 +1,5 @@
-"""Chains: recorded sampling runs, the states and velocities that a fine-grained solver visits. No data set needed."""
+"""Trajectories: recorded sampling runs, the states and velocities that a fine-grained solver visits. No data set
+needed."""
 
 from __future__ import annotations
 
@@ -15,14 +16,14 @@ from ..progress import progress
 from .shards import open_shard
 
 
-class Stacked:
-    """Points of chains that lie in several shards, read from disk as they are asked for.
+class ShardedPoints:
+    """Points of trajectories that lie in several shards, read from disk as they are asked for.
 
     Looks like a tensor [M, N + 1, C, *spatial] to those who index it with two index tensors, or with one number.
 
     Args:
         parts: the shards' tensors, memory-mapped.
-        where: [M, 2] part and row of each chain.
+        where: [M, 2] part and row of each trajectory.
     """
 
     def __init__(self, parts: Sequence[Tensor], where: Tensor) -> None:
@@ -35,9 +36,9 @@ class Stacked:
     def shape(self) -> tuple[int, ...]:
         return (len(self.where), *self.parts[0].shape[1:])
 
-    def select(self, rows: slice) -> Stacked:
-        """Some of the chains; nothing is read."""
-        return Stacked(self.parts, self.where[rows])
+    def select(self, rows: slice) -> ShardedPoints:
+        """Some of the trajectories; nothing is read."""
+        return ShardedPoints(self.parts, self.where[rows])
 
     def __getitem__(self, index: Any) -> Tensor:
         """`[rows [B], points [B]]` -> [B, C, *spatial], `[:, point]` -> [M, …], `[row]` -> [N + 1, …]; float32."""
@@ -50,15 +51,16 @@ class Stacked:
         return torch.stack([self.parts[p][r, i] for (p, r), i in zip(chosen, at, strict=True)]).float()
 
 
-Points = Tensor | Stacked
+Points = Tensor | ShardedPoints
 
 
 @dataclass(frozen=True)
-class Chains:
+class Trajectories:
     """M recorded runs of N + 1 points each, from noise (point 0) to data (point N).
 
     Attributes:
-        times: [M, N + 1], descending from 1 to `LAST_TIME`, or to an earlier end; each batch of chains has times of
+        times: [M, N + 1], descending from 1 to `LAST_TIME`, or to an earlier end; each batch of trajectories has times
+            of
             its own. Those of inversions ascend.
         states, velocities: [M, N + 1, C, *spatial]. The velocity is the guided one, or that of one branch.
         labels: [M] indices of the conditions (classes, prompts); the null class for an unconditional branch.
@@ -76,21 +78,23 @@ class Chains:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def split(self, held_out: int) -> tuple[Chains, Chains]:
-        """All but the last `held_out` runs, and those."""
-        rows = len(self) - held_out * self.branches
+    def split(self, validation: int) -> tuple[Trajectories, Trajectories]:
+        """All but the last `validation` runs, and those."""
+        rows = len(self) - validation * self.branches
         return self.rows(slice(None, rows)), self.rows(slice(rows, None))
 
-    def rows(self, rows: slice) -> Chains:
-        """Some of the chains."""
+    def rows(self, rows: slice) -> Trajectories:
+        """Some of the trajectories."""
         states, velocities = (
-            part.select(rows) if isinstance(part, Stacked) else part[rows] for part in (self.states, self.velocities)
+            part.select(rows) if isinstance(part, ShardedPoints) else part[rows]
+            for part in (self.states, self.velocities)
         )
         scales = None if self.scales is None else self.scales[rows]
-        return Chains(self.times[rows], states, velocities, self.labels[rows], scales, self.branches)
+        return Trajectories(self.times[rows], states, velocities, self.labels[rows], scales, self.branches)
 
     def at(self, rows: Tensor, t: float | Tensor) -> Tensor:
-        """[B, C, *spatial] states of chains `rows` at time t, by the cubic through states and velocities around it."""
+        """[B, C, *spatial] states of trajectories `rows` at time t, by the cubic through states and velocities around
+        it."""
         times = self.times[rows]
         rising = bool(times[0, -1] > times[0, 0])
         after = (times <= t if rising else times >= t).sum(1).clamp(1, times.shape[1] - 1)
@@ -111,7 +115,7 @@ class Chains:
         return x - self.times[rows, points].view(-1, *[1] * (x.ndim - 1)) * v
 
     def truth(self, rows: Tensor, t: Tensor) -> Tensor:
-        """[B, C, *spatial] states of chains `rows` at time t, also at the end of their paths."""
+        """[B, C, *spatial] states of trajectories `rows` at time t, also at the end of their paths."""
         return self.ends(rows) if float(t) == 0 else self.at(rows, t)
 
 
@@ -119,14 +123,14 @@ class Chains:
 MAY_DIFFER = (
     "seed",
     "shard",
-    "chains",
+    "trajectories",
     "patch_size",
     "record_batch",
     "prompts",
     "conditions",
     "storage",
-    "teacher_error",
-    "teacher_relative_error",
+    "reference_error",
+    "reference_relative_error",
 )
 
 
@@ -141,11 +145,11 @@ def find_shards(folders: Sequence[Path]) -> list[Path]:
     for folder in folders:
         if not folder.is_dir():
             raise FileNotFoundError(
-                f"There is no folder {folder}. Record chains first: ba-solver record --out {folder}"
+                f"There is no folder {folder}. Record trajectories first: ba-solver record --out {folder}"
             )
         shards = sorted(folder.glob("*.safetensors"))
         if not shards:
-            raise FileNotFoundError(f"{folder} holds no chains. Record some: ba-solver record --out {folder}")
+            raise FileNotFoundError(f"{folder} holds no trajectories. Record some: ba-solver record --out {folder}")
         for shard in shards:
             if shard.name in found:
                 raise CheckpointError(
@@ -157,7 +161,7 @@ def find_shards(folders: Sequence[Path]) -> list[Path]:
 
 
 def check_alike(first: Mapping[str, Any], other: Mapping[str, Any], where: str, asked: str) -> None:
-    """Refuse chains of another backbone, resolution or guidance.
+    """Refuse trajectories of another backbone, resolution or guidance.
 
     Raises:
         CheckpointError: naming every setting that differs, what it is and what was asked for.
@@ -165,13 +169,13 @@ def check_alike(first: Mapping[str, Any], other: Mapping[str, Any], where: str, 
     differing = [key for key in sorted({*first, *other} - set(MAY_DIFFER)) if first.get(key) != other.get(key)]
     if differing:
         said = "; ".join(f"{key} is {other.get(key)!r}, {asked} {first.get(key)!r}" for key in differing)
-        raise CheckpointError(f"{where} does not belong here: {said}. Use chains that were recorded alike.")
+        raise CheckpointError(f"{where} does not belong here: {said}. Use trajectories that were recorded alike.")
 
 
-def open_chains(folders: Sequence[Path]) -> tuple[Chains, dict[str, Any]]:
-    """All chains of some folders, streamed from disk, and what they say of themselves.
+def open_trajectories(folders: Sequence[Path]) -> tuple[Trajectories, dict[str, Any]]:
+    """All trajectories of some folders, streamed from disk, and what they say of themselves.
 
-    Branch-mode chains become two rows each, the conditional branch before the unconditional one.
+    Branch-mode trajectories become two rows each, the conditional branch before the unconditional one.
 
     Raises:
         FileNotFoundError: there are none.
@@ -198,5 +202,7 @@ def open_chains(folders: Sequence[Path]) -> tuple[Chains, dict[str, Any]]:
         states += [tensors["states"]] * len(branches)
         velocities += [tensors[name] for name in branches]
     times, labels, scales, where = (torch.cat(columns[name]) for name in ("times", "labels", "scales", "where"))
-    chains = Chains(times, Stacked(states, where), Stacked(velocities, where), labels, scales, len(branches))
-    return chains, about
+    trajectories = Trajectories(
+        times, ShardedPoints(states, where), ShardedPoints(velocities, where), labels, scales, len(branches)
+    )
+    return trajectories, about

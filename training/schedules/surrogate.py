@@ -13,18 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ...bas_core.guidance import Field
+from ...bas_core.prediction import StraightLine
 from ...bas_core.sidenet import spread_mean
-from ...bas_core.steps import StraightLine
-from ..network.fresh import pooled
-from ..recording.chains import Chains
-from ..recording.teacher import LAST_TIME
+from ..network.new_sidenet import pooled
+from ..recording.reference_solver import LAST_TIME
+from ..recording.trajectories import Trajectories
 
 # Numbers of each state that are kept.
 KEPT = 512
@@ -46,37 +45,37 @@ def usual_gain(t: float) -> float:
 class MeanLine(StraightLine):
     """A straight line through two anchors, and a first velocity from the mean of the data [D, 1, 1], or one a run."""
 
-    config = SimpleNamespace(mean_size=1, guidance_input=False)
+    has_data_mean = True
 
     def __init__(self, mean: Tensor) -> None:
         self.mean = mean
 
-    def first_velocity(self, x: Tensor, t: Tensor) -> Tensor:
-        """See `SideNet.first_velocity`."""
+    def analytic_velocity(self, x: Tensor, t: Tensor) -> Tensor:
+        """See `SideNet.analytic_velocity`."""
         return (x - self.mean) / t.to(x)
 
 
 @dataclass(frozen=True)
-class Tracks:
-    """Recorded paths, thinned.
+class SubsampledTrajectories:
+    """Recorded paths, subsampled.
 
     Attributes:
-        chains: M runs in memory; states and velocities [M, N + 1, D, 1, 1].
+        trajectories: M runs in memory; states and velocities [M, N + 1, D, 1, 1].
         index: [D] which numbers of a state were kept.
         means: [M, D, 1, 1] the mean of the data as other conditions' runs show it, or None where it is not known.
     """
 
-    chains: Chains
+    trajectories: Trajectories
     index: Tensor
     means: Tensor | None
 
     def __len__(self) -> int:
-        return len(self.chains)
+        return len(self.trajectories)
 
-    def first(self, count: int) -> Tracks:
+    def first(self, count: int) -> SubsampledTrajectories:
         """The first runs."""
-        return Tracks(
-            self.chains.rows(slice(None, count)), self.index, None if self.means is None else self.means[:count]
+        return SubsampledTrajectories(
+            self.trajectories.rows(slice(None, count)), self.index, None if self.means is None else self.means[:count]
         )
 
     def thin(self, x: Tensor) -> Tensor:
@@ -85,34 +84,36 @@ class Tracks:
 
     def truth(self, t: Tensor) -> Tensor:
         """[M, D, 1, 1] states at time t."""
-        return self.chains.truth(torch.arange(len(self)), t)
+        return self.trajectories.truth(torch.arange(len(self)), t)
 
 
-def thinned(chains: Chains, rows: Tensor, mean_size: int, kept: int = KEPT) -> Tracks:
-    """Some of the runs, thinned; of each but the part that is kept is read and forgotten.
+def subsampled(
+    trajectories: Trajectories, rows: Tensor, data_mean_size: int, kept: int = KEPT
+) -> SubsampledTrajectories:
+    """Some of the runs, subsampled; of each but the part that is kept is read and forgotten.
 
     Args:
-        chains: guided ones.
+        trajectories: guided ones.
         rows: which.
-        mean_size: side of the grid that the mean of the data is kept on; 0 = it is not kept.
+        data_mean_size: side of the grid that the mean of the data is kept on; 0 = it is not kept.
         kept: how many numbers of each state.
     """
-    shape = chains.states.shape[2:]
+    shape = trajectories.states.shape[2:]
     size = int(np.prod(shape))
     index = torch.randperm(size, generator=torch.Generator().manual_seed(size))[:kept]
     parts: list[tuple[Tensor, Tensor]] = []
     firsts: list[Tensor] = []
     for row in rows.tolist():
-        states, velocities = chains.states[row].float(), chains.velocities[row].float()
+        states, velocities = trajectories.states[row].float(), trajectories.velocities[row].float()
         parts.append((states.flatten(1)[:, index], velocities.flatten(1)[:, index]))
-        firsts += [pooled(states[0] - velocities[0], mean_size)] if mean_size else []
+        firsts += [pooled(states[0] - velocities[0], data_mean_size)] if data_mean_size else []
     x, v = (torch.stack(part)[..., None, None] for part in zip(*parts, strict=True))
-    labels = chains.labels[rows]
+    labels = trajectories.labels[rows]
     means = None
-    if mean_size:
+    if data_mean_size:
         others = [spread_mean(mean, shape).flatten()[index] for mean in means_of_others(torch.stack(firsts), labels)]
         means = torch.stack(others)[..., None, None]
-    return Tracks(Chains(chains.times[rows], x, v, labels), index, means)
+    return SubsampledTrajectories(Trajectories(trajectories.times[rows], x, v, labels), index, means)
 
 
 def means_of_others(firsts: Tensor, labels: Tensor) -> list[Tensor]:
@@ -126,9 +127,9 @@ def means_of_others(firsts: Tensor, labels: Tensor) -> list[Tensor]:
     return found
 
 
-def velocity_at(chains: Chains, t: float) -> Tensor:
+def velocity_at(trajectories: Trajectories, t: float) -> Tensor:
     """[M, ...] recorded velocities at a time, by the cubic through the four points around it."""
-    times = chains.times.double()
+    times = trajectories.times.double()
     t = max(t, LAST_TIME)
     after = (times >= t).sum(1).clamp(2, times.shape[1] - 2)
     at = after[:, None] + torch.arange(-2, 2)
@@ -136,7 +137,7 @@ def velocity_at(chains: Chains, t: float) -> Tensor:
     apart = near[:, :, None] - near[:, None, :] + torch.eye(4)
     weights = ((t - near)[:, None, :].expand(-1, 4, -1) * (1 - torch.eye(4)) + torch.eye(4)).prod(2) / apart.prod(2)
     rows = torch.arange(len(times))
-    parts = [chains.velocities[rows, at[:, i]] for i in range(4)]
+    parts = [trajectories.velocities[rows, at[:, i]] for i in range(4)]
     return sum(
         (w.float().view(-1, *[1] * (v.ndim - 1)) * v for w, v in zip(weights.T, parts, strict=True)),
         torch.zeros_like(parts[0]),
@@ -144,7 +145,7 @@ def velocity_at(chains: Chains, t: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Seen:
+class Deviations:
     """What real runs saw beside the paths, by time from 1 down.
 
     Attributes:
@@ -166,24 +167,24 @@ class Seen:
         return away, change
 
 
-def seen_by(tracks: Tracks, calls: Sequence[tuple[float, Tensor, Tensor]]) -> Seen:
-    """What the calls of real runs from the tracks' noises saw.
+def deviations_of(subsampled: SubsampledTrajectories, calls: Sequence[tuple[float, Tensor, Tensor]]) -> Deviations:
+    """What the calls of real runs from the subsampled' noises saw.
 
     Args:
-        tracks: the paths of these runs.
+        subsampled: the paths of these runs.
         calls: time, state and velocity [M, D, 1, 1] of each.
     """
-    nothing = torch.zeros(len(tracks), len(tracks.index))
+    nothing = torch.zeros(len(subsampled), len(subsampled.index))
     times, away, change = [1.0], [nothing], [nothing]
     for t, x, v in calls:
         if t < times[-1]:
             times.append(t)
-            away.append((x - tracks.truth(torch.tensor(t)))[..., 0, 0])
-            change.append((v - velocity_at(tracks.chains, t))[..., 0, 0])
-    return Seen(times, torch.stack(away), torch.stack(change))
+            away.append((x - subsampled.truth(torch.tensor(t)))[..., 0, 0])
+            change.append((v - velocity_at(subsampled.trajectories, t))[..., 0, 0])
+    return Deviations(times, torch.stack(away), torch.stack(change))
 
 
-def gain_of(seen: Sequence[Seen]) -> Gain:
+def gain_of(seen: Sequence[Deviations]) -> Gain:
     """By time, the share of the distance from the path that the velocity changes by, over all runs that saw some."""
     found: dict[float, float] = {}
     for part in seen:
@@ -196,19 +197,19 @@ def gain_of(seen: Sequence[Seen]) -> Gain:
     return lambda t: float(np.interp(t, times, [found[time] for time in times]))
 
 
-class StandIn:
+class Surrogate:
     """A velocity field made of paths alone.
 
     A state's distance from its path is split in what real runs have seen there, whose change of velocity is known, and
     the rest, which changes it by the gain.
 
     Args:
-        tracks: the paths.
+        subsampled: the paths.
         seen: what real runs from the same noises saw beside them.
     """
 
-    def __init__(self, tracks: Tracks, seen: Sequence[Seen] = ()) -> None:
-        self.tracks, self.seen = tracks, seen
+    def __init__(self, subsampled: SubsampledTrajectories, seen: Sequence[Deviations] = ()) -> None:
+        self.subsampled, self.seen = subsampled, seen
         self.gain = gain_of(seen)
 
     def field(self) -> Field:
@@ -217,7 +218,7 @@ class StandIn:
 
     def _evaluate(self, x: Tensor, t: Tensor, branches: int) -> Tensor:
         time = float(t[0])
-        away = (x - self.tracks.truth(torch.tensor(max(time, LAST_TIME))))[..., 0, 0]
+        away = (x - self.subsampled.truth(torch.tensor(max(time, LAST_TIME))))[..., 0, 0]
         change = self.gain(time) * away
         if self.seen:
             known, changes = (torch.stack(part, 2) for part in zip(*(seen.at(time) for seen in self.seen), strict=True))
@@ -226,4 +227,4 @@ class StandIn:
             gram = gram + (RIDGE * size + 1e-12)[:, None, None] * torch.eye(len(self.seen))
             shares = torch.linalg.solve(gram, known.mT @ away[..., None])
             change = change + ((changes - self.gain(time) * known) @ shares)[..., 0]
-        return (velocity_at(self.tracks.chains, time) + change[..., None, None])[None]
+        return (velocity_at(self.subsampled.trajectories, time) + change[..., None, None])[None]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from ...bas_core.baselines import BASELINES
-from ...bas_core.runs import FittedRun
+from ...bas_core.prediction import SideNetProtocol
+from ...bas_core.schedule import Schedule
 from ...bas_core.solver import METHODS, solve
-from ...bas_core.steps import Predictor
-from ..runs.samplers import Sampler, baseline_sampler, sidenet_sampler
-from ..settings import UsageError, parse_calls
+from ..baselines import BASELINES
+from ..schedules.solvers import Solver, baseline_solver, sidenet_solver
+from ..settings import UsageError, parse_nfe
 
 MULTISTEP = "multistep"
 NAMES = (*METHODS, MULTISTEP, *BASELINES)
@@ -34,7 +34,7 @@ class Preset:
 PRESETS = {f"paper-{calls}": Preset(calls) for calls in (5, 7, 8, 10, 15)}
 
 
-def solver_named(name: str, sidenet: Predictor | None, runs: Mapping[int, FittedRun], start: float) -> Sampler:
+def solver_named(name: str, sidenet: SideNetProtocol | None, runs: Mapping[int, Schedule], start: float) -> Solver:
     """A solver by name.
 
     Args:
@@ -49,13 +49,13 @@ def solver_named(name: str, sidenet: Predictor | None, runs: Mapping[int, Fitted
     if name not in NAMES:
         raise UsageError(f"There is no solver {name!r}. Valid ones: {', '.join(NAMES)}.")
     if name in BASELINES:
-        return baseline_sampler(name, start)
+        return baseline_solver(name, start)
     if name == MULTISTEP:
-        return Sampler(name, name, lambda field, x, times: solve(field, None, x, times), start=start)
+        return Solver(name, name, lambda field, x, times: solve(field, None, x, times), start=start)
     if sidenet is None:
         raise UsageError(f"The solver {name} needs a SideNet. Give --sidenet FILE, or --method {MULTISTEP}.")
-    sampler = sidenet_sampler(sidenet, name, name, start, method=name)
-    return replace(sampler, given=runs) if runs and name == METHODS[0] else sampler
+    solver = sidenet_solver(sidenet, name, name, start, method=name)
+    return replace(solver, given=runs) if runs and name == METHODS[0] else solver
 
 
 def parse_rival(text: str) -> tuple[str, int]:
@@ -67,4 +67,4 @@ def parse_rival(text: str) -> tuple[str, int]:
     name, colon, calls = text.partition(":")
     if not colon:
         raise UsageError(f"--compare must be a solver, a colon and its calls, such as euler:50; got {text!r}.")
-    return name, parse_calls(calls, "--compare")[0]
+    return name, parse_nfe(calls, "--compare")[0]

@@ -1,0 +1,305 @@
+"""A schedule: what was fitted for sampling in a number of steps. It acts on the solver through one hook.
+
+A SideNet's file holds schedules by CFG scale and number of model calls (`SideNetCard.schedules`).
+
+    images = solve(field, sidenet, noise, card.schedules_for(2.0)[5])
+
+Beside its times a schedule may hold
+
+- *multistep coefficients*. The bi-anchor step knows two velocities, and what the SideNet makes of them. A linear
+  multistep method weights all velocities so far. Both fit together: each step adds to its state a few differences that
+  are zero where the velocity does not change. All coefficients zero is the published solver, and a straight path stays
+  exact with any coefficients.
+- *conditional-only calls*. CFG doubles every call, v = v_u + scale (v_c - v_u), and v_c - v_u changes less along a path
+  than the velocity does. At some calls the unconditional branch is left out and the difference predicted from earlier
+  calls, as linear adaptive guidance does (Castillo et al. 2023, arXiv 2312.12487). The NFE saved buy another step.
+- an *analytic first step*. At t = 1 the velocity is the noise minus the mean of the data, and hardly more: a SideNet
+  that keeps this mean replaces the first model call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .grids import as_grid, has_short_first_step, same_times
+from .guidance import Field
+from .quadrature import get_rule
+
+Row = Sequence[float] | Tensor
+Numbers = tuple[float, ...]
+
+
+# --- the hook ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StepState:
+    """A state that the bi-anchor step is about to go on with.
+
+    Attributes:
+        index: the step's number from 0.
+        last: whether the step is the last one, which ends after its predictor.
+        x: [B, C, *spatial] the new state, at s.
+        x_start: [B, C, *spatial] the state at t.
+        t, s: 0-d, the step's ends.
+        velocity: [B, C, *spatial] guided velocity at t.
+        predicted, end_velocity: after the corrector, the predictor's state and the guided velocity there; else None.
+    """
+
+    index: int
+    last: bool
+    x: Tensor
+    x_start: Tensor
+    t: Tensor
+    s: Tensor
+    velocity: Tensor
+    predicted: Tensor | None = None
+    end_velocity: Tensor | None = None
+
+    @property
+    def accepted(self) -> bool:
+        """Whether x is the step's result, or the predictor's state where the model is called."""
+        return self.last or self.predicted is not None
+
+
+class StepHook:
+    """What acts on the solver's steps from outside; this one changes nothing. One object serves one sampling."""
+
+    def call_model(self, field: Field, index: int, x: Tensor, t: Tensor, branches: int) -> Tensor:
+        """The model call at anchor number `index`: [K, B, C, *spatial] velocities at (x, t)."""
+        return field(x, t, branches)
+
+    def adjust(self, state: StepState) -> Tensor:
+        """The state [B, C, *spatial] to go on with, after a predictor or a corrector."""
+        return state.x
+
+
+class ScheduleHook(StepHook):
+    """Multistep coefficients and conditional-only calls in a sampling.
+
+    Args:
+        coefficients, cfg_coefficients: see `Schedule`; numbers, or tensors for tuning by gradients.
+        steps: N.
+    """
+
+    def __init__(self, coefficients: Sequence[Row], cfg_coefficients: Sequence[Row], steps: int) -> None:
+        self.coefficients = coefficients
+        self.cfg_coefficients = cfg_coefficients
+        self.first_call = steps - len(cfg_coefficients)
+        self.velocities: list[Tensor] = []
+        self.conditional: list[Tensor] = []
+        self.differences: list[Tensor] = []
+
+    def call_model(self, field: Field, index: int, x: Tensor, t: Tensor, branches: int) -> Tensor:
+        """See `StepHook`; a conditional-only call where the schedule has coefficients for it."""
+        row = index - self.first_call
+        if row < 0 or not field.can_omit_unconditional:
+            return field(x, t, branches)
+        if len(self.cfg_coefficients[row]):
+            conditional, difference = self.predict_difference(field, x, t, row)
+            self.conditional.append(conditional)
+            both = torch.stack([conditional, conditional - difference])
+        else:
+            both = field.call_model(x, t, 2)
+            self.differences.append(both[0] - both[1])
+            self.conditional.append(both[0].clone())  # a view would keep both branches in memory
+        return field.cfg.combine(both, t)[None] if field.combined else both
+
+    def predict_difference(self, field: Field, x: Tensor, t: Tensor, row: int) -> tuple[Tensor, Tensor]:
+        """A conditional-only call: the conditional velocity and the predicted v_c - v_u."""
+        conditional = field.call_conditional(x, t)
+        regressors = self.difference_regressors(conditional)
+        return conditional, linear_combination(torch.zeros_like(conditional), regressors, self.cfg_coefficients[row])
+
+    def difference_regressors(self, conditional: Tensor) -> list[Tensor]:
+        """What v_c - v_u is predicted from: itself at earlier calls, and the change of v_c since every earlier call.
+
+        All are zero where velocities do not change, as where an inpaint mask keeps the image.
+        """
+        return self.differences + [conditional - earlier for earlier in self.conditional]
+
+    def adjust(self, state: StepState) -> Tensor:
+        """See `StepHook`; the state plus its weighted regressors."""
+        if not self.coefficients:
+            return state.x
+        row = 2 * state.index + (state.predicted is not None)
+        return linear_combination(state.x, self.state_regressors(state), self.coefficients[row])
+
+    def state_regressors(self, state: StepState) -> list[Tensor]:
+        """What a step may add to its state: [B, C, *spatial] each, zero where the velocity is constant.
+
+        With v_i the velocity at the step's start, d = s - t and p = x_start + d v_i the end of a straight path:
+        x - p; predicted - p after the corrector; d (v_j - v_i) for every other anchor j, the step's end included.
+        """
+        if state.predicted is None:
+            self.velocities[state.index :] = [state.velocity]
+        elif state.end_velocity is not None:
+            self.velocities[state.index + 1 :] = [state.end_velocity]
+        now = state.velocity
+        length = (state.s - state.t).to(now.dtype)
+        straight = state.x_start + length * now
+        ends = [state.x - straight]
+        if state.predicted is not None:
+            ends.append(state.predicted - straight)
+        return ends + [length * (v - now) for j, v in enumerate(self.velocities) if j != state.index]
+
+
+def linear_combination(x: Tensor, regressors: Sequence[Tensor], coefficients: Row) -> Tensor:
+    """x + sum of coefficient times regressor."""
+    for coefficient, regressor in zip(coefficients, regressors, strict=True):
+        x = x + coefficient * regressor
+    return x
+
+
+# --- the schedule -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Times of a sampling, and what was fitted on them. Sequences are kept as tuples of floats.
+
+    Attributes:
+        times: N + 1, descending (to sample) or ascending (to invert), within [0, 1].
+        coefficients: 2 N - 1 rows of multistep coefficients, for each step one after its predictor and one after its
+            corrector, see `ScheduleHook.state_regressors`. Empty: the published solver.
+        cfg_coefficients: one row for each of the last model calls: empty for a call of both branches, else the
+            coefficients of a conditional-only call, see `ScheduleHook.difference_regressors`. Empty: both, always.
+        analytic_first_step: a SideNet with a data mean replaces the first model call. For random noise only: noise
+            from an inversion leads to its image and not to the mean.
+        rule: name of the quadrature rule that the coefficients were fitted for; one with both ends.
+
+    Raises:
+        ValueError: the parts do not fit each other; the message says which, what was required and what came.
+    """
+
+    times: Sequence[float]
+    coefficients: Sequence[Sequence[float]] = ()
+    cfg_coefficients: Sequence[Sequence[float]] = ()
+    analytic_first_step: bool = False
+    rule: str = "lobatto4"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "times", _numbers(self.times))
+        for name in ("coefficients", "cfg_coefficients"):
+            object.__setattr__(self, name, tuple(_numbers(row) for row in getattr(self, name)))
+        if not get_rule(self.rule).has_both_ends:
+            raise ValueError(f"A schedule needs a rule whose nodes include 0 and 1, such as lobatto4; got {self.rule}.")
+        first = float(as_grid(torch.stack(self.grid))[0])
+        if self.analytic_first_step and first != 1:
+            raise ValueError(f"An analytic first step starts from pure noise, t = 1; these times start at {first:.4g}.")
+        if self.coefficients:
+            _check_coefficients(self.coefficients, self.steps)
+        if self.cfg_coefficients:
+            _check_cfg_coefficients(self.cfg_coefficients, self.steps, self.calls)
+
+    @property
+    def grid(self) -> tuple[Tensor, ...]:
+        """N + 1 0-d times on the CPU, in float32."""
+        return tuple(torch.tensor(self.times, dtype=torch.float32))
+
+    @property
+    def steps(self) -> int:
+        """N."""
+        return len(self.times) - 1
+
+    @property
+    def calls(self) -> int:
+        """How often the model is called: once a step, less an analytic first step."""
+        return self.steps - self.analytic_first_step
+
+    @property
+    def conditional_only(self) -> int:
+        """How many of the calls leave out the unconditional branch."""
+        return sum(len(row) > 0 for row in self.cfg_coefficients)
+
+    @property
+    def nfe(self) -> float:
+        """Function evaluations; a conditional-only call counts one half."""
+        return self.calls - self.conditional_only / 2
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the schedule holds more than times."""
+        return bool(self.coefficients or self.cfg_coefficients)
+
+    def hook(self) -> ScheduleHook:
+        """What acts on the steps of one sampling."""
+        return ScheduleHook(self.coefficients, self.cfg_coefficients, self.steps)
+
+    def with_times(self, times: Sequence[float] | Tensor) -> Schedule:
+        """The same schedule over times that were rounded or scaled; its first step is analytic from t = 1 only."""
+        analytic = self.analytic_first_step and float(times[0]) == 1
+        return dataclasses.replace(self, times=_numbers(times), analytic_first_step=analytic)
+
+    def scaled(self, start: float) -> Schedule:
+        """The same schedule for a model whose sampling starts at an earlier time than 1."""
+        return self if start == 1 else self.with_times(torch.tensor(self.times, dtype=torch.float32) * start)
+
+
+def _numbers(values: Row) -> Numbers:
+    if isinstance(values, Tensor):
+        values = values.tolist()
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise ValueError(f"A schedule's times and coefficients are sequences of numbers; got {type(values).__name__}.")
+    return tuple(float(value) for value in values)
+
+
+def _check_coefficients(rows: Sequence[Row], steps: int) -> None:
+    """Refuse rows that do not fit so many steps."""
+    expected = [1 + i // 2 + 2 * (i % 2) for i in range(2 * steps - 1)]
+    lengths = [len(row) for row in rows]
+    if lengths != expected:
+        raise ValueError(f"Coefficients for {steps} steps come in rows of {expected} numbers; got {lengths}.")
+    if not all(math.isfinite(value) for row in rows for value in row):
+        raise ValueError("Coefficients must be finite.")
+
+
+def _check_cfg_coefficients(rows: Sequence[Row], steps: int, calls: int) -> None:
+    """Refuse rows that do not fit so many steps and model calls."""
+    lengths = [len(row) for row in rows]
+    complete = [sum(not length for length in lengths[:i]) for i in range(len(lengths))]
+    expected = [length and complete[i] + i for i, length in enumerate(lengths)]
+    if not steps - 1 <= len(rows) <= calls or lengths != expected:
+        raise ValueError(
+            f"CFG coefficients for {calls} model calls come in as many rows, or one fewer, the first of them empty. A "
+            "row has one number for each earlier call and one for each earlier call of both branches; got rows of "
+            f"{lengths} numbers."
+        )
+    if not all(math.isfinite(value) for row in rows for value in row):
+        raise ValueError("CFG coefficients must be finite.")
+
+
+def match_schedule(
+    times: Sequence[float] | Tensor, schedules: Mapping[int, Schedule] | None = None, has_data_mean: bool = False
+) -> Schedule:
+    """The schedule over times that come from elsewhere, such as ComfyUI's SIGMAS.
+
+    Args:
+        times: [N + 1].
+        schedules: fitted ones; the one over these times is taken.
+        has_data_mean: whether the SideNet can replace a first call. It does where times without a fitted schedule
+            start with a short step (`grids.has_short_first_step`).
+    """
+    for schedule in (schedules or {}).values():
+        if same_times(times, schedule.times):
+            return schedule.with_times(times)
+    return Schedule(_numbers(times), analytic_first_step=has_data_mean and has_short_first_step(times))
+
+
+def describe_schedules(schedules: Mapping[int, Schedule]) -> str:
+    """Schedules in words, such as "5 model calls (7 steps, the first one analytic, 2 conditional-only calls)"."""
+
+    def describe(nfe: int, schedule: Schedule) -> str:
+        parts = [f"{schedule.steps} steps"]
+        parts += ["the first one analytic"] if schedule.analytic_first_step else []
+        parts += [f"{schedule.conditional_only} conditional-only calls"] if schedule.conditional_only else []
+        parts += ["multistep coefficients"] if schedule.coefficients else []
+        return f"{nfe} model calls ({', '.join(parts)})"
+
+    return "; ".join(describe(nfe, schedules[nfe]) for nfe in sorted(schedules)) or "none: any number of steps"
