@@ -221,7 +221,7 @@ def ours(sidenet: SideNet, card: SideNetCard, backbone: Backbone, cfg: float) ->
             yield label, Solver("ba_solver", label, sample, start=backbone.start, given=schedules), schedules
 
 
-def measure_rivals(settings: BenchmarkSettings, noises: Noises, rivals: Sequence[Sampler], grids: Grids) -> list[Row]:
+def measure_rivals(settings: BenchmarkSettings, noises: Noises, rivals: Sequence[Solver], grids: Grids) -> list[Row]:
     """Every rival at its best grid and under the ordinary schedule."""
     rows = []
     for sampler, nfe in progress([(r, n) for r in rivals for n in settings.counts], "rivals"):

@@ -26,7 +26,7 @@ def sidenet_file(path, fingerprint="swirl-1", seed=0):
     torch.manual_seed(seed)
     sidenet = SideNet(SideNetConfig(in_channels=2, base_channels=8, embedding_dim=8, num_layers=1, num_classes=2))
     backbone = {"name": "swirl", "kind": "python", "fingerprint": fingerprint}
-    save_sidenet(path, sidenet, SideNetCard(velocity="guided", guidance_range=(2.0, 2.0), backbone=backbone))
+    save_sidenet(path, sidenet, SideNetCard(cfg_mode="combined", cfg_range=(2.0, 2.0), backbone=backbone))
     return path
 
 
