@@ -221,10 +221,8 @@ def ours(sidenet: SideNet, card: SideNetCard, backbone: Backbone, cfg: float) ->
             yield label, Solver("ba_solver", label, sample, start=backbone.start, given=schedules), schedules
 
 
-def measure_rivals(settings: BenchmarkSettings, noises: Noises) -> list[Row]:
+def measure_rivals(settings: BenchmarkSettings, noises: Noises, rivals: Sequence[Solver], grids: Grids) -> list[Row]:
     """Every rival at its best grid and under the ordinary schedule."""
-    rivals = [rival(name, noises.backbone.start) for name in settings.solvers]
-    grids = best_grids(settings, noises.backbone, rivals)
     rows = []
     for sampler, nfe in progress([(r, n) for r in rivals for n in settings.counts], "rivals"):
         for schedule, shape in ((BEST, grids[sampler.name][nfe]), (settings.ordinary, (settings.shift, 0.0))):
@@ -323,10 +321,12 @@ def run_benchmark(settings: BenchmarkSettings) -> list[Row]:
     backbone = open_backbone(settings)
     settings.check_guidance(backbone)
     prepare_folder(settings.out)
+    rivals = [rival(name, backbone.start) for name in settings.solvers]
     with torch.inference_mode():
+        grids = best_grids(settings, backbone, rivals)
         noises = Noises.draw(settings, backbone, REPORT_SEED, settings.noises, 1e-6)
         rows = [row for path in settings.sidenet for row in measure_sidenet(settings, noises, path)]
-        rows += measure_rivals(settings, noises)
+        rows += measure_rivals(settings, noises, rivals, grids)
     text = markdown(rows, settings, noises.reference_error)
     result: dict[str, Any] = {
         "settings": {name: str(value) for name, value in asdict(settings).items()},

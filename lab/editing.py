@@ -249,7 +249,7 @@ def measure_round_trips(
 # Gentler than sampling grids: at 5 model calls each way (2, 0) to (2.8, 0) cost a sixth in what should stay.
 EDIT_SHAPE: GridShape = (1.4, 0.0)
 # Searched: the best start at the first CFG scale, then the other scales with it.
-T_MINS, CFG_SCALES = (0.7, 0.8, 0.9, 1.0), (3.5, DEMO_CFG, 5.0)
+EDIT_STARTS, CFG_SCALES = (0.7, 0.8, 0.9, 1.0), (3.5, DEMO_CFG, 5.0)
 # How far a pixel must be from the ground, in any channel, to be the shape's. Shapes differ by 1 from their ground.
 SHAPE_THRESHOLD = 0.4
 
@@ -383,7 +383,7 @@ def search_edits(demo: Demo, nfe: int) -> dict[str, tuple[float, float]]:
             row = judge(demo, method, nfe, start, cfg, SEARCH_SEED, 0)
             return 10 * max(0.0, 0.92 - row["success"]) + row["ground"] + row["colour"] + row["place"] / 10
 
-        known = {(start, CFG_SCALES[0]): fault(start, CFG_SCALES[0]) for start in T_MINS}
+        known = {(start, CFG_SCALES[0]): fault(start, CFG_SCALES[0]) for start in EDIT_STARTS}
         start, _ = min(known, key=known.__getitem__)
         known |= {(start, cfg): fault(start, cfg) for cfg in CFG_SCALES[1:]}
         found[name] = min(known, key=known.__getitem__)

@@ -4,16 +4,17 @@ import csv
 
 import pytest
 import torch
-from ba_solver.bas_core import run_baseline, solve, time_grid
+from ba_solver.bas_core import solve, time_grid
 from ba_solver.bas_core.files import fingerprint
 from ba_solver.lab.classifier import accuracy, load_classifier
 from ba_solver.lab.cost import sidenet_share
 from ba_solver.lab.shapes import CLASS_NAMES, draw_shapes
+from ba_solver.training.baselines import run_baseline
 from ba_solver.training.cli import main
 from ba_solver.training.demo import show
 from ba_solver.training.demo.assets import CLASSIFIER_FILE, demo_noise, load_demo
 from ba_solver.training.measuring.rivals import converged_reference, unipc
-from ba_solver.training.runs.samplers import baseline_sampler, endpoint_errors, search_grid, sidenet_sampler
+from ba_solver.training.schedules.solvers import baseline_solver, endpoint_errors, search_grid, sidenet_solver
 from matplotlib.image import imread
 
 SEED = 8_000_000
@@ -62,7 +63,7 @@ def test_samples_show_the_asked_class(demo):
 
 def test_sidenet_belongs_to_the_backbone_and_is_small(demo):
     assert demo.card.backbone["fingerprint"] == fingerprint(demo.sit.state_dict())
-    assert demo.card.velocity == "guided"
+    assert demo.card.cfg_mode == "combined"
     parameters = [sum(p.numel() for p in network.parameters()) for network in (demo.sidenet, demo.sit)]
     assert parameters[0] <= 0.1 * parameters[1]
     noise, labels = demo_noise(0, 8)
@@ -90,7 +91,7 @@ def test_learned_grids_spend_what_they_say_and_beat_the_best_rival(demo, run, ca
     counted = demo.sit.register_forward_hook(lambda module, inputs, output: evaluated.append(len(inputs[0])))
     try:
         with torch.inference_mode():
-            on_grid, shape = demo.on_grid(sidenet_sampler(demo.sidenet), calls, "best")
+            on_grid, shape = demo.on_grid(sidenet_solver(demo.sidenet), calls, "best")
             ours = endpoint_errors(on_grid.sample(field, noise, calls, shape), reference).mean()
     finally:
         counted.remove()
@@ -104,7 +105,7 @@ def test_odd_budgets_are_spent_exactly(demo):
     noise, labels = demo_noise(SEED, 2)
     for calls in (1, 4, 5):
         field = demo.field(labels)
-        baseline_sampler("heun").sample(field, noise, calls)
+        baseline_solver("heun").sample(field, noise, calls)
         assert field.calls == calls
 
 
@@ -120,7 +121,7 @@ def test_unipc_of_diffusers_runs_on_our_field_and_converges(demo, run):
 
 def test_grid_search_finds_a_better_grid(demo, run):
     noise, labels, reference = (part[:4] for part in run)
-    sampler, field = baseline_sampler("adams_bashforth2"), demo.field(labels)
+    sampler, field = baseline_solver("adams_bashforth2"), demo.field(labels)
     with torch.inference_mode():
         best = search_grid(sampler, field, noise, reference, 5)
         errors = [endpoint_errors(sampler.sample(field, noise, 5, s), reference).mean() for s in ((1.0, 0.0), best)]
@@ -136,7 +137,7 @@ def test_demo_command_writes_table_and_pictures(tmp_path, monkeypatch, capsys):
     with (tmp_path / "out" / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {int(row["calls"]) for row in rows} == {5, 100}
-    uniform = {row["sampler"]: float(row["error"]) for row in rows if row["grid"] == "uniform" and row["calls"] == "5"}
+    uniform = {row["solver"]: float(row["error"]) for row in rows if row["grid"] == "uniform" and row["calls"] == "5"}
     assert min(uniform, key=uniform.get) == "ba_solver"
     for name in ("images.png", "errors.png"):
         assert imread(tmp_path / "out" / name).std() > 0.05

@@ -5,10 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ba_solver.bas_core import BASELINES
-from ba_solver.training.baselines import Baseline
 from ba_solver.lab import editing
 from ba_solver.lab.editing import EDITS, Task, decibels, drawn, faults, fireflow, noise_for, round_trips, seen_shape
+from ba_solver.training.baselines import BASELINES, Baseline
 from ba_solver.training.demo.assets import load_demo
 from checks import check_baseline_calls, check_baseline_order
 
@@ -100,7 +99,7 @@ def test_finished_parts_are_written_and_kept(monkeypatch, tmp_path):
     monkeypatch.setattr(editing, "SEARCH_SHIFTS", (1.0, 2.0))
     monkeypatch.setattr(editing, "SEARCH_COSINES", (0.15,))
     monkeypatch.setattr(editing, "REFERENCE_STEPS", 3)
-    monkeypatch.setattr(editing, "STARTS", (0.8,))
+    monkeypatch.setattr(editing, "EDIT_STARTS", (0.8,))
     monkeypatch.setattr(editing, "CFG_SCALES", (2.0, 3.5))
     monkeypatch.setattr(editing, "pairs", lambda repeats: (torch.arange(2), torch.arange(2) + 1))
     settings = editing.EditingSettings(tmp_path, search=True, images=2, seeds=2, search_images=1, edit_nfe=(6, 8))
