@@ -13,7 +13,7 @@ import folder_paths
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 DEMO = "demo (shipped)"
 # Folders of recordings and unfinished work, beside what is made of them.
-MAKING = (".chains", ".run", ".making")
+MAKING = (".trajectories", ".run", ".making")
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ class Training:
         warmup: steps.
         weight_decay: of Muon and AdamW.
         muon: orthogonalise the updates of the blocks' matrices (Muon; needs torch 2.9), which transformer blocks learn
-            faster with; the convolution body has none, and is trained by AdamW alone.
+            faster with; the conv architecture has none, and is trained by AdamW alone.
         ema: decay of the averaged weights.
         accumulate: backward passes a step, when memory is short; 0 = by what is free, where that is known.
         precision: fp32 or bf16.
@@ -37,7 +37,7 @@ class Training:
         nfe_range: fewest and most backbone calls it will be used with.
         rule: quadrature that the network is trained for; fitted runs have one of their own.
         anchors: 2, or 1 (the paper).
-        body: of the SideNet: tokens (transformer blocks) or convolution (the paper).
+        architecture: of the SideNet: transformer, or conv (the paper).
         data_mean_size: it keeps the mean of the model's data on a grid of this side, which saves each run's first
             backbone
             call, if the trajectories show that the model says no more there; 0 = it does not.
@@ -71,7 +71,7 @@ class Training:
     nfe_range: tuple[int, int] = (4, 15)
     rule: str = "lobatto4"
     anchors: int = 2
-    body: str = "tokens"
+    architecture: str = "transformer"
     data_mean_size: int = 32
     base_channels: int = 96
     embedding_dim: int = 64
