@@ -4,21 +4,10 @@ import re
 
 import pytest
 import torch
-from ba_solver.bas_core import (
-    BASELINES,
-    RULES,
-    Field,
-    Guidance,
-    NonFiniteError,
-    get_baseline,
-    model_field,
-    run_baseline,
-    solve,
-    time_grid,
-    time_shift,
-)
+from ba_solver.bas_core import RULES, Field, Guidance, NonFiniteError, model_field, solve, time_grid, time_shift
+from ba_solver.training.baselines import BASELINES, get_baseline, run_baseline
 from ba_solver.bas_core.solver import METHODS
-from problems import Oracle, class_velocity, exact_field, labels, noise, small_sidenet, smooth_grid, state, velocity
+from problems import FunctionSideNet, Oracle, class_velocity, exact_field, labels, noise, small_sidenet, smooth_grid, state, velocity
 
 NAN, INF = float("nan"), float("inf")
 RUNS = [
@@ -149,7 +138,7 @@ def test_a_field_of_one_branch_refuses_guidance():
 
 
 def test_an_unknown_mode_is_refused():
-    with pytest.raises(ValueError, match="mode must be 'branch' or 'guided'; got 'both'"):
+    with pytest.raises(ValueError, match="mode must be one of per_branch, combined; got 'both'"):
         model_field(velocity, mode="both")
 
 
@@ -234,13 +223,13 @@ def test_a_backbone_that_returns_nan_is_reported_with_step_and_time(run, step, v
 @pytest.mark.parametrize("method", ["bi_anchor", "single_anchor"])
 @pytest.mark.parametrize("last", [False, True], ids=["first step", "last step"])
 def test_a_sidenet_that_returns_nan_is_reported_and_the_backbone_is_not_blamed(method, last):
-    def broken(x, v, t, h, cond):
+    def broken(x, v, t, h, **_):
         here = ((t < 0.3) == last) & (h > 0)
         return Oracle()(x=x, v=v, t=t, h=h) + torch.where(here, NAN, 0.0)[:, None, None, None]
 
     message = f"Step {4 if last else 1} of 4, from t = {0.25 if last else 1:g}:"
     with pytest.raises(NonFiniteError, match=message) as caught:
-        solve(exact_field(), broken, state(), time_grid(4, dtype=torch.float64), method=method)
+        solve(exact_field(), FunctionSideNet(broken), state(), time_grid(4, dtype=torch.float64), method=method)
     assert "SideNet" in str(caught.value) and "backbone returned" not in str(caught.value)
 
 

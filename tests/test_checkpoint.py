@@ -26,7 +26,7 @@ CARD = SideNetCard(
     cfg_mode="combined",
     cfg_range=(1.0, 4.5),
     backbone={"name": "demo", "kind": "SiT", "fingerprint": "0123abcd"},
-    runs={5: Schedule([1.0, 0.9, 0.75, 0.5, 0.25, 0.0]), 1: Schedule([1.0, 0.0])},
+    schedules={2.0: {5: Schedule([1.0, 0.9, 0.75, 0.5, 0.25, 0.0]), 1: Schedule([1.0, 0.0])}},
     training={"objective": "pairs", "steps": 1500, "seed": 0, "versions": {"torch": "2"}},
     evaluation={"5": {"ba_solver": 0.0375}, "note": "größer"},
     license="MIT",
@@ -75,11 +75,11 @@ def test_a_loaded_network_computes_the_same_and_may_be_cast(tmp_path):
 
 def test_the_metadata_are_what_the_design_says(tmp_path):
     _, _, metadata = stored(tmp_path)
-    assert metadata["format"] == "ba-solver-sidenet" and metadata["format_version"] == "3"
-    assert metadata["latent_channels"] == "2" and metadata["velocity"] == "combined"
+    assert metadata["format"] == "ba-solver-sidenet" and metadata["format_version"] == "4"
+    assert metadata["latent_channels"] == "2" and metadata["cfg_mode"] == "combined"
     assert json.loads(metadata["config"])["base_channels"] == 8
     run = {"times": [1.0, 0.0], "coefficients": [], "cfg_coefficients": [], "analytic_first_step": False, "rule": "lobatto4"}
-    assert json.loads(metadata["runs"])["1"] == run
+    assert json.loads(metadata["schedules"])["2.0"]["1"] == run
     assert json.loads(metadata["backbone"])["fingerprint"] == "0123abcd" and metadata["license"] == "MIT"
 
 
@@ -239,7 +239,8 @@ def test_a_missing_file_is_named(tmp_path, load, name):
         ({"format": None}, "no ba-solver-sidenet file: it has no 'format'"),
         ({"format": "pt"}, "no ba-solver-sidenet file: its format is 'pt'"),
         ({"format": "ba-solver-sit"}, "its format is 'ba-solver-sit'"),
-        ({"format_version": "4"}, "format version '4'; this code reads up to 3. Update ba-solver"),
+        ({"format_version": "5"}, "format version '5'; this code reads 4. Update ba-solver"),
+        ({"format_version": "3"}, "format version '3'; this code reads 4. Make the file anew"),
         ({"format_version": "one"}, "format version 'one'"),
         ({"format_version": "²"}, "format version '²'"),
         ({"format_version": None}, "format version ''"),
@@ -254,27 +255,20 @@ def test_a_missing_file_is_named(tmp_path, load, name):
         ({"config": '{"colour": 3}'}, "do not describe a SideNet.*colour"),
         ({"config": '{"in_channels": 16}'}, "latent_channels and config name different channels"),
         ({"latent_channels": "16"}, "latent_channels and config name different channels"),
-        ({"velocity": "sideways"}, "velocity must be 'branch' or 'guided'; got 'sideways'"),
-        ({"velocity": None}, "velocity must be 'branch' or 'guided'; got None"),
+        ({"cfg_mode": "sideways"}, "cfg_mode must be one of per_branch, combined; got 'sideways'"),
+        ({"cfg_mode": None}, "cfg_mode must be one of per_branch, combined; got None"),
         ({"cfg_range": "[1]"}, "do not describe a SideNet"),
         ({"cfg_range": "1"}, "do not describe a SideNet"),
-        ({"runs": "[]"}, "net.safetensors"),
-        ({"runs": '{"five": {"times": [1, 0]}}'}, "do not describe a SideNet"),
-        ({"runs": '{"1": {"times": [1, 0], "colour": 3}}'}, "do not describe a SideNet"),
-        ({"runs": '{"1": {"times": [1, 1]}}'}, "do not describe a SideNet.*strictly descend"),
-        ({"runs": '{"2": {"times": [1, 0]}}'}, "listed under 2 calls costs 1"),
-        ({"runs": '{"1": {"times": [0.9, 0.5, 0], "analytic_first_step": true}}'}, "Only a run from pure noise"),
-        ({"runs": None}, "lacks 'runs'"),
-        ({"more_runs": "[]"}, "'more_runs' in its metadata must be an object"),
-        ({"more_runs": '{"4": []}'}, "do not describe a SideNet"),
-        ({"more_runs": '{"four": {}}'}, "do not describe a SideNet"),
-        ({"more_runs": '{"-4": {}}'}, "for a CFG scale above 0; some are listed under -4"),
-        ({"more_runs": '{"4": {"2": {"times": [1, 0]}}}'}, "listed under 2 calls costs 1"),
-        ({"inversions": "[]"}, "'inversions' in its metadata must be an object"),
-        ({"inversions": '{"2": {"up": {"times": [0, 1]}}}'}, "do not describe a SideNet"),
-        ({"inversions": '{"2": {"up": {"times": [0, 1]}, "back": {"times": [1, 0]}}}'}, "do not describe a SideNet"),
-        ({"inversions": '{"1": {"up": {"times": [0, 1]}, "down": {"times": [1, 0.1]}}}'}, "comes down the same ones"),
-        ({"inversions": '{"2": {"up": {"times": [0, 1]}, "down": {"times": [1, 0]}}}'}, "listed under 2 calls costs 1"),
+        ({"schedules": "[]"}, "'schedules' in its metadata must be an object"),
+        ({"schedules": '{"2": {"five": {"times": [1, 0]}}}'}, "do not describe a SideNet"),
+        ({"schedules": '{"2": {"1": {"times": [1, 0], "colour": 3}}}'}, "do not describe a SideNet"),
+        ({"schedules": '{"2": {"1": {"times": [1, 1]}}}'}, "do not describe a SideNet.*strictly descend"),
+        ({"schedules": '{"2": {"2": {"times": [1, 0]}}}'}, "listed under 2 model calls takes 1"),
+        ({"schedules": '{"2": {"1": {"times": [0.9, 0.5, 0], "analytic_first_step": true}}}'}, "starts from pure noise"),
+        ({"schedules": None}, "lacks 'schedules'"),
+        ({"schedules": '{"4": []}'}, "do not describe a SideNet"),
+        ({"schedules": '{"four": {}}'}, "do not describe a SideNet"),
+        ({"schedules": '{"-4": {}}'}, "for a CFG scale above 0; some are listed under -4"),
         ({"training": "{"}, "damaged 'training'"),
     ],
     ids=str,

@@ -32,7 +32,7 @@ CARD = SideNetCard(
     cfg_mode="combined",
     cfg_range=(1.0, 4.5),
     backbone={"name": "demo", "kind": "sit", "fingerprint": "0123abcd"},
-    runs={2: Schedule([1.0, 0.5, 0.0], [[0.1], [0.1, 0.2, 0.3], [0.1, 0.2]]), 1: Schedule([1.0, 0.0])},
+    schedules={2.0: {2: Schedule([1.0, 0.5, 0.0], [[0.1], [0.1, 0.2, 0.3], [0.1, 0.2]]), 1: Schedule([1.0, 0.0])}},
     training={
         "objective": "all_pairs",
         "recorded_runs": 3,
@@ -51,7 +51,7 @@ CARD = SideNetCard(
 ABOUT = {
     "backbone": {"name": "demo", "kind": "sit", "fingerprint": "0123abcd"},
     "shape": [2, 2, 2],
-    "velocity": "combined",
+    "cfg_mode": "combined",
     "guidance": [1.0, 1.0],
     "guidance_interval": [0.0, 1.0],
     "points": 4,
@@ -204,7 +204,7 @@ def test_every_byte_of_a_pickle_may_be_wrong(name, tmp_path):
 
 # --- metadata ---------------------------------------------------------------------------------------------------------
 
-RUN = CARD.runs[1]
+RUN = CARD.schedules[2.0][1]
 NUMBERS = ["NaN", "-Infinity", "1e400", "-1", "0", "9" * 400, "9" * 5000, "2.5", "2.0", "true", "null", '"2"', "[]"]
 NUMBERS += [
     "{}",
@@ -220,14 +220,15 @@ NUMBERS += [
 PLACES = {
     "config": ["in_channels", "num_heads", "num_layers", "patch_size", "cfg_input", "architecture", "data_mean_size", "colour"],
     "cfg_range": [0, 1],
-    "runs": ["1", "0", "-1", "x", "1e0"],
+    "schedules": ["2.0", "0", "-1", "x", "1e0"],
     "backbone": ["name", "kind", "fingerprint", "new"],
     "training": ["objective", "recorded_runs", "recorded", "settings", "started_from", "backbone_calls", "seconds"],
     "evaluation": ["guidance", "noises", "endpoint_error", "residual_variance", "new"],
 }
 DEEPER = {
-    "runs": [("1", part) for part in ("times", "coefficients", "cfg_coefficients", "analytic_first_step")]
-    + [("2", "coefficients", 1)],
+    "schedules": [("2.0", key) for key in ("1", "0", "-1", "x", "1e0")]
+    + [("2.0", "1", part) for part in ("times", "coefficients", "cfg_coefficients", "analytic_first_step")]
+    + [("2.0", "2", "coefficients", 1)],
     "training": [("recorded", part) for part in ("points", "shape", "reference_error")],
     "evaluation": [
         ("residual_variance", "kind"),
@@ -280,9 +281,9 @@ def test_strange_values_in_the_metadata_are_refused_or_harmless(key, stored, tmp
         ("config", ("num_layers",), "1000000000", "must have 1000000000 blocks; got 3"),
         ("config", ("cfg_input",), '"no"', "cfg_input must be bool; got 'no'"),
         ("config", ("in_channels",), "9" * 40, "net.safetensors"),
-        ("runs", ("1", "analytic_first_step"), "0", "analytic_first_step of a run must be true or false"),
-        ("runs", ("1", "times"), "[1.0, 1e400]", "net.safetensors"),
-        ("runs", ("1", "times"), f"[{'9' * 400}, 0]", "net.safetensors"),
+        ("schedules", ("2.0", "1", "analytic_first_step"), "0", "analytic_first_step of a schedule must be true or false"),
+        ("schedules", ("2.0", "1", "times"), "[1.0, 1e400]", "net.safetensors"),
+        ("schedules", ("2.0", "1", "times"), f"[{'9' * 400}, 0]", "net.safetensors"),
         ("backbone", ("kind",), "5", "backbone must hold texts alone"),
         ("backbone", ("fingerprint",), "null", "backbone must hold texts alone"),
         ("training", ("recorded",), "[]", "recorded in training must be an object"),
@@ -300,7 +301,7 @@ def test_what_would_pass_until_it_is_used_is_refused_when_it_is_read(key, place,
         load_sidenet(path)
 
 
-@pytest.mark.parametrize("key", ["backbone", "training", "evaluation", "runs", "config"])
+@pytest.mark.parametrize("key", ["backbone", "training", "evaluation", "schedules", "config"])
 def test_metadata_that_are_no_objects_are_refused(key, stored, tmp_path):
     tensors, metadata = stored
     save_file(tensors, tmp_path / "net.safetensors", metadata | {key: "[1]"})

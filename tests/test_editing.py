@@ -167,7 +167,7 @@ def test_eta_pulls_to_the_source_within_its_window():
 
 def test_residuals_fade_where_the_edit_acts():
     check_fade()
-    assert Control(fade=1.0).share(torch.zeros(1, 2, 3, 4, 4)).shape == (1, 1, 3, 4, 4)
+    assert Control(fade=1.0).residual_weight(torch.zeros(1, 2, 3, 4, 4)).shape == (1, 1, 3, 4, 4)
 
 
 def test_fading_keeps_the_exact_return():

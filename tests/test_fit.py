@@ -24,7 +24,7 @@ from ba_solver.training.recording.trajectories import open_trajectories
 from ba_solver.training.recording.record import PREFIXES
 from ba_solver.training.recording.replay import Replay
 from ba_solver.training.schedules import tuning
-from ba_solver.training.schedules.fitting import WEIGHT_RUNS
+from ba_solver.training.schedules.fitting import FITTED_TRAJECTORIES
 from ba_solver.training.schedules.time_search import coordinate_search
 from ba_solver.training.sidenet_files import describe_sidenet
 from training_checks import (
@@ -194,7 +194,7 @@ def test_the_default_body_and_optimizer_learn_with_starts_at_hand(tmp_path):
     assert len(list((folder / PREFIXES).glob("*.safetensors"))) == 6
     quick = ("--warmup", "10", "--learning-rate", "2e-2", "--ema", "0.9", "--batch", "64", "--steps", "150")
     sidenet, card = run(folder, tmp_path / "a.safetensors", *TOKENS, *quick)
-    assert sidenet.config.body == "transformer" and card.training["backbone_calls"] == {"trajectories": 64 * 40, "starts": 96 * 10}
+    assert sidenet.config.architecture == "transformer" and card.training["backbone_calls"] == {"trajectories": 64 * 40, "starts": 96 * 10}
     assert card.evaluation["residual_variance"]["kind"]["beyond"] < 0.9
     (folder / PREFIXES / "trajectories-0001-00003.safetensors").write_bytes(b"damaged")
     assert main(["train", "--trajectories", str(folder), "--out", str(tmp_path / "b.safetensors")]) == 1
@@ -246,7 +246,7 @@ def test_learned_runs_spend_what_they_say_and_lower_the_error(folder, trained, t
     assert card.schedules_for(card.cfg)[5].conditional_only == 2
     weighted = rollout_error(learned, folder / "combined", card.schedules_for(card.cfg)[5])
     assert weighted < 0.4 * rollout_error(sidenet, folder / "combined")
-    assert card.training["backbone_calls"]["step weights"] == 6 * WEIGHT_RUNS
+    assert card.training["backbone_calls"]["step weights"] == 6 * FITTED_TRAJECTORIES
 
 
 def test_tuning_is_counted_and_the_past_is_kept(folder, trained, tmp_path):
@@ -303,7 +303,7 @@ def test_an_interrupted_tuning_goes_on_to_the_same_numbers(folder, trained, tmp_
     monkeypatch.setattr(tuning, "LEARNING_RATE", 1e-3)
     whole = run(folder / "combined", tmp_path / "whole.safetensors", *options)[1]
     assert "did not help" not in capsys.readouterr().out
-    real, seen = tuning.TunedRun.forward, []
+    real, seen = tuning.TunedSchedule.forward, []
 
     def interrupted(*args):
         seen.append(None)
@@ -311,12 +311,12 @@ def test_an_interrupted_tuning_goes_on_to_the_same_numbers(folder, trained, tmp_
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(tuning.TunedRun, "forward", interrupted)
+    monkeypatch.setattr(tuning.TunedSchedule, "forward", interrupted)
     out = tmp_path / "resumed.safetensors"
     command = ["train", "--trajectories", str(folder / "combined"), "--out", str(out), *map(str, options)]
     assert main(command) == 130 and not out.exists()
     assert {path.name for path in out.with_suffix(".run").glob("*.pt")} == {"time_grids.pt", "tune_4.pt", "tune_5.pt"}
-    monkeypatch.setattr(tuning.TunedRun, "forward", real)
+    monkeypatch.setattr(tuning.TunedSchedule, "forward", real)
     monkeypatch.setattr(training, "learn_times", None)
     resumed = run(folder / "combined", out, *options)[1]
     assert resumed.runs == whole.runs

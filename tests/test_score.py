@@ -5,7 +5,8 @@ import json
 
 import pytest
 import torch
-from ba_solver.bas_core import Field, SideNet, SideNetConfig, load_sidenet, model_field, run_baseline, time_grid
+from ba_solver.bas_core import Field, SideNet, SideNetConfig, load_sidenet, model_field, time_grid
+from ba_solver.training.baselines import run_baseline
 from ba_solver.training.backbones import BackboneChoice, open_backbone
 from ba_solver.training.cli import main
 from ba_solver.training.measuring import evaluate

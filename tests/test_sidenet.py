@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ba_solver.bas_core import SideNet, SideNetConfig
-from ba_solver.bas_core.sidenet import BODIES
+from ba_solver.bas_core.sidenet import ARCHITECTURES
 from ba_solver.bas_core.sit import sincos_position_table
 from problems import NULL, labels, noise, randomise, small_sidenet, spread
 from reference import naive_sidenet
@@ -85,7 +85,7 @@ def test_it_agrees_in_float32_too():
     torch.testing.assert_close(sidenet(x, v, t, h, y), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("architecture", BODIES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_input_matters(body):
     """Each of state, velocity, time, step and class changes the answer; so do slope, span and scale where taken."""
     net = small_sidenet(anchors=2, cfg_input=True, architecture=body)
@@ -155,7 +155,7 @@ def test_zero_output_silences_the_network(anchors):
 # --- sizes, video, conditions, precision ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", BODIES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("size", [(4, 6), (5, 7), (3, 4), (1, 1)], ids=str)
 @pytest.mark.parametrize("patch", [2, 3, 4])
 def test_sizes_that_the_patch_does_not_divide_are_padded_at_the_far_edges(patch, size, body):
@@ -177,7 +177,7 @@ def test_patches_are_channels_of_a_coarser_grid():
     torch.testing.assert_close(net(x, v, t, h, y), expected, **EXACT)
 
 
-@pytest.mark.parametrize("architecture", BODIES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("anchors", [1, 2])
 def test_videos_are_answered_frame_by_frame(anchors, body):
     net = small_sidenet(anchors=anchors, patch_size=2, architecture=body)
@@ -256,7 +256,7 @@ def test_a_token_network_can_be_trained_after_it_has_sampled():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
 
 
-@pytest.mark.parametrize("architecture", BODIES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32, torch.float64])
 def test_the_answer_has_the_states_precision_whatever_the_weights(weights, body):
     """And is the float64 answer to the precision of the weights."""

@@ -1,14 +1,15 @@
 """The solver against plain re-implementations of the paper, and its invariants."""
 
 from itertools import pairwise
-from types import SimpleNamespace
 
 import pytest
 import torch
-from ba_solver.bas_core import BASELINES, Field, Guidance, get_rule, model_field, run_baseline, solve, time_grid
+from ba_solver.bas_core import Field, Guidance, get_rule, model_field, solve, time_grid
+from ba_solver.training.baselines import BASELINES, run_baseline
 from ba_solver.bas_core.grids import grid_for_nfe
 from ba_solver.bas_core.schedule import Schedule, match_schedule
-from ba_solver.bas_core.steps import Anchor, Plan, Query, StraightLine, predict, probe, refine, single_anchor_step
+from ba_solver.bas_core.prediction import Anchor, Query, StraightLine, check_sidenet, predict
+from ba_solver.bas_core.solver import bi_anchor_step, make_solver, single_anchor_step
 from checks import (
     TIGHT,
     check_chunking,
@@ -18,6 +19,7 @@ from checks import (
     guided_field,
 )
 from problems import (
+    FunctionSideNet,
     Oracle,
     class_velocity,
     exact_field,
@@ -228,10 +230,11 @@ def test_the_unconditional_branch_is_evaluated_only_where_a_node_needs_it(anchor
 def test_the_guidance_scale_reaches_a_sidenet_that_asks_for_it():
     sidenet, x, guidance = small_sidenet(cfg_input=True), noise(2, 2, 4, 4), Guidance(3.0)
 
-    def told(x, v, t, h, cond):
+    def told(x, v, t, h, cond, **_):
         return sidenet(x, v, t, h, cond, scale=torch.full_like(t, 3.0))
 
-    results = [solve(guided_field(2, guidance, "combined"), net, x, UNIFORM) for net in (sidenet, told)]
+    nets = (sidenet, FunctionSideNet(told))
+    results = [solve(guided_field(2, guidance, "combined"), net, x, UNIFORM) for net in nets]
     torch.testing.assert_close(*results, **TIGHT)
     other = solve(guided_field(2, Guidance(3.001), "combined"), sidenet, x, UNIFORM)
     assert not torch.allclose(other, results[0], **TIGHT)
@@ -244,15 +247,23 @@ def test_the_guidance_scale_reaches_a_sidenet_that_asks_for_it():
 def test_a_step_of_length_zero_is_the_identity(anchors):
     t = as_tensor(0.6)
     field = guided_field(2, Guidance(2.0))
-    plan = Plan(field, small_sidenet(anchors=anchors), get_rule("lobatto4"), None)
+    solver = make_solver(field, small_sidenet(anchors=anchors), "lobatto4")
     left, earlier = random_anchors(0.6, 0.8)
     for previous in (None, earlier):
-        end, velocities = probe(plan, left, previous, t)
-        assert torch.equal(end, left.x)
-        for v in velocities.values():
+        for times in ([t, t], [t, t, t]):  # as the last step, and as one with a corrector
+            end, v, _ = bi_anchor_step(solver, 0, left.x, times, 2, left, previous)
+            assert torch.equal(end, left.x)
             torch.testing.assert_close(v, field.guidance.combine(left.v, t), **TIGHT)
-        assert torch.equal(refine(plan, left, left, velocities)[0], left.x)
-    assert torch.equal(single_anchor_step(plan, left, t), left.x)
+    assert torch.equal(single_anchor_step(solver, 0, left.x, [t, t]).x, left.x)
+
+
+def test_a_wrapper_that_lacks_a_member_fails_at_once():
+    """A two-anchor SideNet in a wrapper without `anchors` would silently become one with one anchor."""
+    net = small_sidenet(anchors=2)
+    for wrapper in (torch.nn.DataParallel(net), lambda **inputs: net(**inputs)):
+        with pytest.raises(TypeError, match="lacks anchors"):
+            solve(guided_field(2, Guidance(2.0)), wrapper, noise(2, 2, 4, 4), UNIFORM)
+    assert check_sidenet(net) is net
 
 
 @pytest.mark.parametrize("intervals", [1, 3])
@@ -288,7 +299,7 @@ def test_chunks_are_no_larger_than_asked(chunk):
         sizes.append(len(x))
         return net(x, **rest)
 
-    solve(guided_field(3, Guidance(2.0)), counting, noise(3, 2, 4, 4), smooth_grid(2), chunk=chunk)
+    solve(guided_field(3, Guidance(2.0)), FunctionSideNet(counting), noise(3, 2, 4, 4), smooth_grid(2), chunk=chunk)
     assert max(sizes) == chunk and sum(sizes) == 6 * (3 + 1 + 3)
 
 
@@ -381,14 +392,10 @@ def test_each_query_is_told_its_own_step_time_and_condition():
         ("cond", [[labels(2)[0], labels(2)[1]]] * 2),
     ):
 
-        class Echo:
-            anchors = 2
-            config = SimpleNamespace(cfg_input=False)
+        def echo(x, v, told=told, **inputs):
+            return spread(inputs[told].to(x.dtype), x).expand_as(x) - v
 
-            def __call__(self, *, x, v, told=told, **inputs):
-                return spread(inputs[told].to(x.dtype), x).expand_as(x) - v
-
-        got = predict(Echo(), queries, field, 2)
+        got = predict(FunctionSideNet(echo, anchors=2), queries, field, 2)
         wanted = torch.stack(
             [torch.stack([torch.as_tensor(b, dtype=got.dtype).expand(2) for b in q]) for q in expected]
         )

@@ -13,8 +13,8 @@ from ba_solver.bas_core import (
     save_sidenet,
     solve,
 )
-from ba_solver.bas_core.coefficients import row_length
-from ba_solver.training.runs.fitting import Fitting, fit_run
+from ba_solver.bas_core.schedule import row_length
+from ba_solver.training.runs.fitting import Fitting, fit_schedule
 from checks import check_refused_in_a_file, guided_field
 from problems import exact_field, flow_map, noise, small_sidenet, state, uneven_grid
 
@@ -93,7 +93,7 @@ def check_fit_finds_the_weights():
 
     field = model_field(changing_velocity)
     plain = (solve(field, None, noise, times) - truth(0.0)).abs().max()
-    fitted, run = fit_run(Fitting(None, field, noise, truth), Schedule(times))
+    fitted, run = fit_schedule(Fitting(None, field, noise, truth), Schedule(times))
     assert plain > 1e-2 and (fitted - truth(0.0)).abs().max() < 1e-5
     again = solve(field, None, noise, run)
     torch.testing.assert_close(again, fitted, atol=1e-12, rtol=0)
@@ -150,7 +150,7 @@ def test_zero_weights_are_the_plain_solver_bit_by_bit():
     plain = solve(field, net, x, times)
     zero = Schedule(TIMES, [[0.0] * len(row) for row in random_weights().coefficients])
     assert torch.equal(solve(field, net, x, zero), plain)
-    assert not torch.equal(solve(field, net, x, random_weights(size=0.01).over(times)), plain)
+    assert not torch.equal(solve(field, net, x, random_weights(size=0.01).with_times(times)), plain)
 
 
 def test_fitted_weights_serve_other_starts():
@@ -158,7 +158,7 @@ def test_fitted_weights_serve_other_starts():
     times = uneven_grid(4)
     starts = torch.linspace(0.4, 1.3, 64, dtype=torch.float64).reshape(16, 1, 2, 2)
     fitting = Fitting(None, exact_field(), starts, lambda t: flow_map(starts, 1.0, float(t)))
-    run = fit_run(fitting, Schedule(times))[1]
+    run = fit_schedule(fitting, Schedule(times))[1]
     held_out = state() + 0.013
     exact = flow_map(held_out, 1.0, 0.0)
     plain, fitted = ((solve(exact_field(), None, held_out, over) - exact).abs().mean() for over in (times, run))
@@ -167,7 +167,7 @@ def test_fitted_weights_serve_other_starts():
 
 def test_they_suit_their_own_grid_and_no_other():
     run = random_weights()
-    card = SideNetCard(runs={4: run, 2: Schedule([1.0, 0.5, 0.0])})
+    card = SideNetCard(schedules={1.0: {4: run, 2: Schedule([1.0, 0.5, 0.0])}})
     for times in (TIMES, torch.tensor(TIMES) * 0.93, torch.tensor(TIMES) + 5e-4 * torch.tensor([0, 1, -1, 1, 0])):
         found = match_schedule(times, card.schedules_for(card.cfg))
         assert found.coefficients == run.coefficients and list(found.times) == list(times)
@@ -176,7 +176,7 @@ def test_they_suit_their_own_grid_and_no_other():
 
 
 def test_files_keep_them(tmp_path):
-    card = SideNetCard(runs={4: random_weights().detached()})
+    card = SideNetCard(schedules={1.0: {4: random_weights().detached()})
     save_sidenet(tmp_path / "a.safetensors", small_sidenet(), card)
     assert load_sidenet(tmp_path / "a.safetensors")[1].runs == card.schedules_for(card.cfg)
 

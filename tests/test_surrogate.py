@@ -10,7 +10,7 @@ import torch
 from ba_solver.bas_core.checkpoint import load_sidenet
 from ba_solver.bas_core.files import CheckpointError
 from ba_solver.bas_core.grids import time_grid
-from ba_solver.bas_core.steps import StraightLine
+from ba_solver.bas_core.prediction import StraightLine
 from ba_solver.training.cli import main
 from ba_solver.training.presets import PRESETS, with_preset
 from ba_solver.training.make import MakeSettings, planned_nfe
@@ -18,7 +18,7 @@ from ba_solver.training.recording.trajectories import open_trajectories
 from ba_solver.training.recording.replay import Replay
 from ba_solver.training.recording.reference_solver import LAST_TIME
 from ba_solver.training.schedules import surrogate_search
-from ba_solver.training.schedules.fitting import Fitting, fit_run
+from ba_solver.training.schedules.fitting import Fitting, fit_schedule
 from ba_solver.training.schedules.surrogate_search import even_enough, search_on_surrogate, probe, refine
 from ba_solver.training.schedules.time_search import match_schedule
 from ba_solver.training.schedules.surrogate import Surrogate, means_of_others, deviations_of, subsampled, usual_gain, velocity_at
@@ -149,7 +149,7 @@ def test_times_are_moved_on_the_model(monkeypatch):
 
     def error(run):
         fitting = Fitting(StraightLine(), replay.field_of(rows), replay.noise(rows), lambda t: replay.truth(rows, t))
-        return (fit_run(fitting, run)[0] - ends).square().mean().sqrt()
+        return (fit_schedule(fitting, run)[0] - ends).square().mean().sqrt()
 
     assert error(moved[4]) < 0.8 * error(runs[4])
     # Once where it began, and at most two moves of each of three times in each of two rounds; four calls each.

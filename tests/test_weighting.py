@@ -4,7 +4,7 @@ import pytest
 import torch
 from ba_solver.bas_core import Guidance, WeightedSideNet, resample_grid, solve, time_grid, with_strength
 from checks import guided_field
-from problems import noise, small_sidenet, smooth_grid
+from problems import FunctionSideNet, noise, small_sidenet, smooth_grid
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -40,9 +40,9 @@ def test_weights_by_place_act_by_place():
         seen.extend(times.tolist())
         return mask
 
-    weighted = run(WeightedSideNet(constant, weight))
+    weighted = run(WeightedSideNet(FunctionSideNet(constant), weight))
     # At the weight 1 a constant change of velocity, at 0 none beyond the line: each as without any mask.
-    torch.testing.assert_close(weighted[..., :2], run(WeightedSideNet(constant, lambda t: 1.0))[..., :2], **TIGHT)
+    torch.testing.assert_close(weighted[..., :2], run(WeightedSideNet(FunctionSideNet(constant), lambda t: 1.0))[..., :2], **TIGHT)
     torch.testing.assert_close(weighted[..., 2:], run(None)[..., 2:], **TIGHT)
     assert set(seen) <= {float(t) for t in smooth_grid(4)}, "weights are asked for at anchors"
 

@@ -13,7 +13,7 @@ from ba_solver.training.cli import main
 from ba_solver.training.network.loop import LoopSettings
 from ba_solver.training.recording.trajectories import open_trajectories
 from ba_solver.training.recording.replay import Replay
-from ba_solver.training.schedules.fitting import fit_weights
+from ba_solver.training.schedules.fitting import fit_coefficients
 from ba_solver.training.schedules.solvers import endpoint_errors
 from ba_solver.training.schedules.time_search import learn_times
 from ba_solver.training.schedules.tuning import tune, tuning_loop
@@ -109,7 +109,7 @@ def parts_of(folder):
 def check_fitted_weights(folder, trained, tmp_path):
     """Weights by least squares are most of what a run gains, of runs that they were not fitted on."""
     sidenet, parts = load_sidenet(trained)[0], parts_of(folder)
-    fitted = fit_weights(sidenet, parts[0], learn_times(sidenet, parts[0], [5], 8, rounds=0))[5]
+    fitted = fit_coefficients(sidenet, parts[0], learn_times(sidenet, parts[0], [5], 8, rounds=0))[5]
     errors = [rollout_error(sidenet, folder, each) for each in (fitted, replace(fitted, coefficients=()))]
     assert errors[0] < 0.4 * errors[1], errors
 
@@ -117,7 +117,7 @@ def check_fitted_weights(folder, trained, tmp_path):
 def check_tuning(folder, trained, tmp_path):
     """Gradients through whole runs find weights where there are none: from the published step on."""
     sidenet, parts = load_sidenet(trained)[0], parts_of(folder)
-    fitted = fit_weights(sidenet, parts[0], learn_times(sidenet, parts[0], [5], 8, rounds=0))[5]
+    fitted = fit_coefficients(sidenet, parts[0], learn_times(sidenet, parts[0], [5], 8, rounds=0))[5]
     begun = replace(fitted, coefficients=[[0.0] * len(row) for row in fitted.coefficients])
     loop = tuning_loop(LoopSettings(steps=60, batch=16, learning_rate=1e-3, seed=1))
     tuned = tune(sidenet, parts, begun, 5, loop, tmp_path)
