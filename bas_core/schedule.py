@@ -201,7 +201,11 @@ class Schedule:
     @property
     def grid(self) -> tuple[Tensor, ...]:
         """N + 1 0-d times on the CPU, in float32."""
-        return tuple(torch.tensor(self.times, dtype=torch.float32))
+        return self.grid_in(torch.float32)
+
+    def grid_in(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """N + 1 0-d times on the CPU, in a state's dtype."""
+        return tuple(torch.tensor(self.times, dtype=dtype))
 
     @property
     def steps(self) -> int:

@@ -330,7 +330,7 @@ def solve(
     elif schedule.fitted and method != "bi_anchor":
         raise ValueError(f"The schedule's coefficients were fitted for bi_anchor; got method {method!r}.")
     else:
-        times, hook, usual = tuple(torch.tensor(schedule.times, dtype=x.dtype)), schedule.hook(), schedule.rule
+        times, hook, usual = schedule.grid_in(x.dtype), schedule.hook(), schedule.rule
         analytic = schedule.analytic_first_step
     if method == "single_anchor":
         solver = make_solver(field, sidenet, rule or SINGLE_ANCHOR_RULE, hook, chunk, analytic)

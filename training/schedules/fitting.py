@@ -131,7 +131,7 @@ def fit_schedule(
     """
     hook = FitHook(schedule, fitting.truth, conditional_only)
     solver = make_solver(fitting.field, fitting.sidenet, RULE, hook, analytic_first_step=schedule.analytic_first_step)
-    ends = run_bi_anchor(solver, fitting.noise, schedule.grid, callback)
+    ends = run_bi_anchor(solver, fitting.noise, schedule.grid_in(fitting.noise.dtype), callback)
     fitted = dataclasses.replace(schedule, coefficients=hook.rows, cfg_coefficients=hook.cfg_rows, rule=RULE)
     return ends, fitted
 

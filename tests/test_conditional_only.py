@@ -1,4 +1,4 @@
-"""Half calls: what they compute and evaluate, when they do nothing, that fitting finds them, and what files keep."""
+"""Conditional-only calls: what they compute and evaluate, when they do nothing, that fitting finds them, and files."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -6,19 +6,20 @@ from itertools import pairwise
 import pytest
 import torch
 from ba_solver.bas_core import (
-    Schedule,
+    Field,
     Guidance,
+    Schedule,
     SideNetCard,
-    cfg_coefficients,
     load_sidenet,
-    model_field,
     match_schedule,
+    model_field,
     save_sidenet,
     solve,
 )
 from ba_solver.bas_core.guidance import NO_GUIDANCE
-from ba_solver.training.runs.fitting import Fitting, fit_schedule, fit_schedules
-from ba_solver.training.runs.search import search_times
+from ba_solver.bas_core.schedule import ScheduleHook, StepHook
+from ba_solver.training.schedules.fitting import Fitting, fit_schedule, fit_schedules, has_conditional_only
+from ba_solver.training.schedules.time_search import search_times
 from checks import check_refused_in_a_file, guided_field
 from problems import class_velocity, labels, noise, small_sidenet
 
@@ -57,16 +58,16 @@ def naive_run(x, rows):
     return x
 
 
-def euler(field, x):
-    for t0, t1 in pairwise(GRID):
-        x = x + (t1 - t0) * field.velocity(x, t0)
+def euler(field, x, hook):
+    for index, (t0, t1) in enumerate(pairwise(GRID)):
+        x = x + (t1 - t0) * field.guidance.combine(hook.call_model(field, index, x, t0, 2), t0)
     return x
 
 
 def check_run():
     for mode in ("combined", "per_branch"):
         field = guided_field(2, Guidance(SCALE), mode)
-        found = euler(RUN.field_over(field), start())
+        found = euler(field, start(), RUN.hook())
         torch.testing.assert_close(found, naive_run(start(), ROWS), atol=1e-12, rtol=0)
         assert (field.calls, field.conditional_only, field.nfe) == (5, 2, 4.0)
 
@@ -119,32 +120,27 @@ def check_evaluations():
 
 
 def forget_the_change(patch):
-    intact = cfg_coefficients.difference_terms
-    patch.setattr(cfg_coefficients, "difference_terms", lambda c, seen: [0 * term for term in intact(c, seen)])
+    intact = ScheduleHook.difference_regressors
+    patch.setattr(ScheduleHook, "difference_regressors", lambda self, c: [0 * term for term in intact(self, c)])
 
 
 def predict_the_velocity(patch):
     """From velocities themselves in place of their changes: a straight path is bent."""
-    intact = cfg_coefficients.difference_terms
-    patch.setattr(cfg_coefficients, "difference_terms", lambda c, seen: [term + c for term in intact(c, seen)])
+    intact = ScheduleHook.difference_regressors
+    patch.setattr(ScheduleHook, "difference_regressors", lambda self, c: [term + c for term in intact(self, c)])
 
 
 def always_whole(patch):
-    patch.setattr(Schedule, "field_over", lambda self, field: field)
+    patch.setattr(ScheduleHook, "call_model", StepHook.call_model)
 
 
 def one_place_off(patch):
-    intact = cfg_coefficients.HalfCallField.__init__
+    intact = ScheduleHook.call_model
 
-    def shifted(self, field, times, rows):
-        intact(self, field, [1.5, *[float(t) for t in times]], rows)
+    def shifted(self, field, index, x, t, branches):
+        return intact(self, field, max(0, index - 1), x, t, branches)
 
-    patch.setattr(cfg_coefficients.HalfCallField, "__init__", shifted)
-    patch.setattr(cfg_coefficients.HalfCallField, "anchors", property(lambda self: self.kept[:-1], _keep), raising=False)
-
-
-def _keep(self, anchors):
-    self.kept = anchors
+    patch.setattr(ScheduleHook, "call_model", shifted)
 
 
 CHECKS = [check_run, check_straight_paths_stay_exact, check_fit_finds_the_weights, check_evaluations]
@@ -185,16 +181,15 @@ def test_whole_calls_alone_are_the_plain_solver():
 def test_without_two_branches_at_every_time_there_are_none(guidance):
     for mode in ("combined", "per_branch"):
         field = guided_field(2, guidance, mode)
-        assert RUN.field_over(field) is field
-        assert Fitting(None, field, start(), lambda t: start()).conditional_only(10) is False
-    with pytest.raises(ValueError, match="two branches"):
-        cfg_coefficients.HalfCallField(field, GRID, ROWS)
+        solve(field, None, start(), RUN)
+        assert (field.calls, field.conditional_only) == (5, 0)
+        assert has_conditional_only(field, 10) is False
 
 
 def test_what_a_budget_is_spent_on():
     """Two half calls, the last and the last but two, pay for one more anchor; the first two calls stay whole."""
     fitting = Fitting(None, guided_field(2, Guidance(SCALE)), start(), lambda t: start())
-    assert [fitting.conditional_only(calls) for calls in (3, 4, 5, 10)] == [False, True, True, True]
+    assert [has_conditional_only(fitting.field, nfe) for nfe in (3, 4, 5, 10)] == [False, True, True, True]
     run = fit_schedule(fitting, Schedule(torch.linspace(1, 0, 6)), True)[1]
     assert [bool(row) for row in run.cfg_coefficients] == [False, False, True, False, True]
 
@@ -211,9 +206,8 @@ def test_searched_grids_spend_the_budget_and_are_worth_it():
         return states[round(400 * (1 - float(t)))]
 
     found = {}
-    for kind, tried in {"half": field, "whole": guided_field(2, Guidance(SCALE), "combined")}.items():
-        if kind == "whole":
-            tried.branches = None
+    whole = Field(lambda x, t, count: field.cfg.combine(field.evaluate(x, t, 2), t[0])[None])
+    for kind, tried in {"half": field, "whole": whole}.items():
         fitting = Fitting(None, tried, x, truth)
         run = fit_schedules(search_times(fitting, [5]), fitting)[5]
         before = tried.nfe
@@ -227,22 +221,23 @@ def test_files_keep_them(tmp_path):
     card = SideNetCard(schedules={1.0: {4: Schedule(TIMES, cfg_coefficients=ROWS)}})
     save_sidenet(tmp_path / "a.safetensors", small_sidenet(), card)
     loaded = load_sidenet(tmp_path / "a.safetensors")[1]
-    assert loaded.runs == card.schedules_for(card.cfg) and match_schedule(torch.tensor(TIMES), loaded.runs).conditional_only == 2
-    assert not match_schedule(torch.tensor(TIMES[:-1]), loaded.runs).fitted
+    assert loaded.schedules == card.schedules
+    assert match_schedule(torch.tensor(TIMES), loaded.schedules[1.0]).conditional_only == 2
+    assert not match_schedule(torch.tensor(TIMES[:-1]), loaded.schedules[1.0]).fitted
 
 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
         ("[[], [0.1]]", "come in as many rows"),
-        ("[[0.1], [], [], []]", "the first one empty"),
-        ("[[], [0.1, 0.2], [], [0.1]]", "as many numbers as"),
+        ("[[0.1], [], [], []]", "the first of them empty"),
+        ("[[], [0.1, 0.2], [], [0.1]]", "one number for each earlier call"),
         ('[[], [], [], ["a"]]', "do not describe a SideNet"),
         ("[[], [1e999, 1], [], []]", "must be finite"),
         ("[1, 2]", "do not describe a SideNet"),
-        ("[[], [], [], []]", "listed under 4 calls costs 5"),
+        ("[[], [], [], []]", "listed under 4 model calls takes 5"),
     ],
 )
 def test_damaged_half_calls_in_a_file_are_refused(rows, message, tmp_path):
-    runs = f'{{"4": {{"times": {TIMES}, "cfg_coefficients": {rows}}}}}'
-    check_refused_in_a_file(tmp_path / "a.safetensors", TIMES[1:], {"runs": runs}, message)
+    schedules = f'{{"2": {{"4": {{"times": {TIMES}, "cfg_coefficients": {rows}}}}}}}'
+    check_refused_in_a_file(tmp_path / "a.safetensors", TIMES[1:], {"schedules": schedules}, message)

@@ -1,20 +1,19 @@
-"""Fitted step weights: what they compute, when they do nothing, that fitting finds them, and what files keep."""
+"""Multistep coefficients of a schedule: what they compute, when they do nothing, that fitting finds them, and files."""
 
 import pytest
 import torch
 from ba_solver.bas_core import (
-    Schedule,
     Guidance,
+    Schedule,
     SideNetCard,
     load_sidenet,
-    model_field,
     match_schedule,
-    runs,
+    model_field,
     save_sidenet,
     solve,
 )
-from ba_solver.bas_core.schedule import row_length
-from ba_solver.training.runs.fitting import Fitting, fit_schedule
+from ba_solver.bas_core.schedule import ScheduleHook
+from ba_solver.training.schedules.fitting import Fitting, fit_schedule
 from checks import check_refused_in_a_file, guided_field
 from problems import exact_field, flow_map, noise, small_sidenet, state, uneven_grid
 
@@ -24,14 +23,15 @@ TIMES = [1.0, 0.7, 0.45, 0.2, 0.0]
 def random_weights(times=TIMES, size=0.3):
     generator = torch.Generator().manual_seed(5)
     rows = [
-        (size * torch.randn(row_length(row), generator=generator)).tolist() for row in range(2 * (len(times) - 1) - 1)
+        (size * torch.randn(1 + row // 2 + 2 * (row % 2), generator=generator)).tolist()
+        for row in range(2 * (len(times) - 1) - 1)
     ]
-    return Schedule(torch.tensor(times, dtype=torch.float64), rows)
+    return Schedule(times, rows)
 
 
 def naive_run(velocity, x, run):
     """The predictor-corrector with weighted terms, written out from the module's description."""
-    times, rows = run.times.tolist(), iter(run.coefficients)
+    times, rows = run.times, iter(run.coefficients)
     known = [(times[0], velocity(x, times[0]))]
     for i in range(len(times) - 1):
         t0, t1 = times[i], times[i + 1]
@@ -100,24 +100,36 @@ def check_fit_finds_the_weights():
 
 
 def forget_a_velocity(patch):
-    intact = runs.terms
-    patch.setattr(runs, "terms", lambda p: [*intact(p)[:-1], 0 * intact(p)[-1]])
+    intact = ScheduleHook.state_regressors
+
+    def without_the_last(self, state):
+        *others, last = intact(self, state)
+        return [*others, 0 * last]
+
+    patch.setattr(ScheduleHook, "state_regressors", without_the_last)
 
 
 def weight_accepted_ends_only(patch):
-    intact = Schedule.correct
-    patch.setattr(Schedule, "correct", lambda self, p: p.x if p.provisional is None else intact(self, p))
+    intact = ScheduleHook.adjust
+
+    def adjust(self, state):
+        adjusted = intact(self, state)
+        return state.x if state.predicted is None else adjusted
+
+    patch.setattr(ScheduleHook, "adjust", adjust)
 
 
 def measure_from_the_state(patch):
     """Velocities themselves in place of their differences: a straight path is bent."""
+    intact = ScheduleHook.state_regressors
 
-    def whole(p):
-        length = float(p.t1 - p.t0)
-        ends = [p.x - p.start] + ([p.provisional - p.start] if p.provisional is not None else [])
-        return ends + [length * v for j, v in enumerate(p.velocities) if j != p.index]
+    def whole(self, state):
+        intact(self, state)  # which keeps the velocities
+        length = float(state.s - state.t)
+        ends = [state.x - state.x_start] + ([] if state.predicted is None else [state.predicted - state.x_start])
+        return ends + [length * v for j, v in enumerate(self.velocities) if j != state.index]
 
-    patch.setattr(runs, "terms", whole)
+    patch.setattr(ScheduleHook, "state_regressors", whole)
 
 
 CHECKS = [check_weighted_run, check_straight_paths_stay_exact, check_fit_finds_the_weights]
@@ -145,7 +157,7 @@ def test_damaged_step_weights_fail_the_check(damage, check, monkeypatch):
 
 
 def test_zero_weights_are_the_plain_solver_bit_by_bit():
-    times = torch.tensor(TIMES)
+    times = torch.tensor(TIMES, dtype=torch.float64)
     net, field, x = small_sidenet(), guided_field(2, Guidance(2.0)), noise(2, 2, 4, 4)
     plain = solve(field, net, x, times)
     zero = Schedule(TIMES, [[0.0] * len(row) for row in random_weights().coefficients])
@@ -176,9 +188,9 @@ def test_they_suit_their_own_grid_and_no_other():
 
 
 def test_files_keep_them(tmp_path):
-    card = SideNetCard(schedules={1.0: {4: random_weights().detached()})
+    card = SideNetCard(schedules={1.0: {4: random_weights()}})
     save_sidenet(tmp_path / "a.safetensors", small_sidenet(), card)
-    assert load_sidenet(tmp_path / "a.safetensors")[1].runs == card.schedules_for(card.cfg)
+    assert load_sidenet(tmp_path / "a.safetensors")[1].schedules == card.schedules
 
 
 @pytest.mark.parametrize(
@@ -191,8 +203,8 @@ def test_files_keep_them(tmp_path):
     ],
 )
 def test_damaged_weights_in_a_file_are_refused(weights, message, tmp_path):
-    runs = f'{{"4": {{"times": {TIMES}, "coefficients": {weights}}}}}'
-    check_refused_in_a_file(tmp_path / "a.safetensors", TIMES, {"runs": runs}, message)
+    schedules = f'{{"2": {{"4": {{"times": {TIMES}, "coefficients": {weights}}}}}}}'
+    check_refused_in_a_file(tmp_path / "a.safetensors", TIMES, {"schedules": schedules}, message)
 
 
 def test_bad_weights_and_methods_are_refused():
