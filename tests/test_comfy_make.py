@@ -51,7 +51,7 @@ def as_in_comfyui(tmp_path, monkeypatch):
         (solvers, "SEARCH_REFINEMENTS", 1),
     ):
         monkeypatch.setattr(module, name, fewer)
-    monkeypatch.setitem(PRESETS, "full", {**PRESETS["full"], "starts": 4, "batch": 8})
+    monkeypatch.setitem(PRESETS, "full", {**PRESETS["full"], "prefixes": 4, "batch": 8})
     with torch.inference_mode():
         yield
 

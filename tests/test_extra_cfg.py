@@ -77,7 +77,7 @@ def test_each_scale_is_sampled_best_by_its_own_runs(made):
 def test_the_cost_is_what_was_planned(made):
     card = load_sidenet(made[0])[1]
     settings = MakeSettings(
-        backbone=BACKBONE, out=made[0], preset="quick", nfe="6", guidance=(2.0,), trajectories=19, points=22, starts=0
+        backbone=BACKBONE, out=made[0], preset="quick", nfe="6", guidance=(2.0,), trajectories=19, points=22, prefixes=0
     )
     more = dataclasses.replace(settings, extra_guidance=(MORE,))
     planned = planned_nfe(more) - planned_nfe(settings)

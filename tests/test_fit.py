@@ -15,7 +15,6 @@ from ba_solver.training import train as training
 from ba_solver.training.backbones import BackboneChoice, open_backbone
 from ba_solver.training.cli import main
 from ba_solver.training.network import published, stages
-from ba_solver.training.network.closed_loop import Rollout, end_point_loss, interval_loss
 from ba_solver.training.network.new_sidenet import new_sidenet
 from ba_solver.training.network.loop import LoopSettings, Share, train
 from ba_solver.training.network.options import Training
@@ -31,8 +30,6 @@ from training_checks import (
     QUICK,
     SMALL,
     TOKENS,
-    check_closed_loop,
-    check_end_point,
     check_fitted_weights,
     check_pairs,
     check_tuning,
@@ -157,20 +154,6 @@ def test_accumulated_passes_equal_one(folder, tmp_path, capsys):
     assert "must be a multiple of processes times --accumulate" in capsys.readouterr().err
 
 
-def test_early_stopping_keeps_the_best():
-    """Scores 3, 1, 2, 2, 2: with patience 3 the run stops after the fifth and returns the second's weights."""
-    model = torch.nn.Linear(1, 1)
-    scores, seen = iter([3.0, 1.0, 2.0, 2.0, 2.0, 0.0, 0.0]), []
-
-    def report(average, step):
-        seen.append(average.weight.item())
-        return {"score": next(scores)}
-
-    settings = LoopSettings(steps=100, batch=1, learning_rate=0.1, warmup=1, save_every=2, patience=3)
-    best = train(model, lambda step, share: model(torch.ones(1, 1)).sum(), settings, "toy", None, report)
-    assert len(seen) == 5 and best.weight.item() == seen[1] != seen[4]
-
-
 @pytest.fixture(scope="module")
 def trained(folder, tmp_path_factory):
     return train_on_pairs(folder / "combined", tmp_path_factory.mktemp("trained") / "sidenet.safetensors")
@@ -182,7 +165,7 @@ def test_training_from_chains_beats_the_solver_without_a_sidenet(folder, trained
     check_pairs(folder / "combined", trained[0], tmp_path)
 
 
-@pytest.mark.parametrize("check", [check_closed_loop, check_end_point, check_fitted_weights, check_tuning])
+@pytest.mark.parametrize("check", [check_fitted_weights, check_tuning])
 def test_each_later_stage_lowers_the_error_of_the_real_sampler(check, folder, trained, tmp_path):
     check(folder / "combined", trained[0], tmp_path)
 
@@ -194,7 +177,7 @@ def test_the_default_body_and_optimizer_learn_with_starts_at_hand(tmp_path):
     assert len(list((folder / PREFIXES).glob("*.safetensors"))) == 6
     quick = ("--warmup", "10", "--learning-rate", "2e-2", "--ema", "0.9", "--batch", "64", "--steps", "150")
     sidenet, card = run(folder, tmp_path / "a.safetensors", *TOKENS, *quick)
-    assert sidenet.config.architecture == "transformer" and card.training["backbone_calls"] == {"trajectories": 64 * 40, "starts": 96 * 10}
+    assert sidenet.config.architecture == "transformer" and card.training["backbone_calls"] == {"trajectories": 64 * 40, "prefixes": 96 * 10}
     assert card.evaluation["residual_variance"]["kind"]["beyond"] < 0.9
     (folder / PREFIXES / "trajectories-0001-00003.safetensors").write_bytes(b"damaged")
     assert main(["train", "--trajectories", str(folder), "--out", str(tmp_path / "b.safetensors")]) == 1
@@ -326,22 +309,6 @@ def test_an_interrupted_tuning_goes_on_to_the_same_numbers(folder, trained, tmp_
     assert not list(out.with_suffix(".run").glob("*.pt"))
 
 
-def test_closed_loop_losses_are_one_without_a_sidenet(folder):
-    """They are relative to the solver's own line; the interval loss does not differentiate through the backbone."""
-    trajectories, about = open_trajectories([folder / "combined"])
-    backbone = open_backbone(BackboneChoice(backbone=BACKBONE))
-    rollout = Rollout(Replay(backbone, trajectories, about), get_rule("lobatto4"), [time_grid(5)], 8)
-    from ba_solver.bas_core import SideNet, SideNetConfig
-
-    config = SideNetConfig(in_channels=2, base_channels=8, embedding_dim=8, num_layers=1, num_classes=2, anchors=2)
-    blank = SideNet(config).zero_output()
-    for loss in (interval_loss, end_point_loss):
-        value = loss(blank, rollout, torch.Generator().manual_seed(0), Share())
-        assert value.item() == pytest.approx(1, abs=1e-3)
-        value.backward()
-        assert blank.output_conv.weight.grad.abs().sum() > 0
-
-
 def test_branches_and_guidance_ranges_train(folder, tmp_path):
     """In branch mode the SideNet sees the null class; over a range it is told the scale, and listens."""
     branch, card = run(folder / "per_branch", tmp_path / "b.safetensors", *QUICK, "--batch", "64", "--steps", "200")
@@ -432,15 +399,13 @@ def test_coordinate_search_finds_the_minimum():
     torch.testing.assert_close(found, target, atol=0.01, rtol=0)
 
 
-def test_bfloat16_trains_and_float16_needs_a_gpu(folder, tmp_path, capsys):
+def test_bfloat16_trains(folder, tmp_path, capsys):
     AcceleratorState._reset_state()
     _, card = run(
         folder / "combined", tmp_path / "b.safetensors", *QUICK, "--batch", "64", "--steps", "150", "--precision", "bf16"
     )
     AcceleratorState._reset_state()
     assert card.evaluation["residual_variance"]["kind"]["beyond"] < 0.95
-    run(folder / "combined", tmp_path / "c.safetensors", *SMALL, "--precision", "fp16", status=2)
-    assert "fp16 needs a GPU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -460,7 +425,7 @@ def test_bfloat16_trains_and_float16_needs_a_gpu(folder, tmp_path, capsys):
         (("--validation", "96"), "leaves none of the 96 recorded runs"),
         (("--base-channels", "12", "--num-heads", "8"), "base_channels must be a multiple of num_heads"),
         (("--batch", "0"), "--batch must be at least 1"),
-        (("--precision", "fp8"), "--precision must be one of fp32, bf16, fp16"),
+        (("--precision", "fp8"), "--precision must be one of fp32, bf16"),
         (("--start-from", "missing.safetensors"), "no file missing.safetensors"),
         (
             ("--nfe", "5", "--backbone", "python:training_problems:other_backbone"),

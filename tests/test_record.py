@@ -23,7 +23,7 @@ def arguments(out, **changes):
         "record_batch": 4,
         "points": 24,
         "guidance": 2.0,
-        "starts": 0,
+        "prefixes": 0,
         **changes,
     }
     flags = []

@@ -86,9 +86,9 @@ def test_it_agrees_in_float32_too():
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_input_matters(body):
+def test_every_input_matters(architecture):
     """Each of state, velocity, time, step and class changes the answer; so do slope, span and scale where taken."""
-    net = small_sidenet(anchors=2, cfg_input=True, architecture=body)
+    net = small_sidenet(anchors=2, cfg_input=True, architecture=architecture)
     x, v, t, h, y = inputs()
     given = {"x": x, "v": v, "t": t, "h": h, "cond": y, "scale": torch.full_like(t, 2.0), **second_anchor(x)}
     base = net(**given)
@@ -158,9 +158,9 @@ def test_zero_output_silences_the_network(anchors):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("size", [(4, 6), (5, 7), (3, 4), (1, 1)], ids=str)
 @pytest.mark.parametrize("patch", [2, 3, 4])
-def test_sizes_that_the_patch_does_not_divide_are_padded_at_the_far_edges(patch, size, body):
+def test_sizes_that_the_patch_does_not_divide_are_padded_at_the_far_edges(patch, size, architecture):
     """The answer is the top left part of the answer for the state with its last row and column repeated."""
-    net = small_sidenet(patch_size=patch, architecture=body)
+    net = small_sidenet(patch_size=patch, architecture=architecture)
     x, v, t, h, y = inputs(size=size)
     padding = (0, -size[1] % patch, 0, -size[0] % patch)
     whole = net(F.pad(x, padding, mode="replicate"), F.pad(v, padding, mode="replicate"), t, h, y)
@@ -179,8 +179,8 @@ def test_patches_are_channels_of_a_coarser_grid():
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("anchors", [1, 2])
-def test_videos_are_answered_frame_by_frame(anchors, body):
-    net = small_sidenet(anchors=anchors, patch_size=2, architecture=body)
+def test_videos_are_answered_frame_by_frame(anchors, architecture):
+    net = small_sidenet(anchors=anchors, patch_size=2, architecture=architecture)
     x, v, t, h, y = inputs(size=(3, 4, 5))
     second = second_anchor(x) if anchors == 2 else {}
     video = net(x, v, t, h, y, **second)
@@ -258,11 +258,11 @@ def test_a_token_network_can_be_trained_after_it_has_sampled():
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32, torch.float64])
-def test_the_answer_has_the_states_precision_whatever_the_weights(weights, body):
+def test_the_answer_has_the_states_precision_whatever_the_weights(weights, architecture):
     """And is the float64 answer to the precision of the weights."""
     x, v, t, h, y = inputs()
-    exact = small_sidenet(architecture=body)(x, v, t, h, y)
-    got = small_sidenet(architecture=body).to(weights)(x.float(), v.float(), t.float(), h.float(), y)
+    exact = small_sidenet(architecture=architecture)(x, v, t, h, y)
+    got = small_sidenet(architecture=architecture).to(weights)(x.float(), v.float(), t.float(), h.float(), y)
     assert got.dtype == torch.float32
     assert (got - exact).norm() < {torch.bfloat16: 0.05}.get(weights, 1e-5) * exact.norm()
 

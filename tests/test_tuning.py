@@ -5,7 +5,6 @@ import torch
 from ba_solver.bas_core import Schedule, Guidance, solve
 from ba_solver.bas_core.grids import time_grid
 from ba_solver.bas_core.guidance import Field
-from ba_solver.bas_core.schedule import row_length
 from ba_solver.bas_core.prediction import StraightLine
 from ba_solver.training.network.memory import passes_within, saved_bytes
 from ba_solver.training.recording.replay import recomputed
@@ -30,9 +29,9 @@ def check_run_is_the_samplers():
     run, field, x, sidenet = begun()
     with torch.no_grad():
         ours = run(field, x, sidenet, 1.0)
-        found = run.run().detached()
+        found = run.found()
         times = torch.tensor(found.times, dtype=torch.float64)
-        theirs = solve(field, sidenet, x, found.with_times(times))
+        theirs = solve(field, sidenet, x, found)
     torch.testing.assert_close(times, torch.tensor(GRID, dtype=torch.float64), atol=1e-6, rtol=0)
     assert found.conditional_only == 2 and len(found.coefficients) == 9
     torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
@@ -66,7 +65,9 @@ def hold_the_times(patch):
 
 
 def forget_the_half_calls(patch):
-    patch.setattr(TunedSchedule, "run", lambda self: Schedule(self.times(), list(self.coefficients)))
+    patch.setattr(
+        TunedSchedule, "found", lambda self: Schedule(self.times().tolist(), [row.tolist() for row in self.coefficients])
+    )
 
 
 @pytest.mark.parametrize("check", [check_run_is_the_samplers, check_gradients])
@@ -109,7 +110,7 @@ def test_gradients_are_those_of_the_whole_run_at_the_memory_of_its_states():
 
     kept, gradients = [], []
     for make in (field, lambda: recomputed(field())):
-        run = TunedSchedule(Schedule(times, [[0.01] * row_length(row) for row in range(11)]))
+        run = TunedSchedule(Schedule(times, [[0.01] * (1 + row // 2 + 2 * (row % 2)) for row in range(11)]))
         loss = lambda make=make, run=run: run(make(), x, StraightLine(), 1.0).square().sum()  # noqa: E731
         kept.append(saved_bytes(loss))
         loss().backward()

@@ -15,7 +15,7 @@ from ba_solver.training.recording.trajectories import open_trajectories
 from ba_solver.training.recording.replay import Replay
 from ba_solver.training.schedules.fitting import fit_coefficients
 from ba_solver.training.schedules.solvers import endpoint_errors
-from ba_solver.training.schedules.time_search import learn_times
+from ba_solver.training.schedules.surrogate_search import search_on_surrogate
 from ba_solver.training.schedules.tuning import tune, tuning_loop
 from training_problems import BACKBONE
 
@@ -77,28 +77,6 @@ def check_pairs(folder, trained, tmp_path):
     assert rollout_error(sidenet, folder) < 0.8 * rollout_error(None, folder)
 
 
-def in_the_loop(folder, tmp_path, *stage):
-    """End-point error of a SideNet that a stage with the real solver made, over that of no SideNet; and its card."""
-    options = ("--steps", "0", "--backbone", BACKBONE, *QUICK, "--nfe-range", "5", "5", *stage)
-    sidenet, card = run(folder, tmp_path / "looped.safetensors", *options, "--learning-rate", "1e-1")
-    return rollout_error(sidenet, folder) / rollout_error(None, folder), card
-
-
-def check_closed_loop(folder, trained, tmp_path):
-    """Interval by interval, from nothing."""
-    left, card = in_the_loop(folder, tmp_path, "--closed-loop", 100)
-    assert left < 0.85, left
-    # 100 steps of 5 calls for 16 runs, and one score on 4 draws of 16 runs.
-    assert card.training["backbone_calls"]["closed loop"] == 100 * 5 * 16 + 1 * 4 * 16 * 5
-
-
-def check_end_point(folder, trained, tmp_path):
-    """With gradients through whole runs, from a SideNet that has learned from pairs."""
-    begun = rollout_error(load_sidenet(trained)[0], folder) / rollout_error(None, folder)
-    left, _ = in_the_loop(folder, tmp_path, "--end-point", 60, "--start-from", trained)
-    assert left < 0.75 * begun, (begun, left)
-
-
 def parts_of(folder):
     """The recorded runs to fit on, and those that are held out."""
     trajectories, about = open_trajectories([folder])
@@ -109,7 +87,7 @@ def parts_of(folder):
 def check_fitted_weights(folder, trained, tmp_path):
     """Weights by least squares are most of what a run gains, of runs that they were not fitted on."""
     sidenet, parts = load_sidenet(trained)[0], parts_of(folder)
-    fitted = fit_coefficients(sidenet, parts[0], learn_times(sidenet, parts[0], [5], 8, rounds=0))[5]
+    fitted = fit_coefficients(sidenet, parts[0], search_on_surrogate(parts[0], [5], None))[5]
     errors = [rollout_error(sidenet, folder, each) for each in (fitted, replace(fitted, coefficients=()))]
     assert errors[0] < 0.4 * errors[1], errors
 
@@ -117,7 +95,7 @@ def check_fitted_weights(folder, trained, tmp_path):
 def check_tuning(folder, trained, tmp_path):
     """Gradients through whole runs find weights where there are none: from the published step on."""
     sidenet, parts = load_sidenet(trained)[0], parts_of(folder)
-    fitted = fit_coefficients(sidenet, parts[0], learn_times(sidenet, parts[0], [5], 8, rounds=0))[5]
+    fitted = fit_coefficients(sidenet, parts[0], search_on_surrogate(parts[0], [5], None))[5]
     begun = replace(fitted, coefficients=[[0.0] * len(row) for row in fitted.coefficients])
     loop = tuning_loop(LoopSettings(steps=60, batch=16, learning_rate=1e-3, seed=1))
     tuned = tune(sidenet, parts, begun, 5, loop, tmp_path)

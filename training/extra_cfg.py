@@ -28,7 +28,7 @@ RECORDED = ("trajectories", "points")
 def recording_for(settings: Any) -> Any:
     """The settings with what is recorded for one scale more."""
     few: dict[str, Any] = {name: min(getattr(settings, name), PRESETS[QUICK][name]) for name in RECORDED}
-    return dataclasses.replace(settings, starts=0, **few)
+    return dataclasses.replace(settings, prefixes=0, **few)
 
 
 def nfe_for_cfg(settings: Any) -> int:

@@ -55,7 +55,7 @@ def planned_nfe(settings: MakeSettings) -> int:
     made = sum(n + 1 for n in parse_nfe(settings.nfe))  # with half calls, one more than it costs
     validation = settings.validation_count(settings.trajectories)
     fitted = settings.trajectories - validation
-    calls = settings.trajectories * settings.points + settings.starts * settings.prefix_points
+    calls = settings.trajectories * settings.points + settings.prefixes * settings.prefix_points
     calls += CHECKED * (3 * settings.points + COMPARED_CALLS)
     calls += surrogate_search_nfe(fitted, parse_nfe(settings.nfe))
     calls += 3 * settings.tune * BATCH * made

@@ -14,8 +14,8 @@ S = TypeVar("S")
 # full: a network too, and schedules tuned by gradients.
 QUICK, FULL = "quick", "full"
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    QUICK: {"steps": 0, "trajectories": 19, "validation": 3, "points": 22, "starts": 0, "record_batch": 8, "tune": 0},
-    FULL: {"starts": 320, "tune": 480},
+    QUICK: {"steps": 0, "trajectories": 19, "validation": 3, "points": 22, "prefixes": 0, "record_batch": 8, "tune": 0},
+    FULL: {"prefixes": 320, "tune": 480},
 }
 # On so many trajectories the reference solver's exactness is measured: more would be a large part of quick.
 CHECKED = 1

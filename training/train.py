@@ -197,7 +197,7 @@ def card_of(job: Job, sidenet: SideNet, settings: Any, seconds: float, found: di
     runs = (len(job.trajectories) + len(job.validation)) // job.trajectories.branches
     recorded = {"trajectories": runs * job.about["points"]}
     if job.starts is not None:
-        recorded["starts"] = len(job.starts) // job.trajectories.branches * job.starts.times.shape[1]
+        recorded["prefixes"] = len(job.starts) // job.trajectories.branches * job.starts.times.shape[1]
     spent = dict(job.spent) if job.training.objective == "published" else {**recorded, **job.spent}
     low, high = job.about["guidance"]
     begun = job.training.start_from

@@ -189,7 +189,7 @@ def make(
 
 def plan_text(settings: MakeSettings, calls: int, backbone: ComfyBackbone) -> str:
     """What it will cost, before it starts."""
-    points = settings.trajectories * settings.points + settings.starts * settings.prefix_points
+    points = settings.trajectories * settings.points + settings.prefixes * settings.prefix_points
     size = shard_bytes(backbone.shape, points, 1, 2 if settings.storage == "float16" else 4)
     batch = shard_bytes(backbone.shape, settings.points, 1) * settings.record_batch
     return (

@@ -40,7 +40,7 @@ COMPARED_CALLS = 10
 MAY_HAVE_CHANGED = ("trajectories", "patch_size")
 # Shards of the starts lie in this folder of the trajectories'. They end where the first two intervals of few-step
 # grids do.
-PREFIXES = "starts"
+PREFIXES = "prefixes"
 PREFIXES_UNTIL = 0.69
 # Added to the seed, so that starts have other noises than the whole runs.
 PREFIX_SEEDS = 500_000
@@ -53,7 +53,7 @@ class Recording:
     Attributes:
         trajectories: how many sampling runs.
         points: points a trajectory, and as many backbone calls a trajectory.
-        starts: how many more runs to record from noise for a stretch only: what will become of a noise is decided
+        prefixes: how many more runs to record from noise for a stretch only: what will become of a noise is decided
             there, and takes many noises to learn.
         prefix_points: points of these.
         record_batch: trajectories recorded together, and in one shard.
@@ -64,7 +64,7 @@ class Recording:
 
     trajectories: int = 256
     points: int = 40
-    starts: int = 1024
+    prefixes: int = 1024
     prefix_points: int = 8
     record_batch: int = 32
     cfg_mode: str = "combined"
@@ -106,8 +106,8 @@ def stretches(recording: Recording, out: Path, backbone: Backbone) -> list[Stret
     """What a recording is made of: whole runs, and the starts of more."""
     until = time_shift(torch.tensor(PREFIXES_UNTIL), backbone.shift).item() * backbone.start
     whole = Stretch(out, recording.trajectories, recording.points, LAST_TIME)
-    starts = Stretch(out / PREFIXES, recording.starts, recording.prefix_points, until, PREFIX_SEEDS)
-    return [whole, starts] if recording.starts else [whole]
+    starts = Stretch(out / PREFIXES, recording.prefixes, recording.prefix_points, until, PREFIX_SEEDS)
+    return [whole, starts] if recording.prefixes else [whole]
 
 
 def describe(settings: BackboneChoice, recording: Recording, stretch: Stretch, backbone: Backbone) -> dict[str, Any]:
@@ -145,9 +145,9 @@ def check_recording(recording: Recording, backbone: Backbone) -> None:
         UsageError: saying which setting and why.
     """
     check_positive(recording, "trajectories", "record_batch")
-    if recording.starts < 0 or recording.prefix_points < 4:
+    if recording.prefixes < 0 or recording.prefix_points < 4:
         raise UsageError(
-            f"--prefixes must not be negative and --prefix-points at least 4; got {recording.starts} and "
+            f"--prefixes must not be negative and --prefix-points at least 4; got {recording.prefixes} and "
             f"{recording.prefix_points}."
         )
     if recording.points < 8:
@@ -235,9 +235,9 @@ def reference_error(
 def plan_text(recording: Recording, backbone: Backbone) -> str:
     """What a recording will cost, before it starts."""
     velocities = 2 if recording.cfg_mode == "per_branch" and backbone.null is not None else 1
-    points = recording.trajectories * recording.points + recording.starts * recording.prefix_points
+    points = recording.trajectories * recording.points + recording.prefixes * recording.prefix_points
     size = shard_bytes(backbone.shape, points, velocities, 2 if recording.storage == "float16" else 4)
-    starts = f", and the starts of {recording.starts} more" if recording.starts else ""
+    starts = f", and the starts of {recording.prefixes} more" if recording.prefixes else ""
     return (
         f"Recording {recording.trajectories} trajectories of {recording.points} points of {backbone.name}{starts}: "
         f"{points:,} "
