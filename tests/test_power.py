@@ -1,14 +1,13 @@
 """Damaged solvers must fail the checks that the other files make: a check that cannot fail shows nothing."""
 
-import copy
 import dataclasses
 
 import pytest
 import torch
-from ba_solver.bas_core import Guidance, editing, steps, time_grid
+from ba_solver.bas_core import Guidance, editing, prediction, solver, time_grid
 from ba_solver.training.baselines import BASELINES
-from ba_solver.training.network import closed_loop, loop, stages
-from ba_solver.training.runs import fitting, tuning
+from ba_solver.training.network import loop, stages
+from ba_solver.training.schedules import fitting, tuning
 from checks import (
     check_baseline_order,
     check_calls,
@@ -23,10 +22,8 @@ from checks import (
     check_matches_naive,
     check_oracle_order,
 )
-from problems import Oracle, small_sidenet
+from problems import FunctionSideNet, Oracle, small_sidenet
 from training_checks import (
-    check_closed_loop,
-    check_end_point,
     check_fitted_weights,
     check_pairs,
     check_tuning,
@@ -56,18 +53,6 @@ def adams_bashforth2_for_constant_steps(velocity, x, t0, t1, history):
     return x + (t1 - t0) * slope, (v,)
 
 
-def rf_solver_with_half_the_slope(velocity, x, t0, t1, history):
-    v, half = velocity(x, t0), (t1 - t0) / 2
-    slope = (velocity(x + half * v, t0 + half) - v) / (t1 - t0)
-    return x + (t1 - t0) * v + (t1 - t0) ** 2 / 2 * slope, history
-
-
-def fireflow_that_reuses_the_wrong_end(velocity, x, t0, t1, history):
-    guess = history[-1][1] if history else velocity(x, t0)
-    v = velocity(x + (t1 - t0) / 2 * guess, t0)
-    return x + (t1 - t0) * v, ((t0, v),)
-
-
 @pytest.mark.parametrize(
     ("name", "step"),
     [
@@ -75,8 +60,6 @@ def fireflow_that_reuses_the_wrong_end(velocity, x, t0, t1, history):
         ("heun", heun_with_lopsided_weights),
         ("adams_bashforth2", adams_bashforth2_for_constant_steps),
         ("midpoint", BASELINES["euler"].step),
-        ("rf_solver", rf_solver_with_half_the_slope),
-        ("fireflow", fireflow_that_reuses_the_wrong_end),
         ("adams_bashforth4", BASELINES["adams_bashforth3"].step),
         ("adams_pec", BASELINES["adams_bashforth3"].step),
     ],
@@ -91,85 +74,99 @@ def test_the_order_check_finds_a_damaged_baseline(name, step):
 
 def swap_first_two_velocities(patch):
     """The velocity at the anchor is taken for the one at the first inner node, and the other way round."""
-    intact = steps.integrate
+    intact = solver.integrate
 
-    def integrate(rule, velocities, x, t0, t1):
+    def integrate(rule, v, x, t, s):
         first, second = rule.nodes[:2]
-        return intact(rule, velocities | {first: velocities[second], second: velocities[first]}, x, t0, t1)
+        return intact(rule, v | {first: v[second], second: v[first]}, x, t, s)
 
-    patch.setattr(steps, "integrate", integrate)
+    patch.setattr(solver, "integrate", integrate)
+
+
+def with_queries(patch, change):
+    """`change` turns the queries of every phase into others."""
+    intact = solver.predict
+    patch.setattr(solver, "predict", lambda sidenet, queries, *rest: intact(sidenet, change(queries), *rest))
 
 
 def look_the_wrong_way_back(patch):
-    """Backward refinement with h of the wrong sign."""
-    intact = steps.predict
-
-    def predict(sidenet, queries, *rest):
-        turned = [q._replace(time=2 * q.near.t - q.time) if q.time > q.near.t else q for q in queries]
-        return intact(sidenet, turned, *rest)
-
-    patch.setattr(steps, "predict", predict)
+    """The corrector with h of the wrong sign."""
+    with_queries(
+        patch,
+        lambda queries: [q._replace(time=2 * q.near.t - q.time) if q.time > q.near.t else q for q in queries],
+    )
 
 
 def right_anchor_at_the_left_state(patch):
-    """The backbone is called at the end's time but at the start's state."""
-    intact = steps.probe
+    """The model is called at the end's time but at the start's state."""
+    intact = solver.bi_anchor_step
 
-    def probe(plan, left, previous, t1):
-        end, velocities = intact(plan, left, previous, t1)
-        return (left.x if float(t1) > 0 else end), velocities
+    class Left(solver.StepHook):
+        def adjust(self, state):
+            return state.x if state.accepted else state.x_start
 
-    patch.setattr(steps, "probe", probe)
+    def step(solver_, *rest):
+        return intact(dataclasses.replace(solver_, hook=Left()), *rest)
+
+    patch.setattr(solver, "bi_anchor_step", step)
 
 
-def refine_the_left_half(patch):
+def correct_the_left_half(patch):
     """The nodes nearer to the left anchor are predicted anew instead of those nearer to the right one."""
-    patch.setattr(steps.Plan, "seen_again", lambda plan: tuple(c for c in plan.rule.nodes if 0 < c < 0.5))
+    nodes = property(lambda self: tuple(c for c in self.rule.nodes if 0 < c < 0.5))
+    patch.setattr(solver.Solver, "corrected_nodes", nodes)
 
 
 def keep_the_forward_nodes(patch):
-    """No backward refinement at all."""
-    patch.setattr(steps.Plan, "seen_again", lambda self: ())
+    """No corrected nodes at all."""
+    patch.setattr(solver.Solver, "corrected_nodes", property(lambda self: ()))
 
 
-def accept_the_probe(patch):
+def accept_the_predictor(patch):
     """No second integration."""
-    intact = steps.refine
-    patch.setattr(steps, "refine", lambda plan, left, right, v: (right.x, intact(plan, left, right, v)[1]))
+    intact = solver.make_solver
+
+    class Predicted(solver.StepHook):
+        def adjust(self, state):
+            return state.x if state.predicted is None else state.predicted
+
+    patch.setattr(
+        solver, "make_solver", lambda *given, **named: dataclasses.replace(intact(*given, **named), hook=Predicted())
+    )
 
 
-def call_the_backbone_at_the_end(patch):
+def call_the_model_at_the_end(patch):
     """The last interval too gets a right anchor."""
-    intact = steps.probe
+    intact = solver.bi_anchor_step
 
-    def probe(plan, left, previous, t1):
-        end, velocities = intact(plan, left, previous, t1)
-        if float(t1) == 0:
-            plan.field(end, t1)
-        return end, velocities
+    def step(solver_, index, x, times, *rest):
+        result = intact(solver_, index, x, times, *rest)
+        if index == len(times) - 2:
+            solver_.field(result.x, times[-1])
+        return result
 
-    patch.setattr(steps, "probe", probe)
+    patch.setattr(solver, "bi_anchor_step", step)
 
 
 def forget_the_right_anchor(patch):
-    """v_end is not reused: each interval calls the backbone at its corrected start."""
-    intact = steps.probe
+    """v_end is not reused: each interval calls the model at its corrected start."""
+    intact = solver.bi_anchor_step
 
-    def probe(plan, left, previous, t1):
-        fresh = left if float(left.t) == 1 else left._replace(v=plan.field(left.x, left.t, len(left.v)))
-        return intact(plan, fresh, previous, t1)
+    def step(solver_, index, x, times, branches, left, previous):
+        fresh = left._replace(v=solver_.field(x, left.t, len(left.v))) if index else left
+        return intact(solver_, index, x, times, branches, fresh, previous)
 
-    patch.setattr(steps, "probe", probe)
+    patch.setattr(solver, "bi_anchor_step", step)
 
 
 def mix_the_batch(patch):
     """A little of the batch's mean gets into every sample."""
-    intact = steps.integrate
+    intact = solver.integrate
 
-    def integrate(rule, velocities, x, t0, t1):
-        return intact(rule, velocities, torch.lerp(x, x.mean(0, keepdim=True), 1e-6), t0, t1)
+    def integrate(rule, v, x, t, s):
+        return intact(rule, v, torch.lerp(x, x.mean(0, keepdim=True), 1e-6), t, s)
 
-    patch.setattr(steps, "integrate", integrate)
+    patch.setattr(solver, "integrate", integrate)
 
 
 def mix_the_conditions(patch):
@@ -178,65 +175,66 @@ def mix_the_conditions(patch):
     def conditions(field, branches, queries):
         return torch.stack(field.conditions[:branches], 1).flatten().repeat(queries)
 
-    patch.setattr(steps, "_conditions", conditions)
+    patch.setattr(prediction, "_conditions", conditions)
 
 
 def guide_by_the_anchors_time(patch):
-    """Every node of an interval is guided as its left anchor is."""
-    intact = steps.probe
+    """Every node is guided as the anchor is that it is predicted from."""
 
-    def probe(plan, left, previous, t1):
-        field = copy.copy(plan.field)
-        scale = field.guidance.scale if field.guidance.active(left.t) and len(left.v) > 1 else 1.0
-        field.guidance = Guidance(scale)
-        return intact(plan._replace(field=field), left, previous, t1)
+    def predict(self, queries):
+        near = queries[0].near
+        branches = 2 if self.field.guidance.active(near.t) and len(near.v) > 1 else 1
+        found = solver.predict(self.sidenet, queries, self.field, branches, self.chunk)
+        return [self.field.guidance.combine(v, near.t) for v in found]
 
-    patch.setattr(steps, "probe", probe)
+    patch.setattr(solver.Solver, "predict", predict)
+
+
+def with_sidenet(patch, change):
+    """`change(sidenet, chunk)` is called in the SideNet's place."""
+    intact = solver.predict
+
+    def predict(sidenet, queries, field, branches, chunk=None):
+        return intact(FunctionSideNet(change(sidenet, chunk), sidenet.anchors), queries, field, branches, chunk)
+
+    patch.setattr(solver, "predict", predict)
 
 
 def drop_the_remainder(patch):
     """What is left over after the last whole chunk is predicted as no change."""
-    intact = steps.predict
-
-    def predict(sidenet, queries, field, branches, chunk=None):
-        def partly(x, **inputs):
-            return torch.zeros_like(x) if chunk and len(x) < chunk else sidenet(x, **inputs)
-
-        return intact(partly, queries, field, branches, chunk)
-
-    patch.setattr(steps, "predict", predict)
+    with_sidenet(
+        patch,
+        lambda sidenet, chunk: lambda x, **inputs: (
+            torch.zeros_like(x) if chunk and len(x) < chunk else sidenet(x=x, **inputs)
+        ),
+    )
 
 
 def cut_only_the_states(patch):
     """Every chunk of the states meets the first chunk's steps."""
-    intact = steps.predict
 
-    def predict(sidenet, queries, field, branches, chunk=None):
+    def change(sidenet, chunk):
         first = {}
+        return lambda x, h, **inputs: sidenet(x=x, h=first.setdefault("h", h)[: len(x)], **inputs)
 
-        def partly(x, h, **inputs):
-            return sidenet(x, h=first.setdefault("h", h)[: len(x)], **inputs)
-
-        return intact(partly, queries, field, branches, chunk)
-
-    patch.setattr(steps, "predict", predict)
+    with_sidenet(patch, change)
 
 
 def skip_the_unconditional_branch(patch):
     """Calls outside the CFG interval never evaluate it, though nodes ahead may need it."""
     patch.setattr(
-        steps,
-        "branches_needed",
-        lambda plan, times: [2 if plan.field.guidance.active(t) else 1 for t in times[:-1]],
+        solver,
+        "branches_for_calls",
+        lambda solver_, times: [2 if solver_.field.guidance.active(t) else 1 for t in times[:-1]],
     )
-    intact = steps.predict
+    intact = solver.predict
 
     def predict(sidenet, queries, field, branches, chunk=None):
         whole = [q._replace(near=q.near._replace(v=q.near.v.expand(branches, *q.near.v.shape[1:]))
                             if len(q.near.v) < branches else q.near) for q in queries]  # fmt: skip
         return intact(sidenet, whole, field, branches, chunk)
 
-    patch.setattr(steps, "predict", predict)
+    patch.setattr(solver, "predict", predict)
 
 
 GUIDED = Guidance(2.0, (0.3, 0.75))
@@ -268,10 +266,10 @@ DAMAGES = [
     (swap_first_two_velocities, [order_check, paper_check]),
     (look_the_wrong_way_back, [order_check, paper_check]),
     (right_anchor_at_the_left_state, [order_check, paper_check]),
-    (refine_the_left_half, [paper_check]),
+    (correct_the_left_half, [paper_check]),
     (keep_the_forward_nodes, [paper_check]),
-    (accept_the_probe, [paper_check]),
-    (call_the_backbone_at_the_end, [calls_check]),
+    (accept_the_predictor, [paper_check]),
+    (call_the_model_at_the_end, [calls_check]),
     (forget_the_right_anchor, [calls_check, paper_check]),
     (mix_the_batch, [independence_check, paper_check]),
     (mix_the_conditions, [independence_check, paper_check]),
@@ -300,29 +298,25 @@ def test_a_damaged_solver_fails_the_check(damage, check, monkeypatch):
 
 
 def add_residuals_to_accepted_ends_only(patch):
-    """The right anchor of an edit is where the solver proposes it, without the path's residual."""
-    intact = editing.run_bi_anchor
-
-    def run(plan, x, grid, correct=steps.StepHook, callback=None):
-        return intact(plan, x, grid, lambda p: correct(p) if p.accepted else p.x, callback)
-
-    patch.setattr(editing, "run_bi_anchor", run)
+    """The right anchor of an edit is where the solver proposes it, without the trajectory's residual."""
+    intact = editing._EditHook.adjust
+    patch.setattr(editing._EditHook, "adjust", lambda self, p: intact(self, p) if p.accepted else p.x)
 
 
 def keep_the_wrong_states(patch):
-    """The path's states are those of the steps before."""
-    intact = editing._source_path
+    """The trajectory's states are those of the steps before."""
+    intact = editing._source_trajectory
 
-    def path(field, sidenet, grid, states, *rest):
+    def trajectory(field, sidenet, grid, states, *rest):
         return intact(field, sidenet, grid, [states[0], *states[:-2], states[-1]], *rest)
 
-    patch.setattr(editing, "_source_path", path)
+    patch.setattr(editing, "_source_trajectory", trajectory)
 
 
-def tell_the_velocities_in_the_wrong_order(patch):
-    intact = editing._source_path
+def keep_the_velocities_in_the_wrong_order(patch):
+    intact = editing._source_trajectory
     patch.setattr(
-        editing, "_source_path", lambda f, n, grid, states, vs, chunk: intact(f, n, grid, states, vs[::-1], chunk)
+        editing, "_source_trajectory", lambda f, n, grid, states, vs, chunk: intact(f, n, grid, states, vs[::-1], chunk)
     )
 
 
@@ -332,21 +326,21 @@ def swap_the_sides_of_the_mask(patch):
 
 
 def pull_at_all_times(patch):
-    patch.setattr(editing.Control, "pull", lambda self, t: self.eta)
+    patch.setattr(editing.Control, "eta_at", lambda self, t: self.eta)
 
 
 def never_fade(patch):
-    patch.setattr(editing.Control, "share", lambda self, left: torch.ones_like(left[:, :1]))
+    patch.setattr(editing.Control, "residual_weight", lambda self, left: torch.ones_like(left[:, :1]))
 
 
 def never_pull(patch):
-    patch.setattr(editing.Control, "pull", lambda self, t: 0.0)
+    patch.setattr(editing.Control, "eta_at", lambda self, t: 0.0)
 
 
 def stop_a_step_early(patch):
     """The path's noise is the state before the last step up."""
     intact = editing.run_bi_anchor
-    patch.setattr(editing, "run_bi_anchor", lambda plan, x, grid, *rest: intact(plan, x, grid[:-1], *rest))
+    patch.setattr(editing, "run_bi_anchor", lambda solver_, x, grid, *rest: intact(solver_, x, grid[:-1], *rest))
 
 
 def return_check():
@@ -366,7 +360,7 @@ EDITING_CHECKS = [return_check, mask_check, check_eta, check_fade, check_flowedi
 EDITING_DAMAGES = [
     (add_residuals_to_accepted_ends_only, [return_check]),
     (keep_the_wrong_states, [return_check]),
-    (tell_the_velocities_in_the_wrong_order, [return_check, check_flowedit_order]),
+    (keep_the_velocities_in_the_wrong_order, [return_check, check_flowedit_order]),
     (swap_the_sides_of_the_mask, [mask_check]),
     (pull_at_all_times, [check_eta]),
     (never_pull, [check_eta]),
@@ -425,26 +419,19 @@ def elsewhere(truth):
 
 def shuffle_the_targets(patch):
     """Everything that is trained or fitted is compared with the truth of something else."""
-    pairs, rolled, tuned, fitted = (
-        stages.relative_loss,
-        closed_loop.relative,
-        tuning.endpoint_errors,
-        fitting.least_squares,
-    )
+    pairs, tuned, fitted = stages.relative_loss, tuning.endpoint_errors, fitting.least_squares
     patch.setattr(
         stages, "relative_loss", lambda net, e, n: pairs(net, dataclasses.replace(e, target=elsewhere(e.target)), n)
     )
-    patch.setattr(closed_loop, "relative", lambda x, line, truth: rolled(x, line, elsewhere(truth)))
     patch.setattr(tuning, "endpoint_errors", lambda x, truth: tuned(x, elsewhere(truth)))
     patch.setattr(fitting, "least_squares", lambda columns, wanted: fitted(columns, elsewhere(wanted)))
 
 
-TRAINED_CHECKS = [check_pairs, check_closed_loop, check_end_point, check_tuning]
+TRAINED_CHECKS = [check_pairs, check_tuning]
 TRAINER_DAMAGES = [
     (forget_the_gradients, TRAINED_CHECKS),
     (climb, TRAINED_CHECKS),
-    # Not the closed loop: on this field, whose uncorrected states grow too large, whatever holds them back helps.
-    (shuffle_the_targets, [check_pairs, check_end_point, check_tuning, check_fitted_weights]),
+    (shuffle_the_targets, [check_pairs, check_tuning, check_fitted_weights]),
 ]
 
 
@@ -452,7 +439,7 @@ TRAINER_DAMAGES = [
 def recorded(tmp_path_factory):
     """A recording, and a SideNet that was trained on it before the trainer was damaged."""
     root = tmp_path_factory.mktemp("recorded")
-    record(root / "combined", "--guidance", "2", "--chains", "96")
+    record(root / "combined", "--guidance", "2", "--trajectories", "96")
     return root / "combined", train_on_pairs(root / "combined", root / "sidenet.safetensors")[0]
 
 

@@ -54,24 +54,24 @@ def test_a_stand_in_knows_what_it_was_shown(replay):
     """On the paths it is the model; where a run has been it answers as the model did, and beside that by the gain."""
     rows = torch.arange(12)
     subset = subsampled(replay.trajectories, rows, 0, kept=24)
-    assert torch.equal(subsampled.thin(replay.trajectories.states[rows, 0 * rows]), subsampled.truth(torch.tensor(1.0)))
+    assert torch.equal(subset.thin(replay.trajectories.states[rows, 0 * rows]), subset.truth(torch.tensor(1.0)))
     t = torch.tensor(0.5)
     away = 0.1 * torch.randn(12, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     x = replay.trajectories.at(rows, t) + away
     v = swirl(x, t.expand(12), LABELS.float())
-    seen = deviations_of(subsampled, [(0.5, subsampled.thin(x), subsampled.thin(v))])
-    field = Surrogate(subsampled, [seen]).field()
-    on_path, there = (field.velocity(subsampled.truth(t) + part * subsampled.thin(away), t) for part in (0, 1))
-    assert torch.allclose(on_path, velocity_at(subsampled.trajectories, 0.5), atol=1e-5)
-    asked = subsampled.thin(v) - on_path
+    seen = deviations_of(subset, [(0.5, subset.thin(x), subset.thin(v))])
+    field = Surrogate(subset, [seen]).field()
+    on_path, there = (field.velocity(subset.truth(t) + part * subset.thin(away), t) for part in (0, 1))
+    assert torch.allclose(on_path, velocity_at(subset.trajectories, 0.5), atol=1e-5)
+    asked = subset.thin(v) - on_path
     assert (there - on_path - asked).norm() < 0.15 * asked.norm()
     # What it has not seen goes by the gain.
     other = torch.randn(12, 24, 1, 1, generator=torch.Generator().manual_seed(1))
-    other -= (other * subsampled.thin(away)).sum(1, True) / subsampled.thin(away).square().sum(1, True) * subsampled.thin(away)
-    gain = Surrogate(subsampled, [seen]).gain(0.5)
-    moved = field.velocity(subsampled.truth(t) + other, t) - on_path
+    other -= (other * subset.thin(away)).sum(1, True) / subset.thin(away).square().sum(1, True) * subset.thin(away)
+    gain = Surrogate(subset, [seen]).gain(0.5)
+    moved = field.velocity(subset.truth(t) + other, t) - on_path
     assert torch.allclose(moved, gain * other, atol=1e-4) and gain < 0
-    assert Surrogate(subsampled).gain is usual_gain
+    assert Surrogate(subset).gain is usual_gain
 
 
 def test_whether_a_first_call_is_saved_is_decided_by_other_conditions():
@@ -123,16 +123,16 @@ def test_steps_that_shrink_too_fast_are_not_trusted():
 def test_probes_see_the_model_beside_the_paths(replay):
     rows = torch.arange(4)
     subset = subsampled(replay.trajectories, rows, 0)
-    (seen,), errors = probe(subsampled, replay, rows, {5: match_schedule(time_grid(5))}, None)
+    (seen,), errors = probe(subset, replay, rows, {5: match_schedule(time_grid(5))}, None)
     assert 0 < errors[5] < 1
     assert replay.spent["probes"] >= 4 * 5 and seen.times[0] == 1 and list(seen.times) == sorted(seen.times)[::-1]
     for t, away, change in list(zip(seen.times, seen.away, seen.change, strict=True))[2:]:
         if t > 2 * LAST_TIME:
-            x = subsampled.truth(torch.tensor(t)) + away[..., None, None]
-            whole = x[..., 0, 0][:, subsampled.index.argsort()].unflatten(1, (2, 4, 4))
+            x = subset.truth(torch.tensor(t)) + away[..., None, None]
+            whole = x[..., 0, 0][:, subset.index.argsort()].unflatten(1, (2, 4, 4))
             v = swirl(whole, torch.full((4,), t), LABELS[:4].float())
             assert torch.allclose(
-                subsampled.thin(v)[..., 0, 0] - velocity_at(subsampled.trajectories, t)[..., 0, 0], change, atol=1e-4
+                subset.thin(v)[..., 0, 0] - velocity_at(subset.trajectories, t)[..., 0, 0], change, atol=1e-4
             )
 
 
@@ -144,11 +144,11 @@ def test_efforts_change_what_was_left_as_it_is():
     quick = with_preset(usual, "quick")
     assert usual.tune == 480 and quick.tune == 0
     assert quick.steps == 0 and quick.points == 30 and quick.trajectories == PRESETS["quick"]["trajectories"]
-    assert with_preset(usual, "thorough").tune == 480 and with_preset(usual, "standard").steps == usual.steps
-    with pytest.raises(UsageError, match="one of quick, standard, thorough"):
+    assert with_preset(usual, "full").tune == 480 and with_preset(usual, "full").steps == usual.steps
+    with pytest.raises(UsageError, match="one of quick, full"):
         with_preset(usual, "hasty")
     planned = {e: planned_nfe(with_preset(dataclasses.replace(usual, preset=e, points=40), e)) for e in PRESETS}
-    assert planned["quick"] < 2_000 and planned["standard"] < 20_000 < planned["thorough"]
+    assert planned["quick"] < 2_000 and 20_000 < planned["full"]
 
 
 @pytest.fixture(scope="module")

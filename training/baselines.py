@@ -58,17 +58,6 @@ def rk4(velocity: Velocity, x: Tensor, t0: Tensor, t1: Tensor, history: History)
     return x + step / 6 * (a + 2 * b + 2 * c + d), history
 
 
-def fireflow(velocity: Velocity, x: Tensor, t0: Tensor, t1: Tensor, history: History) -> tuple[Tensor, History]:
-    """FireFlow's step (Deng et al. 2024, arXiv 2412.07517), order 2: the midpoint, found with the last step's velocity.
-
-    One call a step, and one more at the start.
-    """
-    half = (t1 - t0) / 2
-    guess = history[-1][1] if history else velocity(x, t0)
-    v, history = _evaluate(velocity, x + half * guess, t0 + half, history, 1)
-    return x + (t1 - t0) * v, history
-
-
 def adams_weights(times: list[float], t0: float, t1: float) -> list[float]:
     """Weights that integrate over [t0, t1] the polynomial through velocities at `times`."""
     # Powers of (t - t0) / (t1 - t0): well scaled whatever the step.
@@ -243,7 +232,6 @@ BASELINES: dict[str, Baseline] = {
         Baseline("euler", "Euler", 1, 1, euler),
         Baseline("heun", "Heun", 2, 2, heun),
         Baseline("midpoint", "midpoint", 2, 2, midpoint),
-        Baseline("fireflow", "FireFlow", 2, 1, fireflow, first_calls=1),
         Baseline("rk4", "RK4", 4, 4, rk4),
         Baseline("adams_bashforth2", "Adams-Bashforth 2", 2, 1, _adams_bashforth(2)),
         Baseline("adams_bashforth3", "Adams-Bashforth 3", 3, 1, _adams_bashforth(3)),
