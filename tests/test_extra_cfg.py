@@ -27,8 +27,8 @@ def made(tmp_path_factory):
 
 def runs_for(*scales):
     """A card whose runs are told apart by their second time."""
-    runs = {scale: {2: Schedule((1.0, scale / 10, 0.0))} for scale in scales}
-    return SideNetCard(cfg_range=(scales[0],) * 2, runs=runs.pop(scales[0]), more_runs=runs)
+    schedules = {scale: {2: Schedule((1.0, scale / 10, 0.0))} for scale in scales}
+    return SideNetCard(cfg_range=(scales[0],) * 2, schedules=schedules)
 
 
 @pytest.mark.parametrize(
@@ -50,8 +50,8 @@ def test_a_network_without_runs_serves_what_it_was_trained_for():
 def test_they_are_in_the_file(made, tmp_path):
     out, _ = made
     sidenet, card = load_sidenet(out)
-    assert set(card.more_runs) == {MORE} and card.describe_cfg() == "2 and 6"
-    assert card.more_runs[MORE][6].times != card.schedules_for(card.cfg)[6].times
+    assert set(card.schedules) == {2.0, MORE} and card.describe_cfg() == "2 and 6"
+    assert card.schedules[MORE][6].times != card.schedules_for(card.cfg)[6].times
     copied = tmp_path / "copy.safetensors"
     save_sidenet(copied, sidenet, card)
     assert load_sidenet(copied)[1] == card
@@ -98,8 +98,8 @@ def test_another_scale_is_added_to_a_file(made, tmp_path):
     copied.write_bytes(out.read_bytes())
     main([str(copied) if part == str(out) else part for part in command] + ["4", "--resume"])
     card = load_sidenet(copied)[1]
-    assert set(card.more_runs) == {MORE, 4.0}
-    assert card.more_runs[MORE] == load_sidenet(out)[1].more_runs[MORE]
+    assert set(card.schedules) == {2.0, MORE, 4.0}
+    assert card.schedules[MORE] == load_sidenet(out)[1].schedules[MORE]
 
 
 @pytest.mark.parametrize(

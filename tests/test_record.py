@@ -94,7 +94,7 @@ def test_states_between_points_are_of_fourth_order():
 
 
 def test_branch_mode_records_both_branches_on_the_guided_path(tmp_path):
-    trajectories, about = record(tmp_path / "branches", mode="per_branch", guidance_interval=(0.0, 0.7))
+    trajectories, about = record(tmp_path / "branches", cfg_mode="per_branch", guidance_interval=(0.0, 0.7))
     path, _ = record(tmp_path / "combined", guidance_interval=(0.0, 0.7))
     assert len(trajectories) == 20 and trajectories.branches == 2 and about["velocity"] == "per_branch"
     assert trajectories.labels.tolist()[:4] == [0, 2, 1, 2]
@@ -241,7 +241,7 @@ def test_shards_of_the_same_name_or_of_another_recording_are_refused(tmp_path):
         ({"backbone": "python:training_problems:broken_backbone"}, "NaN or infinity"),
         ({"points": 3}, "--points must be at least 8"),
         ({"trajectories": 0}, "--trajectories must be at least 1"),
-        ({"mode": "both"}, "--cfg-mode must be one of guided, branch"),
+        ({"cfg_mode": "both"}, "--cfg-mode must be one of per_branch, combined"),
         ({"storage": "int8"}, "--storage must be one of"),
         ({"dtype": "half"}, "--dtype must be one of"),
         ({"device": "abacus"}, "--device abacus cannot be used"),

@@ -62,20 +62,17 @@ ORDERS = {
     "bas_core": (
         ("flow", "guidance", "grids", "quadrature", "files"),
         ("sit", "sidenet"),
-        ("steps", "weighting"),
-        ("coefficients", "cfg_coefficients"),
-        ("runs",),
-        ("solver",),
-        ("checkpoint",),
-        ("baselines", "editing"),
+        ("prediction", "schedule"),
+        ("strength", "solver"),
+        ("checkpoint", "editing"),
     ),
     "training": (
-        ("backbones",),
+        ("baselines", "backbones"),
         ("recording",),
         ("network",),
-        ("runs",),
+        ("schedules",),
         ("measuring", "drawing"),
-        ("demo", "train", "efforts", "more_scales", "add_inversions", "make", "sample"),
+        ("demo", "train", "presets", "extra_cfg", "make", "sample"),
         ("cli",),
     ),
     "nodes": (
@@ -181,7 +178,7 @@ def test_what_makes_sidenets_in_comfyui_needs_no_more_than_comfyui_has():
     """From the zip's files alone, without the libraries of the command line."""
     blocked = ["accelerate", "tyro", "tomli", "matplotlib", "tensorboard", "diffusers", "torchdiffeq", "scipy"]
     code = """
-import ba_solver.training.make, ba_solver.training.efforts
+import ba_solver.training.make, ba_solver.training.presets
 print(sorted(name for name in sys.modules if name.startswith("ba_solver.training")))
 """
     done = run_without(blocked, code)

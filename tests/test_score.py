@@ -115,7 +115,7 @@ def test_measured_errors_are_the_distances_to_the_exact_end(made):
     backbone = open_backbone(choice)
     parts = []
     for batch in range(2):
-        generator = torch.Generator().manual_seed(score.REPORT_SEED + 1000 + batch)
+        generator = torch.Generator().manual_seed(evaluate.REPORT_SEED + 1000 + batch)
         noise, labels = torch.randn((6, *SHAPE), generator=generator), torch.arange(6) % 2
         field = backbone.field(labels, 2.0)
         end = run_baseline("rk4", field, noise, torch.linspace(1, 0.0, 300))

@@ -203,7 +203,8 @@ def test_the_first_velocity_leads_to_the_mean_in_any_size_and_every_frame():
     torch.testing.assert_close(sidenet.analytic_velocity(x[:, :, 1], t), video[:, :, 1])
     with pytest.raises(ValueError, match="Use a SideNet made for this model"):
         sidenet.analytic_velocity(noise(1, 3, 6, 9), t)
-    assert small_sidenet().analytic_velocity(x, t) is None
+    with pytest.raises(ValueError, match="keeps no data mean"):
+        small_sidenet().analytic_velocity(x, t)
 
 
 def test_a_network_without_classes_has_no_class_table_and_ignores_what_it_is_given():
@@ -284,7 +285,7 @@ def test_the_answer_has_the_states_precision_whatever_the_weights(weights, archi
         ({"anchors": 0}, "anchors must be 1 or 2; got 0"),
         ({"kernel_size": 2}, "kernel_size must be odd and positive; got 2"),
         ({"kernel_size": -1}, "kernel_size must be"),
-        ({"architecture": "mlp"}, "body must be one of convolution, tokens; got 'mlp'"),
+        ({"architecture": "mlp"}, "architecture must be one of conv, transformer; got 'mlp'"),
         ({"architecture": "transformer", "base_channels": 6, "num_heads": 2}, "base_channels must be a multiple of 4; got 6"),
         ({"base_channels": 10, "num_heads": 4}, "base_channels must be a multiple of num_heads 4; got 10"),
     ],

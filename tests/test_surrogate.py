@@ -33,7 +33,7 @@ LABELS = torch.arange(12) % 2
 def replay():
     """Recorded runs of the swirl, and the swirl."""
     trajectories = trajectories_of(swirl, LABELS, 40)
-    about = {"guidance": [1.0, 1.0], "guidance_interval": [0.0, 1.0], "velocity": "combined"}
+    about = {"guidance": [1.0, 1.0], "guidance_interval": [0.0, 1.0], "cfg_mode": "combined"}
     return Replay(swirl_backbone(None, None), trajectories, about, Counter())
 
 
@@ -85,7 +85,7 @@ def test_whether_a_first_call_is_saved_is_decided_by_other_conditions():
 
 def test_a_first_call_is_saved_where_the_mean_says_it_all():
     backbone = two_points_backbone(None, None)
-    about = {"guidance": [1.0, 1.0], "guidance_interval": [0.0, 1.0], "velocity": "combined"}
+    about = {"guidance": [1.0, 1.0], "guidance_interval": [0.0, 1.0], "cfg_mode": "combined"}
     trajectories = trajectories_of(lambda x, t, y: backbone.velocity(x, t, y, 1.0), LABELS, 48)
     known = Replay(backbone, trajectories, about, Counter())
     runs = search_on_surrogate(known, [2], GAUSSIAN_MEAN)
@@ -100,14 +100,14 @@ def test_the_better_way_is_taken_and_of_what_was_looked_at_the_best(capsys, monk
         looked_at.append((runs, errors))
         return seen, errors
 
-    monkeypatch.setattr(on_paths, "probe", noted)
-    about = {"guidance": [1.0, 1.0], "guidance_interval": [0.0, 1.0], "velocity": "combined"}
+    monkeypatch.setattr(surrogate_search, "probe", noted)
+    about = {"guidance": [1.0, 1.0], "guidance_interval": [0.0, 1.0], "cfg_mode": "combined"}
     replay = Replay(swirl_backbone(None, None), trajectories_of(swirl, LABELS, 24), about, Counter())
     found = search_on_surrogate(replay, [3, 4], torch.zeros(2, 4, 4))
     # In each search, what it comes to with the first call saved and without is said, and the better is taken.
     said = re.findall(r"(\d) calls: about (\S+) with the first call saved, (\S+) with it made", capsys.readouterr().out)
     searched = [runs[calls] for runs, _ in looked_at for calls in (3, 4)]
-    assert len(said) == len(searched) == 2 * on_paths.PROBES
+    assert len(said) == len(searched) == 2 * surrogate_search.PROBES
     for (calls, saved, made), run in zip(said, searched, strict=True):
         assert run.analytic_first_step <= (float(saved) <= float(made)) and run.calls == int(calls)
     # Of all searches, those times that ended nearest on the model.
@@ -179,11 +179,10 @@ def test_paths_are_searched_for_the_guided_velocity_alone(quick, tmp_path):
     trajectories = tmp_path / "trajectories"
     record = ["record", "--backbone", BACKBONE, "--guidance", "2", "--cfg-mode", "per_branch", "--trajectories", "4", "--prefixes", "0"]
     assert main([*record, "--out", str(trajectories)]) == 0
-    assert open_trajectories((trajectories,))[1]["velocity"] == "per_branch"
+    assert open_trajectories((trajectories,))[1]["cfg_mode"] == "per_branch"
     train = ["train", "--trajectories", str(trajectories), "--backbone", BACKBONE, "--out", str(tmp_path / "x.safetensors")]
     settings = TrainSettings(
-        trajectories=(trajectories,), backbone=BACKBONE, out=tmp_path / "x.safetensors", nfe="5", grid_search="paths"
+        trajectories=(trajectories,), backbone=BACKBONE, out=tmp_path / "x.safetensors", nfe="5"
     )
-    with pytest.raises(CheckpointError, match="record with --cfg-mode guided"):
+    with pytest.raises(UsageError, match="record with --cfg-mode combined"):
         run_train(settings)
-    assert main([*train, "--grid-search", "dice"]) == 2

@@ -117,7 +117,7 @@ def test_starts_answer_what_they_reach_and_chains_the_rest():
 def test_where_a_run_saves_its_first_call_the_anchor_there_is_the_mean():
     """Only at t = 1, only in runs toward the data that begin with a short step, and as often as asked."""
     trajectories, mean = record(count=12), torch.randn(SHAPE, generator=generator(3))
-    ranges = QueryRange(calls=(8, 15), shift=(3.0, 4.0), analytic_first_step=0.5)
+    ranges = QueryRange(calls=(8, 15), shift=(3.0, 4.0), analytic_share=0.5)
     wanted, _, skipped = draw_queries(RULE, 2, 2000, ranges, generator(1))
     at_noise = (wanted[:, 0] == 1) & (wanted[:, 2] < 1) & (wanted[:, 1] == 1)
     assert 0.3 < skipped[at_noise].float().mean() < 0.5

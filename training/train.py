@@ -301,10 +301,10 @@ def train_from(
     if training.objective == "published" and about["cfg_mode"] == "combined" and about["guidance"] != [1.0, 1.0]:
         raise CheckpointError(
             "The published objective trains on each branch of guidance, and is validated on trajectories of them: "
-            "record with --cfg-mode branch."
+            "record with --cfg-mode per_branch."
         )
     if training.nfe and about["cfg_mode"] != "combined":
-        raise UsageError("Schedules need trajectories of the guided velocity: record with --cfg-mode guided.")
+        raise UsageError("Schedules need trajectories of the guided velocity: record with --cfg-mode combined.")
     parts = split_validation(recorded, training)
     job = Job(training, *parts, about, check_device(choice.device), folder, backbone, starts)
     with account(folder / "spent.json", job.spent) as seconds:

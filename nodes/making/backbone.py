@@ -175,16 +175,14 @@ def open_model(
     guider = Prompts(model, alone, negative, cfg)
     sampling = model.get_model_object("model_sampling")
     path = path_of(sampling)
+    weights = identity_of(model)
     highest = torch.as_tensor(float(sampling.sigma_max), dtype=torch.float64)
     labels, sit = class_labels(alone), _sit_config(model)
     known = sit.num_classes if sit else 0
     told = labels is not None and labels == list(range(known))
     on: list[Sampling] = []
-    weights = identity_of(model)
 
     def within(work: Callable[[], Any], gradients: bool = False) -> Any:
-        if gradients:
-            raise RuntimeError("Gradients through the model are for the command line.")
         if on:
             return work()
         working = Working(on.append, work)
