@@ -208,7 +208,7 @@ def test_the_mean_of_the_data_is_kept_where_the_first_velocity_leads_there(folde
 
 def test_the_card_says_how_it_was_made(folder, trained):
     out, _, card = trained
-    assert card.velocity == "combined" and card.cfg_range == (2.0, 2.0)
+    assert card.cfg_mode == "combined" and card.cfg_range == (2.0, 2.0)
     assert card.backbone == {"name": "swirl", "kind": "python", "fingerprint": "swirl-1"}
     training = card.training
     assert training["backbone_calls"] == {"trajectories": 96 * 40} and training["recorded_runs"] == 96
@@ -229,7 +229,7 @@ def test_learned_runs_spend_what_they_say_and_lower_the_error(folder, trained, t
     assert card.schedules_for(card.cfg)[5].conditional_only == 2
     weighted = rollout_error(learned, folder / "combined", card.schedules_for(card.cfg)[5])
     assert weighted < 0.4 * rollout_error(sidenet, folder / "combined")
-    assert card.training["backbone_calls"]["step weights"] == 6 * FITTED_TRAJECTORIES
+    assert card.training["backbone_calls"]["coefficients"] == 6 * FITTED_TRAJECTORIES
 
 
 def test_tuning_is_counted_and_the_past_is_kept(folder, trained, tmp_path):
@@ -312,7 +312,7 @@ def test_an_interrupted_tuning_goes_on_to_the_same_numbers(folder, trained, tmp_
 def test_branches_and_guidance_ranges_train(folder, tmp_path):
     """In branch mode the SideNet sees the null class; over a range it is told the scale, and listens."""
     branch, card = run(folder / "per_branch", tmp_path / "b.safetensors", *QUICK, "--batch", "64", "--steps", "200")
-    assert card.velocity == "per_branch" and card.training["recorded_runs"] == 48
+    assert card.cfg_mode == "per_branch" and card.training["recorded_runs"] == 48
     assert rollout_error(branch, folder / "per_branch") < 0.9 * rollout_error(None, folder / "per_branch")
     ranged, card = run(folder / "range", tmp_path / "r.safetensors", *QUICK, "--batch", "64", "--steps", "200")
     assert card.cfg_range == (1.5, 3.0) and ranged.config.cfg_input
@@ -425,7 +425,7 @@ def test_bfloat16_trains(folder, tmp_path, capsys):
         (("--validation", "96"), "leaves none of the 96 recorded runs"),
         (("--base-channels", "12", "--num-heads", "8"), "base_channels must be a multiple of num_heads"),
         (("--batch", "0"), "--batch must be at least 1"),
-        (("--precision", "fp8"), "--precision must be one of fp32, bf16"),
+        (("--precision", "fp8"), "--precision must be fp32 or bf16"),
         (("--start-from", "missing.safetensors"), "no file missing.safetensors"),
         (
             ("--nfe", "5", "--backbone", "python:training_problems:other_backbone"),

@@ -96,7 +96,7 @@ def test_states_between_points_are_of_fourth_order():
 def test_branch_mode_records_both_branches_on_the_guided_path(tmp_path):
     trajectories, about = record(tmp_path / "branches", cfg_mode="per_branch", guidance_interval=(0.0, 0.7))
     path, _ = record(tmp_path / "combined", guidance_interval=(0.0, 0.7))
-    assert len(trajectories) == 20 and trajectories.branches == 2 and about["velocity"] == "per_branch"
+    assert len(trajectories) == 20 and trajectories.branches == 2 and about["cfg_mode"] == "per_branch"
     assert trajectories.labels.tolist()[:4] == [0, 2, 1, 2]
     rows = torch.arange(20)
     for point in (0, 7, 23):
@@ -257,7 +257,7 @@ def test_bad_settings_are_refused_in_words(changes, message, tmp_path, capsys):
 
 def test_settings_come_from_a_file_and_flags_win(tmp_path, capsys):
     config = tmp_path / "record.toml"
-    config.write_text(f'backbone = "{BACKBONE}"\nchains = 4\npoints = 8\nrecord_batch = 4\nguidance = [2.0]\n')
+    config.write_text(f'backbone = "{BACKBONE}"\ntrajectories = 4\npoints = 8\nrecord_batch = 4\nguidance = [2.0]\n')
     assert main(["record", "--config", str(config), "--trajectories", "8", "--out", str(tmp_path / "out")]) == 0
     assert len(open_trajectories([tmp_path / "out"])[0]) == 8
     config.write_text('backbone = "x"\nchian = 4\n')

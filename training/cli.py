@@ -48,7 +48,7 @@ COMMANDS = {
     ),
     "evaluate": Command(
         "measure a SideNet beside other solvers",
-        "measuring.score",
+        "measuring.evaluate",
         "EvaluateSettings",
         "run_evaluate",
         "--noise-batch",
