@@ -7,8 +7,8 @@ import torch
 from ba_solver.bas_core import (
     Control,
     Field,
-    Schedule,
     Guidance,
+    Schedule,
     SideNetCard,
     edit,
     get_rule,

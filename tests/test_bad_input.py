@@ -5,9 +5,20 @@ import re
 import pytest
 import torch
 from ba_solver.bas_core import RULES, Field, Guidance, NonFiniteError, model_field, solve, time_grid, time_shift
-from ba_solver.training.baselines import BASELINES, get_baseline, run_baseline
 from ba_solver.bas_core.solver import METHODS
-from problems import FunctionSideNet, Oracle, class_velocity, exact_field, labels, noise, small_sidenet, smooth_grid, state, velocity
+from ba_solver.training.baselines import BASELINES, get_baseline, run_baseline
+from problems import (
+    FunctionSideNet,
+    Oracle,
+    class_velocity,
+    exact_field,
+    labels,
+    noise,
+    small_sidenet,
+    smooth_grid,
+    state,
+    velocity,
+)
 
 NAN, INF = float("nan"), float("inf")
 RUNS = [

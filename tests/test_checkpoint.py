@@ -78,7 +78,13 @@ def test_the_metadata_are_what_the_design_says(tmp_path):
     assert metadata["format"] == "ba-solver-sidenet" and metadata["format_version"] == "4"
     assert metadata["latent_channels"] == "2" and metadata["cfg_mode"] == "combined"
     assert json.loads(metadata["config"])["base_channels"] == 8
-    run = {"times": [1.0, 0.0], "coefficients": [], "cfg_coefficients": [], "analytic_first_step": False, "rule": "lobatto4"}
+    run = {
+        "times": [1.0, 0.0],
+        "coefficients": [],
+        "cfg_coefficients": [],
+        "analytic_first_step": False,
+        "rule": "lobatto4",
+    }
     assert json.loads(metadata["schedules"])["2.0"]["1"] == run
     assert json.loads(metadata["backbone"])["fingerprint"] == "0123abcd" and metadata["license"] == "MIT"
 
@@ -264,7 +270,10 @@ def test_a_missing_file_is_named(tmp_path, load, name):
         ({"schedules": '{"2": {"1": {"times": [1, 0], "colour": 3}}}'}, "do not describe a SideNet"),
         ({"schedules": '{"2": {"1": {"times": [1, 1]}}}'}, "do not describe a SideNet.*strictly descend"),
         ({"schedules": '{"2": {"2": {"times": [1, 0]}}}'}, "listed under 2 model calls takes 1"),
-        ({"schedules": '{"2": {"1": {"times": [0.9, 0.5, 0], "analytic_first_step": true}}}'}, "starts from pure noise"),
+        (
+            {"schedules": '{"2": {"1": {"times": [0.9, 0.5, 0], "analytic_first_step": true}}}'},
+            "starts from pure noise",
+        ),
         ({"schedules": None}, "lacks 'schedules'"),
         ({"schedules": '{"4": []}'}, "do not describe a SideNet"),
         ({"schedules": '{"four": {}}'}, "do not describe a SideNet"),

@@ -14,7 +14,6 @@ import comfy.sample
 import comfy.samplers
 import comfy_models as models
 import folder_paths
-from ba_solver.training.baselines import run_baseline
 from ba_solver.bas_core import Guidance, load_sidenet, load_sit, model_field, solve, time_grid
 from ba_solver.nodes.compare_nodes import CompareSolvers, PromptLines, csv_path
 from ba_solver.nodes.comparing.compare import compare, jobs_for
@@ -22,6 +21,7 @@ from ba_solver.nodes.folders import DEMO, SIDENETS, SITS
 from ba_solver.nodes.sampling.guider import guider_for
 from ba_solver.nodes.sidenet_nodes import ApplySideNet, LoadSideNet
 from ba_solver.nodes.sit_nodes import ClassLabel, LoadSiT
+from ba_solver.training.baselines import run_baseline
 
 pytestmark = pytest.mark.comfyui
 
@@ -77,7 +77,9 @@ def test_errors_are_those_of_the_core_and_of_stock_sampling(demo):
     def distance(x):
         return float((x - found.reference).square().mean().sqrt())
 
-    assert errors["BA-Solver"] == pytest.approx(distance(solve(field, net, noise, card.schedules_for(card.cfg)[5])), rel=1e-3)
+    assert errors["BA-Solver"] == pytest.approx(
+        distance(solve(field, net, noise, card.schedules_for(card.cfg)[5])), rel=1e-3
+    )
     assert errors["euler"] == pytest.approx(distance(run_baseline("euler", field, noise, time_grid(5))), rel=0.02)
     assert errors["BA-Solver"] < 0.6 * errors["euler"]
 

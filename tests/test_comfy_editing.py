@@ -347,7 +347,12 @@ def test_guidance_that_makes_the_inversion_diverge_is_said(demo):
 def test_guidance_is_doubted_where_it_matters(demo, caplog):
     """The demo's SideNet was made for CFG 2; a way to noise at CFG 1, which every edit takes, is no doubt."""
     image, source, target = shapes(1).images, label(demo, 0), label(demo, 4)
-    cases = (({}, []), ({"guidance": 5.0}, ["at 5"]), ({"source_guidance": 1.5}, []), ({"source_guidance": 0.5}, ["at 0.5"] * 2))
+    cases = (
+        ({}, []),
+        ({"guidance": 5.0}, ["at 5"]),
+        ({"source_guidance": 1.5}, []),
+        ({"source_guidance": 0.5}, ["at 0.5"] * 2),
+    )
     for given, said in cases:
         caplog.clear()
         edited(demo, image, source[0], target[0], target[1], **given)

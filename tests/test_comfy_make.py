@@ -25,9 +25,9 @@ from ba_solver.nodes.models.identity import identity_of
 from ba_solver.nodes.models.labels import conditioning_of
 from ba_solver.nodes.sidenet_nodes import ApplySideNet, LoadSideNet
 from ba_solver.nodes.sit_nodes import ClassLabel, LoadSiT
-from ba_solver.training.presets import PRESETS
 from ba_solver.training.make import MakeSettings, run_make
 from ba_solver.training.network import stages
+from ba_solver.training.presets import PRESETS
 from ba_solver.training.recording import record as recording
 from ba_solver.training.recording.trajectories import open_trajectories
 from ba_solver.training.schedules import solvers, surrogate_search
@@ -157,7 +157,10 @@ def test_a_cfg_that_was_forgotten_is_added_by_the_same_name(demo):
         made_on_demo(demo, runs=7)
     assert 6.0 not in first.card.schedules
     more = made_on_demo(demo, more_cfg="6")[0]
-    assert more.card.schedules_for(more.card.cfg) == first.card.schedules_for(first.card.cfg) and 6.0 in more.card.schedules
+    assert (
+        more.card.schedules_for(more.card.cfg) == first.card.schedules_for(first.card.cfg)
+        and 6.0 in more.card.schedules
+    )
     with pytest.raises(ValueError, match="more_cfg must be numbers"):
         made_on_demo(demo, more_cfg="six")
 

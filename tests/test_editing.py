@@ -239,7 +239,10 @@ def test_nan_is_named():
         (lambda: invert(exact_field(), None, state(), torch.tensor([1.0, 0.5])), "must descend to 0"),
         (lambda: invert(exact_field(), None, state(), time_grid(1)), "at least 2 intervals"),
         (lambda: invert(exact_field(), None, state(), time_grid(3), state()[:1]), "noise must have the image's shape"),
-        (lambda: straight_trajectory(exact_field(), None, state(), state()[:1], time_grid(3)), "noise must have the image's"),
+        (
+            lambda: straight_trajectory(exact_field(), None, state(), state()[:1], time_grid(3)),
+            "noise must have the image's",
+        ),
         (lambda: invert(exact_field(), None, state() * float("nan"), time_grid(3)), "x must be finite"),
         (lambda: editing_grid(time_grid(3), 1.0), "start must lie between 0 and the grid's first time 1"),
         (lambda: editing_grid(time_grid(3), 0.0), "start must lie between 0"),

@@ -9,19 +9,16 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from ba_solver.bas_core import get_rule, load_sidenet, model_field, save_sidenet, solve, time_grid
+from ba_solver.bas_core import load_sidenet, model_field, save_sidenet, solve
 from ba_solver.bas_core.files import read_pickled_tensors, read_safetensors, write_safetensors
 from ba_solver.training import train as training
-from ba_solver.training.backbones import BackboneChoice, open_backbone
 from ba_solver.training.cli import main
 from ba_solver.training.network import published, stages
+from ba_solver.training.network.loop import Share
 from ba_solver.training.network.new_sidenet import new_sidenet
-from ba_solver.training.network.loop import LoopSettings, Share, train
 from ba_solver.training.network.options import Training
 from ba_solver.training.network.published import load_latents, published_loss, signed_steps
-from ba_solver.training.recording.trajectories import open_trajectories
 from ba_solver.training.recording.record import PREFIXES
-from ba_solver.training.recording.replay import Replay
 from ba_solver.training.schedules import tuning
 from ba_solver.training.schedules.fitting import FITTED_TRAJECTORIES
 from ba_solver.training.schedules.time_search import coordinate_search
@@ -117,9 +114,16 @@ def test_two_processes_equal_one(folder, tmp_path):
     So do they where they tune.
     """
     options = [*QUICK, "--steps", "12", "--save-every", "6", "--warmup", "2"]
-    options += ["--backbone", BACKBONE, "--nfe", "4", "--grid-runs", "4", "--tune", "40"]
+    options += ["--backbone", BACKBONE, "--nfe", "4", "--tune", "40"]
     card = run(folder / "combined", tmp_path / "one.safetensors", *options)[1]
-    command = ["train", "--trajectories", str(folder / "combined"), "--out", str(tmp_path / "two.safetensors"), *options]
+    command = [
+        "train",
+        "--trajectories",
+        str(folder / "combined"),
+        "--out",
+        str(tmp_path / "two.safetensors"),
+        *options,
+    ]
     said = in_two_processes(command, tmp_path)
     one, two = tensors(tmp_path / "one.safetensors"), tensors(tmp_path / "two.safetensors")
     start = tensors_of_untrained(folder, tmp_path)
@@ -133,7 +137,9 @@ def test_two_processes_equal_one(folder, tmp_path):
     # By where the runs lead, for weights of terms that are nearly alike may differ and say the same.
     labels, noise = torch.arange(8) % 2, torch.randn(8, *SHAPE, generator=torch.Generator().manual_seed(5))
     with torch.inference_mode():
-        ends = [solve(model_field(swirl, labels), sidenet, noise, each.runs[4]) for each in (card, again)]
+        ends = [
+            solve(model_field(swirl, labels), sidenet, noise, each.schedules_for(each.cfg)[4]) for each in (card, again)
+        ]
     torch.testing.assert_close(ends[1], ends[0], rtol=0, atol=0.02)
 
 
@@ -177,7 +183,10 @@ def test_the_default_body_and_optimizer_learn_with_starts_at_hand(tmp_path):
     assert len(list((folder / PREFIXES).glob("*.safetensors"))) == 6
     quick = ("--warmup", "10", "--learning-rate", "2e-2", "--ema", "0.9", "--batch", "64", "--steps", "150")
     sidenet, card = run(folder, tmp_path / "a.safetensors", *TOKENS, *quick)
-    assert sidenet.config.architecture == "transformer" and card.training["backbone_calls"] == {"trajectories": 64 * 40, "prefixes": 96 * 10}
+    assert sidenet.config.architecture == "transformer" and card.training["backbone_calls"] == {
+        "trajectories": 64 * 40,
+        "prefixes": 96 * 10,
+    }
     assert card.evaluation["residual_variance"]["kind"]["beyond"] < 0.9
     (folder / PREFIXES / "trajectories-0001-00003.safetensors").write_bytes(b"damaged")
     assert main(["train", "--trajectories", str(folder), "--out", str(tmp_path / "b.safetensors")]) == 1
@@ -196,7 +205,7 @@ def test_the_mean_of_the_data_is_kept_where_the_first_velocity_leads_there(folde
     """Then learned grids have one step more; elsewhere it is said that the first call is not saved."""
     backbone = "python:training_problems:gaussian_backbone"
     record(tmp_path / "trajectories", "--trajectories", "24", "--backbone", backbone)
-    options = (*TOKENS, "--steps", "3", "--batch", "8", "--nfe", "5", "--grid-runs", "4", "--mean-size", "4")
+    options = (*TOKENS, "--steps", "3", "--batch", "8", "--nfe", "5", "--data-mean-size", "4")
     sidenet, card = run(tmp_path / "trajectories", tmp_path / "a.safetensors", *options, "--backbone", backbone)
     torch.testing.assert_close(sidenet.data_mean, GAUSSIAN_MEAN, atol=1e-5, rtol=0)
     run5 = card.schedules_for(card.cfg)[5]
@@ -234,7 +243,7 @@ def test_learned_runs_spend_what_they_say_and_lower_the_error(folder, trained, t
 
 def test_tuning_is_counted_and_the_past_is_kept(folder, trained, tmp_path):
     out, sidenet, _ = trained
-    options = ("--steps", "0", "--start-from", out, "--backbone", BACKBONE, "--nfe", "4", "--grid-runs", "4")
+    options = ("--steps", "0", "--start-from", out, "--backbone", BACKBONE, "--nfe", "4")
     card = run(folder / "combined", tmp_path / "t.safetensors", *options, *QUICK, "--tune", "2")[1]
     # Two steps on two runs, two reports and two scores at the end on the twelve that were held out.
     assert card.training["backbone_calls"]["tuning"] == 4 * (2 * 2 + 4 * 12)
@@ -247,18 +256,16 @@ def test_tuning_is_counted_and_the_past_is_kept(folder, trained, tmp_path):
 def test_tuning_that_does_not_help_is_undone(folder, trained, tmp_path, monkeypatch, capsys):
     """With too high a learning rate the run gets worse; what is written is what least squares found."""
     options = ("--steps", "0", "--start-from", trained[0], "--backbone", BACKBONE, "--nfe", "5", *QUICK)
-    monkeypatch.setattr(training, "ROUNDS", 0)  # as where the grids are tuned
     fitted = run(folder / "combined", tmp_path / "fitted.safetensors", *options)[1]
     monkeypatch.setattr(tuning, "LEARNING_RATE", 3.0)
     tuned = run(folder / "combined", tmp_path / "tuned.safetensors", *options, "--tune", "4")[1]
     assert "did not help" in capsys.readouterr().out
-    assert tuned.runs == fitted.runs
+    assert tuned.schedules == fitted.schedules
 
 
 def test_without_the_memory_for_gradients_the_runs_stay_as_they_were(folder, trained, tmp_path, monkeypatch, capsys):
     """Of one number of calls; the other is tuned."""
     options = ("--steps", "0", "--start-from", trained[0], "--backbone", BACKBONE, "--nfe", "4,5", *QUICK)
-    monkeypatch.setattr(training, "ROUNDS", 0)  # as where the grids are tuned
     fitted = run(folder / "combined", tmp_path / "fitted.safetensors", *options)[1]
 
     def too_large(sidenet, parts, begun, calls, *rest):
@@ -269,7 +276,8 @@ def test_without_the_memory_for_gradients_the_runs_stay_as_they_were(folder, tra
     monkeypatch.setattr(training, "tune", too_large)
     tuned = run(folder / "combined", tmp_path / "tuned.safetensors", *options, "--tune", "4")[1]
     assert "not enough memory for a call with gradients" in capsys.readouterr().out
-    assert tuned.runs[5] == fitted.runs[5] and tuned.runs[4] == replace(fitted.runs[4], rule="lobatto3")
+    ours, theirs = (card.schedules_for(card.cfg) for card in (tuned, fitted))
+    assert ours[5] == theirs[5] and ours[4] == replace(theirs[4], rule="lobatto3")
 
 
 @pytest.mark.parametrize(("said", "patch_size"), [({"patch_size": 4}, 4), ({}, 2)])
@@ -282,7 +290,7 @@ def test_the_network_works_as_coarsely_as_its_model(said, patch_size):
 def test_an_interrupted_tuning_goes_on_to_the_same_numbers(folder, trained, tmp_path, monkeypatch, capsys):
     """Neither the search for grids nor a number of calls that is tuned is done again."""
     options = ("--steps", "0", "--start-from", trained[0], "--backbone", BACKBONE, "--nfe", "4,5", *QUICK)
-    options += ("--tune", "40", "--grid-runs", "4", "--resume")
+    options += ("--tune", "40", "--resume")
     monkeypatch.setattr(tuning, "LEARNING_RATE", 1e-3)
     whole = run(folder / "combined", tmp_path / "whole.safetensors", *options)[1]
     assert "did not help" not in capsys.readouterr().out
@@ -300,12 +308,11 @@ def test_an_interrupted_tuning_goes_on_to_the_same_numbers(folder, trained, tmp_
     assert main(command) == 130 and not out.exists()
     assert {path.name for path in out.with_suffix(".run").glob("*.pt")} == {"time_grids.pt", "tune_4.pt", "tune_5.pt"}
     monkeypatch.setattr(tuning.TunedSchedule, "forward", real)
-    monkeypatch.setattr(training, "learn_times", None)
     resumed = run(folder / "combined", out, *options)[1]
-    assert resumed.runs == whole.runs
+    assert resumed.schedules == whole.schedules
     # What was spent before the interruption counts, finished steps' results or not.
     once, twice = (card.training["backbone_calls"] for card in (whole, resumed))
-    assert twice["time grids"] == once["time grids"] and once["tuning"] < twice["tuning"] < 1.5 * once["tuning"]
+    assert twice["probes"] == once["probes"] and once["tuning"] < twice["tuning"] < 1.5 * once["tuning"]
     assert not list(out.with_suffix(".run").glob("*.pt"))
 
 
@@ -402,7 +409,15 @@ def test_coordinate_search_finds_the_minimum():
 def test_bfloat16_trains(folder, tmp_path, capsys):
     AcceleratorState._reset_state()
     _, card = run(
-        folder / "combined", tmp_path / "b.safetensors", *QUICK, "--batch", "64", "--steps", "150", "--precision", "bf16"
+        folder / "combined",
+        tmp_path / "b.safetensors",
+        *QUICK,
+        "--batch",
+        "64",
+        "--steps",
+        "150",
+        "--precision",
+        "bf16",
     )
     AcceleratorState._reset_state()
     assert card.evaluation["residual_variance"]["kind"]["beyond"] < 0.95

@@ -9,7 +9,6 @@ TIMES = torch.tensor([0.05, 0.3, 0.5, 0.7, 0.95], dtype=torch.float64)
 SHAPES = [(5, 2, 3, 4), (5, 2, 2, 3, 4)]
 
 
-
 def velocity_to_v_prediction(x, v, t):
     """The inverse of `v_prediction_to_velocity`."""
     norm = torch.hypot(1 - spread(t, x), spread(t, x))

@@ -204,8 +204,8 @@ def drop_the_remainder(patch):
     """What is left over after the last whole chunk is predicted as no change."""
     with_sidenet(
         patch,
-        lambda sidenet, chunk: lambda x, **inputs: (
-            torch.zeros_like(x) if chunk and len(x) < chunk else sidenet(x=x, **inputs)
+        lambda sidenet, chunk: (
+            lambda x, **inputs: torch.zeros_like(x) if chunk and len(x) < chunk else sidenet(x=x, **inputs)
         ),
     )
 

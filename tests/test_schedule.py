@@ -13,13 +13,24 @@ CONDITIONAL_ONLY = [[], [0.7, -0.4], [], [0.5, 0.3, 0.1, -0.2, 0.6]]
 
 def fitted(times=TIMES, **changes):
     generator = torch.Generator().manual_seed(1)
-    rows = [(0.1 * torch.randn(1 + row // 2 + 2 * (row % 2), generator=generator)).tolist() for row in range(2 * len(times) - 3)]
-    return Schedule(times, **{"coefficients": rows, "cfg_coefficients": CONDITIONAL_ONLY, "analytic_first_step": True, **changes})
+    rows = [
+        (0.1 * torch.randn(1 + row // 2 + 2 * (row % 2), generator=generator)).tolist()
+        for row in range(2 * len(times) - 3)
+    ]
+    return Schedule(
+        times, **{"coefficients": rows, "cfg_coefficients": CONDITIONAL_ONLY, "analytic_first_step": True, **changes}
+    )
 
 
 def test_what_it_costs_is_what_the_field_counts():
     sidenet = small_sidenet(dtype=torch.float32, anchors=2, data_mean_size=2)
-    for run in (fitted(), fitted(cfg_coefficients=()), fitted(analytic_first_step=False), Schedule(TIMES), fitted(coefficients=())):
+    for run in (
+        fitted(),
+        fitted(cfg_coefficients=()),
+        fitted(analytic_first_step=False),
+        Schedule(TIMES),
+        fitted(coefficients=()),
+    ):
         field = guided_field(2, Guidance(2.0), "combined")
         solve(field, sidenet, noise(2, 2, 4, 4, dtype=torch.float32), run)
         assert (field.calls, field.conditional_only, field.nfe) == (run.calls, run.conditional_only, run.nfe)
@@ -49,7 +60,10 @@ def test_it_is_a_value():
         ({"times": [0.9, 0.5, 0.0], "analytic_first_step": True}, "from pure noise, t = 1.*start at 0.9"),
         ({"times": TIMES, "coefficients": [[0.1]]}, "come in rows of"),
         ({"times": TIMES, "cfg_coefficients": [[], [0.1]]}, "come in as many rows"),
-        ({"times": TIMES, "cfg_coefficients": [[], *CONDITIONAL_ONLY], "analytic_first_step": True}, "CFG coefficients for 4 model calls"),
+        (
+            {"times": TIMES, "cfg_coefficients": [[], *CONDITIONAL_ONLY], "analytic_first_step": True},
+            "CFG coefficients for 4 model calls",
+        ),
         ({"times": TIMES, "rule": "legendre3"}, "include 0 and 1.*got legendre3"),
         ({"times": TIMES, "rule": 3}, "Unknown quadrature rule 3"),
     ],

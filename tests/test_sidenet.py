@@ -286,7 +286,10 @@ def test_the_answer_has_the_states_precision_whatever_the_weights(weights, archi
         ({"kernel_size": 2}, "kernel_size must be odd and positive; got 2"),
         ({"kernel_size": -1}, "kernel_size must be"),
         ({"architecture": "mlp"}, "architecture must be one of conv, transformer; got 'mlp'"),
-        ({"architecture": "transformer", "base_channels": 6, "num_heads": 2}, "base_channels must be a multiple of 4; got 6"),
+        (
+            {"architecture": "transformer", "base_channels": 6, "num_heads": 2},
+            "base_channels must be a multiple of 4; got 6",
+        ),
         ({"base_channels": 10, "num_heads": 4}, "base_channels must be a multiple of num_heads 4; got 10"),
     ],
 )

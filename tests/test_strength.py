@@ -42,7 +42,9 @@ def test_weights_by_place_act_by_place():
 
     weighted = run(WeightedSideNet(FunctionSideNet(constant), weight))
     # At the weight 1 a constant change of velocity, at 0 none beyond the line: each as without any mask.
-    torch.testing.assert_close(weighted[..., :2], run(WeightedSideNet(FunctionSideNet(constant), lambda t: 1.0))[..., :2], **TIGHT)
+    torch.testing.assert_close(
+        weighted[..., :2], run(WeightedSideNet(FunctionSideNet(constant), lambda t: 1.0))[..., :2], **TIGHT
+    )
     torch.testing.assert_close(weighted[..., 2:], run(None)[..., 2:], **TIGHT)
     assert set(seen) <= {float(t) for t in smooth_grid(4)}, "weights are asked for at anchors"
 

@@ -8,23 +8,27 @@ from pathlib import Path
 import pytest
 import torch
 from ba_solver.bas_core.checkpoint import load_sidenet
-from ba_solver.bas_core.files import CheckpointError
 from ba_solver.bas_core.grids import time_grid
-from ba_solver.bas_core.prediction import StraightLine
 from ba_solver.training.cli import main
-from ba_solver.training.presets import PRESETS, with_preset
 from ba_solver.training.make import MakeSettings, planned_nfe
-from ba_solver.training.recording.trajectories import open_trajectories
-from ba_solver.training.recording.replay import Replay
+from ba_solver.training.presets import PRESETS, with_preset
 from ba_solver.training.recording.reference_solver import LAST_TIME
+from ba_solver.training.recording.replay import Replay
+from ba_solver.training.recording.trajectories import open_trajectories
 from ba_solver.training.schedules import surrogate_search
-from ba_solver.training.schedules.fitting import Fitting, fit_schedule
+from ba_solver.training.schedules.surrogate import (
+    Surrogate,
+    deviations_of,
+    means_of_others,
+    subsampled,
+    usual_gain,
+    velocity_at,
+)
 from ba_solver.training.schedules.surrogate_search import even_enough, probe, search_on_surrogate
 from ba_solver.training.schedules.time_search import match_schedule
-from ba_solver.training.schedules.surrogate import Surrogate, means_of_others, deviations_of, subsampled, usual_gain, velocity_at
 from ba_solver.training.settings import UsageError
 from ba_solver.training.train import TrainSettings, run_train
-from training_problems import BACKBONE, GAUSSIAN_MEAN, trajectories_of, swirl, swirl_backbone, two_points_backbone
+from training_problems import BACKBONE, GAUSSIAN_MEAN, swirl, swirl_backbone, trajectories_of, two_points_backbone
 
 LABELS = torch.arange(12) % 2
 
@@ -148,7 +152,7 @@ def test_efforts_change_what_was_left_as_it_is():
     with pytest.raises(UsageError, match="one of quick, full"):
         with_preset(usual, "hasty")
     planned = {e: planned_nfe(with_preset(dataclasses.replace(usual, preset=e, points=40), e)) for e in PRESETS}
-    assert planned["quick"] < 2_000 and 20_000 < planned["full"]
+    assert planned["quick"] < 2_000 and planned["full"] > 20_000
 
 
 @pytest.fixture(scope="module")
@@ -177,12 +181,30 @@ def test_quick_makes_runs_without_a_network(quick, capsys):
 
 def test_paths_are_searched_for_the_guided_velocity_alone(quick, tmp_path):
     trajectories = tmp_path / "trajectories"
-    record = ["record", "--backbone", BACKBONE, "--guidance", "2", "--cfg-mode", "per_branch", "--trajectories", "4", "--prefixes", "0"]
+    record = [
+        "record",
+        "--backbone",
+        BACKBONE,
+        "--guidance",
+        "2",
+        "--cfg-mode",
+        "per_branch",
+        "--trajectories",
+        "4",
+        "--prefixes",
+        "0",
+    ]
     assert main([*record, "--out", str(trajectories)]) == 0
     assert open_trajectories((trajectories,))[1]["cfg_mode"] == "per_branch"
-    train = ["train", "--trajectories", str(trajectories), "--backbone", BACKBONE, "--out", str(tmp_path / "x.safetensors")]
-    settings = TrainSettings(
-        trajectories=(trajectories,), backbone=BACKBONE, out=tmp_path / "x.safetensors", nfe="5"
-    )
+    train = [
+        "train",
+        "--trajectories",
+        str(trajectories),
+        "--backbone",
+        BACKBONE,
+        "--out",
+        str(tmp_path / "x.safetensors"),
+    ]
+    settings = TrainSettings(trajectories=(trajectories,), backbone=BACKBONE, out=tmp_path / "x.safetensors", nfe="5")
     with pytest.raises(UsageError, match="record with --cfg-mode combined"):
         run_train(settings)

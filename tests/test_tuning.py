@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ba_solver.bas_core import Schedule, Guidance, solve
+from ba_solver.bas_core import Guidance, Schedule, solve
 from ba_solver.bas_core.grids import time_grid
 from ba_solver.bas_core.guidance import Field
 from ba_solver.bas_core.prediction import StraightLine
@@ -66,7 +66,9 @@ def hold_the_times(patch):
 
 def forget_the_half_calls(patch):
     patch.setattr(
-        TunedSchedule, "found", lambda self: Schedule(self.times().tolist(), [row.tolist() for row in self.coefficients])
+        TunedSchedule,
+        "found",
+        lambda self: Schedule(self.times().tolist(), [row.tolist() for row in self.coefficients]),
     )
 
 

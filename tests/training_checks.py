@@ -11,8 +11,8 @@ from ba_solver.bas_core import Schedule, load_sidenet, solve, time_grid
 from ba_solver.training.backbones import BackboneChoice, open_backbone
 from ba_solver.training.cli import main
 from ba_solver.training.network.loop import LoopSettings
-from ba_solver.training.recording.trajectories import open_trajectories
 from ba_solver.training.recording.replay import Replay
+from ba_solver.training.recording.trajectories import open_trajectories
 from ba_solver.training.schedules.fitting import fit_coefficients
 from ba_solver.training.schedules.solvers import endpoint_errors
 from ba_solver.training.schedules.surrogate_search import search_on_surrogate

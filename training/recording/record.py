@@ -156,7 +156,9 @@ def check_recording(recording: Recording, backbone: Backbone) -> None:
         )
     for name, valid in (("cfg_mode", CFG_MODES), ("storage", ("float32", "float16"))):
         if getattr(recording, name) not in valid:
-            raise UsageError(f"--{name.replace('_', '-')} must be one of {', '.join(valid)}; got {getattr(recording, name)!r}.")
+            raise UsageError(
+                f"--{name.replace('_', '-')} must be one of {', '.join(valid)}; got {getattr(recording, name)!r}."
+            )
     if recording.cfg_mode == "per_branch" and (backbone.embedded_guidance or backbone.combine):
         raise UsageError(
             f"--cfg-mode branch needs plain CFG of two branches, which {backbone.name} does not use. Use guided."
