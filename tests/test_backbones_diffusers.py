@@ -217,7 +217,8 @@ def test_from_a_folder_to_a_report(name, saved, tmp_path):
     _, folder, prompts = saved(name)
     sizes = [f"--{key}={value}" for key, value in KINDS[name][1].items()]
     out = tmp_path / "mine.safetensors"
-    command = f"make --backbone diffusers:{folder} --prompts {prompts} --guidance 2.5 --out {out} --trajectories 6 --prefixes 6 "
+    command = f"make --backbone diffusers:{folder} --prompts {prompts} --guidance 2.5 --out {out} --trajectories 6 "
+    command += "--prefixes 6 "
     command += "--points 16 --record-batch 6 --steps 120 --batch 32 --warmup 5 --base-channels 16 --embedding-dim 16 "
     command += (
         "--architecture convolution --kernel-size 3 --no-muon --num-layers 2 --patch-size 1 --learning-rate 5e-3 "

@@ -196,15 +196,6 @@ def test_paths_are_searched_for_the_guided_velocity_alone(quick, tmp_path):
     ]
     assert main([*record, "--out", str(trajectories)]) == 0
     assert open_trajectories((trajectories,))[1]["cfg_mode"] == "per_branch"
-    train = [
-        "train",
-        "--trajectories",
-        str(trajectories),
-        "--backbone",
-        BACKBONE,
-        "--out",
-        str(tmp_path / "x.safetensors"),
-    ]
     settings = TrainSettings(trajectories=(trajectories,), backbone=BACKBONE, out=tmp_path / "x.safetensors", nfe="5")
     with pytest.raises(UsageError, match="record with --cfg-mode combined"):
         run_train(settings)

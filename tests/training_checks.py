@@ -70,7 +70,7 @@ def train_on_pairs(folder, out):
 
 
 def check_pairs(folder, trained, tmp_path):
-    """From trajectories alone it learns all kinds of query, and its solver ends nearer than the one without a network."""
+    """From trajectories alone it learns all kinds of query, and ends nearer than the solver without a network."""
     _, sidenet, card = train_on_pairs(folder, tmp_path / "pairs.safetensors")
     kinds = card.evaluation["residual_variance"]["kind"]
     assert max(kinds[kind] for kind in ("between", "beyond", "last")) < 0.85, kinds
