@@ -136,7 +136,7 @@ CHECKS = [check_weighted_run, check_straight_paths_stay_exact, check_fit_finds_t
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_step_weights(check):
+def test_coefficients(check):
     check()
 
 
@@ -150,7 +150,7 @@ def test_step_weights(check):
         (measure_from_the_state, check_straight_paths_stay_exact),
     ],
 )
-def test_damaged_step_weights_fail_the_check(damage, check, monkeypatch):
+def test_damaged_coefficients_fail_the_check(damage, check, monkeypatch):
     damage(monkeypatch)
     with pytest.raises(AssertionError):
         check()

@@ -147,7 +147,7 @@ CHECKS = [check_run, check_straight_paths_stay_exact, check_fit_finds_the_weight
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_half_calls(check):
+def test_conditional_only_calls(check):
     check()
 
 
@@ -162,7 +162,7 @@ def test_half_calls(check):
         (one_place_off, check_run),
     ],
 )
-def test_damaged_half_calls_fail_the_check(damage, check, monkeypatch):
+def test_damaged_conditional_only_calls_fail_the_check(damage, check, monkeypatch):
     damage(monkeypatch)
     with pytest.raises((AssertionError, ValueError)):
         check()
@@ -238,6 +238,6 @@ def test_files_keep_them(tmp_path):
         ("[[], [], [], []]", "listed under 4 model calls takes 5"),
     ],
 )
-def test_damaged_half_calls_in_a_file_are_refused(rows, message, tmp_path):
+def test_damaged_conditional_only_calls_in_a_file_are_refused(rows, message, tmp_path):
     schedules = f'{{"2": {{"4": {{"times": {TIMES}, "cfg_coefficients": {rows}}}}}}}'
     check_refused_in_a_file(tmp_path / "a.safetensors", TIMES[1:], {"schedules": schedules}, message)

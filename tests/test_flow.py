@@ -35,8 +35,8 @@ PAIRS = [
     ("x0", flow.velocity_to_x0, flow.x0_to_velocity),
     ("noise", flow.velocity_to_noise, flow.noise_to_velocity),
     ("v-prediction", velocity_to_v_prediction, flow.v_prediction_to_velocity),
-    ("ve", lambda x, q, t: q / (1 - spread(t, q)), lambda x, q, t: flow.ve_to_flow(q, flow.time_to_ve_sigma(t))),
-    ("vp", lambda x, q, t: flow.flow_to_vp(q, t), lambda x, q, t: q * torch.hypot(1 - spread(t, q), spread(t, q))),
+    ("ve", lambda x, q, t: flow_to_ve(q, t), lambda x, q, t: flow.ve_to_flow(q, flow.time_to_ve_sigma(t))),
+    ("vp", lambda x, q, t: flow.flow_to_vp(q, t), lambda x, q, t: vp_to_flow(q, t)),
 ]
 
 

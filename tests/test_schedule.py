@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ba_solver.bas_core import Guidance, Schedule, match_schedule, solve
+from ba_solver.bas_core import Guidance, Schedule, SideNetCard, load_sidenet, match_schedule, save_sidenet, solve
 from ba_solver.bas_core.schedule import describe_schedules
 from checks import guided_field
 from problems import noise, small_sidenet
@@ -111,3 +111,13 @@ def test_it_is_run_by_the_rule_that_it_was_fitted_for():
     assert torch.equal(ends[1], ends[2]) and not torch.allclose(ends[0], ends[1], atol=1e-3)
     run = fitted(rule="lobatto2")
     assert {run.with_times(TIMES).rule, run.scaled(0.9).rule} == {"lobatto2"}
+
+
+def test_files_keep_every_part(tmp_path):
+    """The rule too, whether or not it is the usual one."""
+    plain = Schedule([1.0, 0.8, 0.6, 0.4, 0.2, 0.0])
+    for run in (fitted(), fitted(rule="lobatto2")):
+        card = SideNetCard("combined", (2.0, 2.0), schedules={2.0: {3: run, 5: plain}})
+        save_sidenet(tmp_path / "a.safetensors", small_sidenet(anchors=2, data_mean_size=2), card)
+        loaded = load_sidenet(tmp_path / "a.safetensors")[1]
+        assert loaded == card and loaded.schedules[2.0][3].rule == run.rule

@@ -215,7 +215,7 @@ def test_a_network_without_classes_has_no_class_table_and_ignores_what_it_is_giv
 
 
 def test_tokens_compute_transformer_blocks_on_positions():
-    """The token body, rebuilt from its tensors with torch's own layers, on a grid that is not square."""
+    """The transformer, rebuilt from its tensors with torch's own layers, on a grid that is not square."""
     net = small_sidenet(architecture="transformer", base_channels=8, num_layers=2)
     x, v, t, h, y = inputs()
     state, embedding = net.state_dict(), net._embedding(t, h, y, None, None)

@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 from ba_solver.bas_core import Field, Guidance, get_rule, model_field, solve, time_grid
+from ba_solver.bas_core import solver as solver_module
 from ba_solver.bas_core.grids import grid_for_nfe
 from ba_solver.bas_core.prediction import Anchor, Query, StraightLine, check_sidenet, predict
 from ba_solver.bas_core.schedule import Schedule, match_schedule
@@ -247,16 +248,26 @@ def test_the_guidance_scale_reaches_a_sidenet_that_asks_for_it():
 
 
 @pytest.mark.parametrize("anchors", [1, 2])
-def test_a_step_of_length_zero_is_the_identity(anchors):
-    t = as_tensor(0.6)
+def test_a_step_of_length_zero_is_the_identity(anchors, monkeypatch):
+    t, integrated = as_tensor(0.6), []
+    intact = solver_module.integrate
+
+    def recording(rule, v, *rest):
+        integrated.append(dict(v))  # the step goes on to fill v
+        return intact(rule, v, *rest)
+
+    monkeypatch.setattr(solver_module, "integrate", recording)
     field = guided_field(2, Guidance(2.0))
     solver = make_solver(field, small_sidenet(anchors=anchors), "lobatto4")
     left, earlier = random_anchors(0.6, 0.8)
     for previous in (None, earlier):
         for times in ([t, t], [t, t, t]):  # as the last step, and as one with a corrector
-            end, v, _ = bi_anchor_step(solver, 0, left.x, times, 2, left, previous)
-            assert torch.equal(end, left.x)
-            torch.testing.assert_close(v, field.guidance.combine(left.v, t), **TIGHT)
+            integrated.clear()
+            end, v_t, _ = bi_anchor_step(solver, 0, left.x, times, 2, left, previous)
+            assert torch.equal(end, left.x) and len(integrated) == len(times) - 1
+            assert set(integrated[0]) == set(solver.rule.nodes)
+            for v in (v_t, *integrated[0].values()):
+                torch.testing.assert_close(v, field.guidance.combine(left.v, t), **TIGHT)
     assert torch.equal(single_anchor_step(solver, 0, left.x, [t, t]).x, left.x)
 
 
