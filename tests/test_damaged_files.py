@@ -35,7 +35,7 @@ CARD = SideNetCard(
     runs={2: FittedRun([1.0, 0.5, 0.0], [[0.1], [0.1, 0.2, 0.3], [0.1, 0.2]]), 1: FittedRun([1.0, 0.0])},
     training={
         "objective": "all_pairs",
-        "recorded_runs": 3,
+        "trajectories": 3,
         "recorded": {"points": 4, "shape": [2, 4, 4], "reference_error": 0.1},
         "settings": {"rule": "lobatto4"},
         "seconds": 9,
@@ -43,21 +43,24 @@ CARD = SideNetCard(
     evaluation={
         "guidance": 2.0,
         "noises": 3,
-        "endpoint_error": [{"label": "Euler", "grid": "best", "calls": calls, "error": 1 / calls} for calls in (2, 3)],
-        "residual_variance": {"kind": {"first": 0.4}},
+        "endpoint_error": [{"label": "Euler", "grid": "best", "nfe": calls, "error": 1 / calls} for calls in (2, 3)],
+        "variance_unexplained": {"kind": {"first": 0.4}},
     },
     licence="MIT",
 )
-ABOUT = {
+METADATA = {
     "backbone": {"name": "demo", "kind": "sit", "fingerprint": "0123abcd"},
     "shape": [2, 2, 2],
-    "velocity": "guided",
+    "cfg_mode": "combined",
     "guidance": [1.0, 1.0],
     "guidance_interval": [0.0, 1.0],
     "points": 4,
     "shift": 1.0,
     "start": 1.0,
     "num_classes": 3,
+    "patch_size": 2,
+    "record_batch": 3,
+    "null": 3,
 }
 
 
@@ -66,8 +69,13 @@ def save_sidenet_here(path):
 
 
 def save_shard_here(path):
-    tensors = {"states": noise(3, 4, 2, 2, 2), "velocities": noise(3, 4, 2, 2, 2), "labels": torch.arange(3)}
-    save_shard(path, {"times": torch.linspace(1, 0, 4).expand(3, -1), **tensors}, ABOUT)
+    tensors = {
+        "states": noise(3, 4, 2, 2, 2),
+        "velocities": noise(3, 4, 2, 2, 2),
+        "labels": torch.arange(3),
+        "scales": torch.ones(3),
+    }
+    save_shard(path, {"times": torch.linspace(1, 0, 4).expand(3, -1), **tensors}, METADATA)
 
 
 def save_state_here(path):
@@ -102,8 +110,8 @@ def node_report(sidenet, card):
 
 
 def shard_tensors(path):
-    tensors, about = open_shard(path)
-    assert about.keys() >= ABOUT.keys()
+    tensors, metadata = open_shard(path)
+    assert metadata.keys() >= METADATA.keys()
     return tensors
 
 
@@ -222,18 +230,18 @@ PLACES = {
     "guidance_range": [0, 1],
     "runs": ["1", "0", "-1", "x", "1e0"],
     "backbone": ["name", "kind", "fingerprint", "new"],
-    "training": ["objective", "recorded_runs", "recorded", "settings", "started_from", "backbone_calls", "seconds"],
-    "evaluation": ["guidance", "noises", "endpoint_error", "residual_variance", "new"],
+    "training": ["objective", "trajectories", "recorded", "settings", "started_from", "backbone_calls", "seconds"],
+    "evaluation": ["guidance", "noises", "endpoint_error", "variance_unexplained", "new"],
 }
 DEEPER = {
     "runs": [("1", part) for part in ("times", "step_weights", "half_calls", "skip_first")]
     + [("2", "step_weights", 1)],
     "training": [("recorded", part) for part in ("points", "shape", "reference_error")],
     "evaluation": [
-        ("residual_variance", "kind"),
-        ("residual_variance", "kind", "first"),
+        ("variance_unexplained", "kind"),
+        ("variance_unexplained", "kind", "first"),
         ("endpoint_error", 0),
-        *(("endpoint_error", 0, part) for part in ("label", "grid", "calls", "error")),
+        *(("endpoint_error", 0, part) for part in ("label", "grid", "nfe", "error")),
     ],
 }
 
@@ -346,10 +354,10 @@ def test_what_a_shard_does_not_say_is_named(tmp_path):
     save_shard_here(tmp_path / "trajectories.safetensors")
     with safe_open(tmp_path / "trajectories.safetensors", framework="pt") as file:
         tensors, metadata = load_file(tmp_path / "trajectories.safetensors"), dict(file.metadata())
-    for key in ABOUT:
-        text = metadata["about"].replace(f'"{key}"', '"other"', 1)
-        save_file(tensors, tmp_path / "trajectories.safetensors", metadata | {"about": text})
-        with pytest.raises(CheckpointError, match=f"trajectories.safetensors does not say its {key}"):
+    for key in METADATA:
+        text = metadata["metadata"].replace(f'"{key}"', '"other"', 1)
+        save_file(tensors, tmp_path / "trajectories.safetensors", metadata | {"metadata": text})
+        with pytest.raises(CheckpointError, match=f"trajectories.safetensors lacks its {key}"):
             open_shard(tmp_path / "trajectories.safetensors")
 
 
@@ -358,10 +366,10 @@ def test_what_a_shard_does_not_say_is_named(tmp_path):
 def test_a_state_of_other_things_is_refused(part, fault, tmp_path):
     """A file that torch reads, and that is not what the loop wrote."""
     pytest.importorskip("accelerate")
-    from ba_solver.training.network.loop import LoopSettings, Run
+    from ba_solver.training.network.loop import LoopSettings, TrainingState
 
     settings, path = LoopSettings(steps=2, batch=1, learning_rate=1e-3), tmp_path / "state.pt"
-    Run(torch.nn.Linear(2, 2), settings, path).save()
+    TrainingState(torch.nn.Linear(2, 2), settings, path).save()
     torch.save(read_pickled_tensors(path) | {part: fault}, path)
-    with pytest.raises(CheckpointError, match=r"state.pt is the state of another run"):
-        Run(torch.nn.Linear(2, 2), settings, path)
+    with pytest.raises(CheckpointError, match=r"state.pt is the state of another training"):
+        TrainingState(torch.nn.Linear(2, 2), settings, path)

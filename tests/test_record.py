@@ -9,9 +9,9 @@ from ba_solver.training.backbones import open_backbone
 from ba_solver.training.backbones.base import BackboneChoice
 from ba_solver.training.cli import main
 from ba_solver.training.recording import record as recording
-from ba_solver.training.recording.trajectories import Trajectories, open_trajectories
-from ba_solver.training.recording.shards import open_shard, save_shard
 from ba_solver.training.recording.reference_solver import record_trajectory
+from ba_solver.training.recording.shards import open_shard, save_shard
+from ba_solver.training.recording.trajectories import Trajectories, open_trajectories
 from training_problems import BACKBONE, in_two_processes, swirl
 
 
@@ -68,7 +68,9 @@ def test_two_processes_share_the_shards(tmp_path):
 def test_streamed_chains_are_the_same_as_chains_in_memory(tmp_path):
     """Indexing, splitting and reading between the points do not depend on where the numbers lie."""
     trajectories, _ = record(tmp_path / "trajectories")
-    states, velocities = (torch.stack([part[i] for i in range(10)]) for part in (trajectories.states, trajectories.velocities))
+    states, velocities = (
+        torch.stack([part[i] for i in range(10)]) for part in (trajectories.states, trajectories.velocities)
+    )
     memory = Trajectories(trajectories.times, states, velocities, trajectories.labels, trajectories.scales)
     rows, points = torch.tensor([9, 0, 5]), torch.tensor([3, 23, 0])
     assert torch.equal(trajectories.states[rows, points], states[rows, points])
@@ -200,7 +202,12 @@ def damage(path, kind):
 
 @pytest.mark.parametrize(
     ("kind", "message"),
-    [("truncated", "truncated"), ("flipped", "check sum"), ("NaN", "NaN"), ("not trajectories", "holds no trajectories")],
+    [
+        ("truncated", "truncated"),
+        ("flipped", "check sum"),
+        ("NaN", "NaN"),
+        ("not trajectories", "holds no trajectories"),
+    ],
 )
 def test_damaged_shards_are_refused_by_name(kind, message, tmp_path):
     out = tmp_path / "trajectories"

@@ -25,8 +25,8 @@ from ba_solver.training.backbones import Backbone
 from ba_solver.training.cli import main
 from ba_solver.training.demo.assets import CLASSIFIER_FILE, SIDENET_FILE, SIT_FILE
 from ba_solver.training.drawing.folder import Folder, read_pngs, write_npz
-from ba_solver.training.drawing.scores import WEIGHTS, scores
 from ba_solver.training.drawing.named_solvers import PRESETS
+from ba_solver.training.drawing.scores import WEIGHTS, scores
 from PIL import Image
 from training_problems import in_two_processes
 

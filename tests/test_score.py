@@ -8,7 +8,6 @@ import torch
 from ba_solver.bas_core import Field, SideNet, SideNetConfig, load_sidenet, model_field, run_baseline, time_grid
 from ba_solver.training.backbones import BackboneChoice, open_backbone
 from ba_solver.training.cli import main
-from ba_solver.training.measuring import evaluate
 from ba_solver.training.measuring.learned_multistep import LearnedMultistep
 from ba_solver.training.recording.trajectories import Trajectories, open_trajectories
 from ba_solver.training.schedules.solvers import endpoint_errors

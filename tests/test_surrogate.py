@@ -12,19 +12,25 @@ from ba_solver.bas_core.files import CheckpointError
 from ba_solver.bas_core.grids import time_grid
 from ba_solver.bas_core.steps import StraightLine
 from ba_solver.training.cli import main
-from ba_solver.training.presets import PRESETS, with_effort
 from ba_solver.training.make import MakeSettings, planned_nfe
-from ba_solver.training.recording.trajectories import open_trajectories
-from ba_solver.training.recording.replay import Replay
+from ba_solver.training.presets import PRESETS, with_effort
 from ba_solver.training.recording.reference_solver import LAST_TIME
-from ba_solver.training.schedules import surrogate_search
-from ba_solver.training.schedules.fitting import Fitting, fit_run
-from ba_solver.training.schedules.surrogate_search import even_enough, search_on_surrogate, probe, refine
+from ba_solver.training.recording.replay import Replay
+from ba_solver.training.recording.trajectories import open_trajectories
+from ba_solver.training.schedules.fitting import Fitting, fit_schedule
+from ba_solver.training.schedules.surrogate import (
+    Surrogate,
+    default_gain,
+    deviations_of,
+    means_of_others,
+    subsampled,
+    velocity_at,
+)
+from ba_solver.training.schedules.surrogate_search import even_enough, probe, refine, search_on_surrogate
 from ba_solver.training.schedules.time_search import run_over
-from ba_solver.training.schedules.surrogate import Surrogate, means_of_others, deviations_of, subsampled, usual_gain, velocity_at
 from ba_solver.training.settings import UsageError
 from ba_solver.training.train import TrainSettings, run_train
-from training_problems import BACKBONE, GAUSSIAN_MEAN, trajectories_of, swirl, swirl_backbone, two_points_backbone
+from training_problems import BACKBONE, GAUSSIAN_MEAN, swirl, swirl_backbone, trajectories_of, two_points_backbone
 
 LABELS = torch.arange(12) % 2
 
@@ -33,8 +39,8 @@ LABELS = torch.arange(12) % 2
 def replay():
     """Recorded runs of the swirl, and the swirl."""
     trajectories = trajectories_of(swirl, LABELS, 40)
-    about = {"guidance": [1.0, 1.0], "guidance_interval": [0.0, 1.0], "velocity": "guided"}
-    return Replay(swirl_backbone(None, None), trajectories, about, Counter())
+    metadata = {"guidance": [1.0, 1.0], "guidance_interval": [0.0, 1.0], "cfg_mode": "combined", "record_batch": 8}
+    return Replay(swirl_backbone(None, None), trajectories, metadata, Counter())
 
 
 def test_recorded_velocities_between_the_points(replay):
@@ -53,25 +59,29 @@ def test_recorded_velocities_between_the_points(replay):
 def test_a_stand_in_knows_what_it_was_shown(replay):
     """On the paths it is the model; where a run has been it answers as the model did, and beside that by the gain."""
     rows = torch.arange(12)
-    subsampled = subsampled(replay.trajectories, rows, 0, kept=24)
-    assert torch.equal(subsampled.thin(replay.trajectories.states[rows, 0 * rows]), subsampled.truth(torch.tensor(1.0)))
+    few = subsampled(replay.trajectories, rows, 0, count=24)
+    assert torch.equal(few.subsample(replay.trajectories.states[rows, 0 * rows]), few.truth(torch.tensor(1.0)))
     t = torch.tensor(0.5)
     away = 0.1 * torch.randn(12, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     x = replay.trajectories.at(rows, t) + away
     v = swirl(x, t.expand(12), LABELS.float())
-    seen = deviations_of(subsampled, [(0.5, subsampled.thin(x), subsampled.thin(v))])
-    field = Surrogate(subsampled, [seen]).field()
-    on_path, there = (field.velocity(subsampled.truth(t) + part * subsampled.thin(away), t) for part in (0, 1))
-    assert torch.allclose(on_path, velocity_at(subsampled.trajectories, 0.5), atol=1e-5)
-    asked = subsampled.thin(v) - on_path
+    seen = deviations_of(few, [(0.5, few.subsample(x), few.subsample(v))])
+    field = Surrogate(few, [seen]).field()
+    on_path, there = (field.velocity(few.truth(t) + part * few.subsample(away), t) for part in (0, 1))
+    assert torch.allclose(on_path, velocity_at(few.trajectories, 0.5), atol=1e-5)
+    asked = few.subsample(v) - on_path
     assert (there - on_path - asked).norm() < 0.15 * asked.norm()
     # What it has not seen goes by the gain.
     other = torch.randn(12, 24, 1, 1, generator=torch.Generator().manual_seed(1))
-    other -= (other * subsampled.thin(away)).sum(1, True) / subsampled.thin(away).square().sum(1, True) * subsampled.thin(away)
-    gain = Surrogate(subsampled, [seen]).gain(0.5)
-    moved = field.velocity(subsampled.truth(t) + other, t) - on_path
+    other -= (
+        (other * few.subsample(away)).sum(1, True)
+        / few.subsample(away).square().sum(1, True)
+        * few.subsample(away)
+    )
+    gain = Surrogate(few, [seen]).gain(0.5)
+    moved = field.velocity(few.truth(t) + other, t) - on_path
     assert torch.allclose(moved, gain * other, atol=1e-4) and gain < 0
-    assert Surrogate(subsampled).gain is usual_gain
+    assert Surrogate(few).gain is default_gain
 
 
 def test_whether_a_first_call_is_saved_is_decided_by_other_conditions():
@@ -85,9 +95,9 @@ def test_whether_a_first_call_is_saved_is_decided_by_other_conditions():
 
 def test_a_first_call_is_saved_where_the_mean_says_it_all():
     backbone = two_points_backbone(None, None)
-    about = {"guidance": [1.0, 1.0], "guidance_interval": [0.0, 1.0], "velocity": "guided"}
+    metadata = {"guidance": [1.0, 1.0], "guidance_interval": [0.0, 1.0], "cfg_mode": "combined", "record_batch": 8}
     trajectories = trajectories_of(lambda x, t, y: backbone.velocity(x, t, y, 1.0), LABELS, 48)
-    known = Replay(backbone, trajectories, about, Counter())
+    known = Replay(backbone, trajectories, metadata, Counter())
     runs = search_on_surrogate(known, [2], GAUSSIAN_MEAN)
     assert runs[2].skip_first and runs[2].calls == 2 and len(runs[2].times) == 4
 
@@ -95,17 +105,17 @@ def test_a_first_call_is_saved_where_the_mean_says_it_all():
 def test_the_better_way_is_taken_and_of_what_was_looked_at_the_best(capsys, monkeypatch):
     looked_at = []
 
-    def noted(subsampled, replay, rows, runs, mean):
-        seen, errors = probe(subsampled, replay, rows, runs, mean)
+    def noted(trajectories, replay, rows, runs, mean):
+        seen, errors = rollouts(trajectories, replay, rows, runs, mean)
         looked_at.append((runs, errors))
         return seen, errors
 
-    monkeypatch.setattr(on_paths, "probe", noted)
-    about = {"guidance": [1.0, 1.0], "guidance_interval": [0.0, 1.0], "velocity": "guided"}
-    replay = Replay(swirl_backbone(None, None), trajectories_of(swirl, LABELS, 24), about, Counter())
+    monkeypatch.setattr(on_paths, "rollouts", noted)
+    metadata = {"guidance": [1.0, 1.0], "guidance_interval": [0.0, 1.0], "cfg_mode": "combined", "record_batch": 8}
+    replay = Replay(swirl_backbone(None, None), trajectories_of(swirl, LABELS, 24), metadata, Counter())
     found = search_on_surrogate(replay, [3, 4], torch.zeros(2, 4, 4))
     # In each search, what it comes to with the first call saved and without is said, and the better is taken.
-    said = re.findall(r"(\d) calls: about (\S+) with the first call saved, (\S+) with it made", capsys.readouterr().out)
+    said = re.findall(r"(\d) calls: about (\S+) with an analytic first step, (\S+) without", capsys.readouterr().out)
     searched = [runs[calls] for runs, _ in looked_at for calls in (3, 4)]
     assert len(said) == len(searched) == 2 * on_paths.PROBES
     for (calls, saved, made), run in zip(said, searched, strict=True):
@@ -122,53 +132,38 @@ def test_steps_that_shrink_too_fast_are_not_trusted():
 
 def test_probes_see_the_model_beside_the_paths(replay):
     rows = torch.arange(4)
-    subsampled = subsampled(replay.trajectories, rows, 0)
-    (seen,), errors = probe(subsampled, replay, rows, {5: run_over(time_grid(5))}, None)
+    few = subsampled(replay.trajectories, rows, 0)
+    (seen,), errors = rollouts(few, replay, rows, {5: run_over(time_grid(5))}, None)
     assert 0 < errors[5] < 1
     assert replay.spent["probes"] >= 4 * 5 and seen.times[0] == 1 and list(seen.times) == sorted(seen.times)[::-1]
-    for t, away, change in list(zip(seen.times, seen.away, seen.change, strict=True))[2:]:
+    for t, away, change in list(zip(seen.times, seen.states, seen.velocities, strict=True))[2:]:
         if t > 2 * LAST_TIME:
-            x = subsampled.truth(torch.tensor(t)) + away[..., None, None]
-            whole = x[..., 0, 0][:, subsampled.index.argsort()].unflatten(1, (2, 4, 4))
+            x = few.truth(torch.tensor(t)) + away[..., None, None]
+            whole = x[..., 0, 0][:, few.index.argsort()].unflatten(1, (2, 4, 4))
             v = swirl(whole, torch.full((4,), t), LABELS[:4].float())
             assert torch.allclose(
-                subsampled.thin(v)[..., 0, 0] - velocity_at(subsampled.trajectories, t)[..., 0, 0], change, atol=1e-4
+                few.subsample(v)[..., 0, 0] - velocity_at(few.trajectories, t)[..., 0, 0], change, atol=1e-4
             )
 
 
-def test_times_are_moved_on_the_model(monkeypatch):
-    """Of runs with few calls; they end nearer than before, on the runs that they are moved on."""
-    about = {"guidance": [1.0, 1.0], "guidance_interval": [0.0, 1.0], "velocity": "guided"}
-    replay = Replay(swirl_backbone(None, None), trajectories_of(swirl, LABELS, 24), about, Counter())
-    monkeypatch.setattr(on_paths, "REFINED", 4)
-    runs = {n: run_over(time_grid(n)) for n in (4, 5)}
-    moved = refine(replay, runs, None, 8, 2)
-    assert moved[5] is runs[5] and len(moved[4].times) == 5
-    rows = torch.arange(8)
-    ends = replay.truth(rows, torch.zeros(()))
-
-    def error(run):
-        fitting = Fitting(StraightLine(), replay.field_of(rows), replay.noise(rows), lambda t: replay.truth(rows, t))
-        return (fit_run(fitting, run)[0] - ends).square().mean().sqrt()
-
-    assert error(moved[4]) < 0.8 * error(runs[4])
-    # Once where it began, and at most two moves of each of three times in each of two rounds; four calls each.
-    assert 8 * 4 * 7 <= replay.spent["time grids"] <= 8 * 4 * 13
+# --- the presets ------------------------------------------------------------------------------------------------------
 
 
-# --- the efforts ------------------------------------------------------------------------------------------------------
-
-
-def test_efforts_change_what_was_left_as_it_is():
-    usual = MakeSettings(backbone="x", out=Path("x.safetensors"), points=30)
-    quick = with_effort(usual, "quick")
-    assert usual.tune == 480 and quick.tune == with_effort(usual, "standard").tune == 0
-    assert quick.steps == 0 and quick.points == 30 and quick.trajectories == PRESETS["quick"]["trajectories"]
-    assert with_effort(usual, "thorough").tune == 480 and with_effort(usual, "standard").steps == usual.steps
-    with pytest.raises(UsageError, match="one of quick, standard, thorough"):
-        with_effort(usual, "hasty")
-    planned = {e: planned_nfe(with_effort(dataclasses.replace(usual, effort=e, points=40), e)) for e in PRESETS}
-    assert planned["quick"] < 2_000 and planned["standard"] < 20_000 < planned["thorough"]
+def test_flags_win_over_the_preset_and_the_preset_over_the_defaults(tmp_path):
+    """Also flags whose value is the default."""
+    flags = ["--backbone", "x", "--out", "x.safetensors", "--preset", "quick"]
+    quick = read_settings(MakeSettings, flags, "x", PRESETS)
+    assert quick.steps == quick.tune == quick.prefixes == 0 and quick.points == PRESETS["quick"]["points"]
+    usual = MakeSettings(backbone="x", out=Path("x.safetensors"))
+    same = read_settings(MakeSettings, [*flags, "--points", str(usual.points), "--tune", "480"], "x", PRESETS)
+    assert same.points == usual.points and same.tune == 480 and same.steps == 0
+    (tmp_path / "x.toml").write_text('preset = "quick"\npoints = 30\n')
+    from_file = read_settings(MakeSettings, [*flags[:4], "--config", str(tmp_path / "x.toml")], "x", PRESETS)
+    assert from_file == replace(quick, points=30)
+    assert read_settings(MakeSettings, flags[:4], "x", PRESETS) == usual and usual.preset == "full"
+    with pytest.raises(UsageError, match="one of quick, full"):
+        read_settings(MakeSettings, [*flags[:5], "hasty"], "x", PRESETS)
+    assert planned_nfe(quick) < 2_000 < 15_000 < planned_nfe(usual)
 
 
 @pytest.fixture(scope="module")
@@ -186,24 +181,21 @@ def test_quick_makes_runs_without_a_network(quick, capsys):
     sidenet, card = load_sidenet(out)
     assert sum(p.numel() for p in sidenet.parameters()) < 10_000 and not sidenet.output_conv.weight.any()
     assert card.runs[6].step_weights and card.runs[6].calls == 6
-    errors = {(row["solver"], row["calls"]): row["error"] for row in card.evaluation["endpoint_error"]}
+    errors = {(row["solver"], row["nfe"]): row["error"] for row in card.evaluation["endpoint_error"]}
     assert errors["ba_solver", 6] < 0.5 * min(errors["adams_bashforth2", 6], errors["dpmpp_2m", 6])
     spent = sum(card.training["backbone_calls"].values())
-    settings = MakeSettings(backbone=BACKBONE, out=out, effort="quick", nfe="6")
-    assert 0.8 * planned_nfe(with_effort(settings, "quick")) < spent <= planned_nfe(with_effort(settings, "quick"))
+    settings = MakeSettings(**{**PRESETS["quick"], "backbone": BACKBONE, "out": out, "nfe": "6"})
+    assert 0.8 * planned_nfe(settings) < spent <= planned_nfe(settings)
     assert main(["info", str(out)]) == 0 and "no network" in capsys.readouterr().out
     assert main([*command, "--resume"]) == 0
 
 
-def test_paths_are_searched_for_the_guided_velocity_alone(quick, tmp_path):
-    trajectories = tmp_path / "trajectories"
-    record = ["record", "--backbone", BACKBONE, "--guidance", "2", "--cfg-mode", "branch", "--trajectories", "4", "--prefixes", "0"]
-    assert main([*record, "--out", str(trajectories)]) == 0
-    assert open_trajectories((trajectories,))[1]["velocity"] == "branch"
-    train = ["train", "--trajectories", str(trajectories), "--backbone", BACKBONE, "--out", str(tmp_path / "x.safetensors")]
-    settings = TrainSettings(
-        trajectories=(trajectories,), backbone=BACKBONE, out=tmp_path / "x.safetensors", nfe="5", grid_search="paths"
-    )
-    with pytest.raises(CheckpointError, match="record with --cfg-mode guided"):
-        run_train(settings)
-    assert main([*train, "--grid-search", "dice"]) == 2
+@pytest.mark.parametrize("nfe", ["", "5"])
+def test_schedules_are_for_combined_cfg_alone(nfe, tmp_path, capsys):
+    """Per branch a network is trained all the same."""
+    recording = ["record", "--backbone", BACKBONE, "--guidance", "2", "--cfg-mode", "per_branch", "--prefixes", "0"]
+    assert main([*recording, "--trajectories", "4", "--out", str(tmp_path / "recorded")]) == 0
+    train = ["train", "--recordings", str(tmp_path / "recorded"), "--out", str(tmp_path / "x.safetensors")]
+    status = main([*train, "--backbone", BACKBONE, "--steps", "1", "--batch", "4", "--nfe", nfe])
+    assert status == (2 if nfe else 0)
+    assert ("record with --cfg-mode combined" in capsys.readouterr().err) == bool(nfe)

@@ -9,9 +9,9 @@ from ba_solver.training.measuring.rivals import converged_reference
 from ba_solver.training.network.loop import LoopSettings, train
 from ba_solver.training.network.losses import squared_errors
 from ba_solver.training.network.pairs import KINDS, QueryRange, draw_examples, draw_queries
-from ba_solver.training.recording.trajectories import Trajectories
 from ba_solver.training.recording.reference_solver import LAST_TIME, random_times, record_trajectory
-from training_problems import SHAPE, trajectories_of, swirl
+from ba_solver.training.recording.trajectories import Trajectories
+from training_problems import SHAPE, swirl, trajectories_of
 
 RULE = RULES["lobatto4"]
 

@@ -9,8 +9,8 @@ from ba_solver.bas_core.step_weights import row_length
 from ba_solver.bas_core.steps import StraightLine
 from ba_solver.training.network.memory import passes_within, saved_bytes
 from ba_solver.training.recording.replay import recomputed
-from ba_solver.training.schedules.fitting import Fitting, fit_run
-from ba_solver.training.schedules.tuning import TunedRun
+from ba_solver.training.schedules.fitting import Fitting, fit_schedule
+from ba_solver.training.schedules.tuning import TunedSchedule
 from checks import guided_field
 from problems import noise, small_sidenet
 
@@ -22,8 +22,8 @@ def begun():
     """A run of fitted weights and half calls, with its field, noise and network, in double precision."""
     field, x, sidenet = guided_field(2, Guidance(SCALE), "guided"), noise(2, 2, 4, 4), small_sidenet().double()
     fitting = Fitting(sidenet, field, x, lambda t: x * float(t) ** 2)
-    run = fit_run(fitting, FittedRun(torch.tensor(GRID, dtype=torch.float64)), True)[1]
-    return TunedRun(run).double(), field, x, sidenet
+    run = fit_schedule(fitting, FittedRun(torch.tensor(GRID, dtype=torch.float64)), True)[1]
+    return TunedSchedule(run).double(), field, x, sidenet
 
 
 def check_run_is_the_samplers():
@@ -61,12 +61,12 @@ def check_gradients():
 
 
 def hold_the_times(patch):
-    intact = TunedRun.times
-    patch.setattr(TunedRun, "times", lambda self: intact(self).detach())
+    intact = TunedSchedule.times
+    patch.setattr(TunedSchedule, "times", lambda self: intact(self).detach())
 
 
 def forget_the_half_calls(patch):
-    patch.setattr(TunedRun, "run", lambda self: FittedRun(self.times(), list(self.step_weights)))
+    patch.setattr(TunedSchedule, "run", lambda self: FittedRun(self.times(), list(self.step_weights)))
 
 
 @pytest.mark.parametrize("check", [check_run_is_the_samplers, check_gradients])
@@ -109,7 +109,7 @@ def test_gradients_are_those_of_the_whole_run_at_the_memory_of_its_states():
 
     kept, gradients = [], []
     for make in (field, lambda: recomputed(field())):
-        run = TunedRun(FittedRun(times, [[0.01] * row_length(row) for row in range(11)]))
+        run = TunedSchedule(FittedRun(times, [[0.01] * row_length(row) for row in range(11)]))
         loss = lambda make=make, run=run: run(make(), x, StraightLine(), 1.0).square().sum()  # noqa: E731
         kept.append(saved_bytes(loss))
         loss().backward()

@@ -9,8 +9,8 @@ import torch
 from ba_solver.bas_core import model_field
 from ba_solver.training.backbones import Backbone
 from ba_solver.training.recording import trajectories
-from ba_solver.training.recording.trajectories import Trajectories
 from ba_solver.training.recording.reference_solver import LAST_TIME, batch_generator, random_times, record_trajectory
+from ba_solver.training.recording.trajectories import Trajectories
 
 SHAPE = (2, 4, 4)
 BACKBONE = "python:training_problems:swirl_backbone"

@@ -37,16 +37,18 @@ COMMANDS = {
         needs=("matplotlib",),
     ),
     "record": Command(
-        "record sampling runs of a model",
+        "record sampling trajectories of a model",
         "recording.record",
         "RecordSettings",
         "run_record",
         "--record-batch, or use --offload",
     ),
-    "train": Command("train a SideNet from recorded runs", "train", "TrainSettings", "run_train", needs=("matplotlib",)),
+    "train": Command(
+        "train a SideNet from recorded trajectories", "train", "TrainSettings", "run_train", needs=("matplotlib",)
+    ),
     "evaluate": Command(
         "measure a SideNet beside other solvers",
-        "measuring.score",
+        "measuring.evaluate",
         "EvaluateSettings",
         "run_evaluate",
         "--noise-batch",
@@ -114,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 1
     except KeyboardInterrupt:
-        print("Interrupted; nothing half-written is left, and the same command goes on.", file=sys.stderr)
+        print("Interrupted; nothing half-written is left, and the same command continues.", file=sys.stderr)
         return 130
 
 
@@ -123,6 +125,7 @@ def run(name: str, command: Command, rest: list[str]) -> int:
     # Imported here, so that a missing extra is a sentence and not a traceback.
     from torch import OutOfMemoryError
 
+    from .presets import PRESETS
     from .settings import UsageError, read_settings
 
     program = f"ba-solver {name}"
@@ -130,7 +133,7 @@ def run(name: str, command: Command, rest: list[str]) -> int:
         importlib.import_module(needed)
     module: Any = importlib.import_module(f".{command.module}", __package__)
     try:
-        settings = read_settings(getattr(module, command.settings), rest, program)
+        settings = read_settings(getattr(module, command.settings), rest, program, PRESETS if name == "make" else None)
         getattr(module, command.run)(settings)
     except UsageError as error:
         print(f"{program}: {error}", file=sys.stderr)

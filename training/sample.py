@@ -24,8 +24,8 @@ from ..bas_core.files import CheckpointError, fingerprint, write_text
 from ..bas_core.sidenet import SideNet
 from .backbones import Backbone, BackboneChoice, open_backbone
 from .drawing.folder import Folder, write_npz
-from .drawing.scores import MISSING, scores, weights_file
 from .drawing.named_solvers import PRESETS, parse_rival, solver_named
+from .drawing.scores import MISSING, scores, weights_file
 from .processes import MAIN_PROCESS, processes
 from .progress import progress, say
 from .schedules.solvers import Solver
@@ -237,7 +237,7 @@ def prepare(settings: SampleSettings, backbone: Backbone, sidenet: SideNet | Non
         rival,
         scale,
         settings.guidance_interval,
-        card.velocity if settings.sidenet else "guided",
+        card.velocity if settings.sidenet else "combined",
         classes_of(settings.classes, backbone),
         settings.seed,
         None if settings.latents else decoder(settings, backbone),

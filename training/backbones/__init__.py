@@ -6,7 +6,7 @@ import importlib
 from typing import Any
 
 from ..settings import UsageError, check_device
-from .base import Backbone, BackboneChoice
+from .base import CORE_MODES, Backbone, BackboneChoice
 
 # kind -> module of this folder; it has `open_backbone(where, choice, device)`.
 BACKBONES = {
@@ -35,4 +35,4 @@ def open_backbone(choice: BackboneChoice) -> Backbone:
     return backbone
 
 
-__all__ = ["BACKBONES", "Backbone", "BackboneChoice", "open_backbone"]
+__all__ = ["BACKBONES", "CORE_MODES", "Backbone", "BackboneChoice", "open_backbone"]

@@ -14,6 +14,9 @@ from torch import Tensor
 from ...bas_core.guidance import NO_GUIDANCE, Field, Guidance, Mode, just_inside, model_field
 from ..settings import UsageError
 
+# The core's words for the CFG modes.
+CORE_MODES: dict[str, Mode] = {"combined": "guided", "per_branch": "branch"}
+
 Velocity = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 Combine = Callable[[Tensor, Tensor, float], Tensor]
 
@@ -87,9 +90,10 @@ class Backbone:
         return {"name": self.name, "kind": self.kind, "fingerprint": self.fingerprint}
 
     def field(
-        self, conditions: Tensor, scale: float, interval: tuple[float, float] = (0.0, 1.0), mode: Mode = "guided"
+        self, conditions: Tensor, scale: float, interval: tuple[float, float] = (0.0, 1.0), cfg_mode: str = "combined"
     ) -> Field:
-        """The velocity field for conditions [B] at one CFG scale."""
+        """The velocity field for conditions [B] at one CFG scale; `cfg_mode`: see CORE_MODES."""
+        mode: Any = CORE_MODES.get(cfg_mode, cfg_mode)
         conditions = conditions.to(self.device)
         branched = scale != 1 and self.null is not None and not self.embedded_guidance
         null = torch.full_like(conditions, self.null or 0) if branched else None

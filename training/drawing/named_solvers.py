@@ -55,7 +55,7 @@ def solver_named(name: str, sidenet: Predictor | None, runs: Mapping[int, Fitted
     if sidenet is None:
         raise UsageError(f"The solver {name} needs a SideNet. Give --sidenet FILE, or --method {MULTISTEP}.")
     solver = sidenet_solver(sidenet, name, name, start, method=name)
-    return replace(solver, given=runs) if runs and name == METHODS[0] else solver
+    return replace(solver, schedules=runs) if runs and name == METHODS[0] else solver
 
 
 def parse_rival(text: str) -> tuple[str, int]:

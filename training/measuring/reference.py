@@ -11,8 +11,8 @@ from torch import Tensor
 from ...bas_core.grids import time_shift
 from ...bas_core.guidance import Field
 from ..backbones import Backbone
-from ..recording.trajectories import Trajectories
 from ..recording.reference_solver import LAST_TIME, record_trajectory
+from ..recording.trajectories import Trajectories
 from ..schedules.solvers import endpoint_errors
 
 # Euler with so many calls is what people know; it is in every table.
@@ -53,7 +53,9 @@ def reference_paths(field: Field, noise: Tensor, backbone: Backbone, points: int
     error = endpoint_errors(states[:, -1], half[:, -1]).mean().item()
     kept = torch.arange(0, points, KEPT_POINTS)
     kept = torch.cat([kept[kept < points - 1], torch.tensor([points - 1])])
-    trajectories = Trajectories(times[kept].expand(len(noise), -1), states[:, kept].cpu(), velocities[:, kept].cpu(), kept[:1])
+    trajectories = Trajectories(
+        times[kept].expand(len(noise), -1), states[:, kept].cpu(), velocities[:, kept].cpu(), kept[:1]
+    )
     rows = torch.arange(len(noise))
     ends = trajectories.ends(rows).to(noise.device)
 

@@ -123,7 +123,7 @@ def interrupts_deferred() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Share:
+class Microbatch:
     """Which rows of a step's batch one backward pass takes, of those of all passes and processes."""
 
     index: int = 0
@@ -134,11 +134,11 @@ class Share:
         return rows[self.index :: self.count]
 
 
-LossAt = Callable[[int, Share], Tensor]
+LossAt = Callable[[int, Microbatch], Tensor]
 Numbers = dict[str, float]
 
 
-class Run(Generic[Model]):
+class TrainingState(Generic[Model]):
     """Everything that changes during a training, so that it can be saved and gone on with."""
 
     def __init__(self, model: Model, settings: LoopSettings, path: Path | None) -> None:
@@ -148,7 +148,7 @@ class Run(Generic[Model]):
         settings.check(self.processes)
         self.average = averaged(model, settings.ema)
         self.optimizers = make_optimizers(model, settings)
-        self.schedules = [torch.optim.lr_scheduler.LambdaLR(o, settings.factor) for o in self.optimizers]
+        self.rate_schedules = [torch.optim.lr_scheduler.LambdaLR(o, settings.factor) for o in self.optimizers]
         self.history: list[Numbers] = []
         self.best: dict[str, Tensor] | None = None
         if path is not None and path.exists():
@@ -162,13 +162,13 @@ class Run(Generic[Model]):
             self.done, self.history, self.best = saved["step"], saved["history"], saved["best"]
         except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(
-                f"{path} is the state of another run ({str(error).splitlines()[0]}). Delete it to start anew, or use "
-                "the settings it was made with."
+                f"{path} is the state of another training ({str(error).splitlines()[0]}). Delete it to start anew, "
+                "or use the settings it was made with."
             ) from error
 
     def _parts(self) -> dict[str, Any]:
         parts: dict[str, Any] = {"model": self.model, "average": self.average}
-        for i, (optimizer, schedule) in enumerate(zip(self.optimizers, self.schedules, strict=True)):
+        for i, (optimizer, schedule) in enumerate(zip(self.optimizers, self.rate_schedules, strict=True)):
             parts |= {f"optimizer{i}": optimizer, f"schedule{i}": schedule}
         return parts
 
@@ -184,7 +184,7 @@ class Run(Generic[Model]):
         total = torch.zeros((), device=self.device)
         for index in range(passes):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"):
-                loss = loss_at(self.done, Share(self.rank * passes + index, passes * self.processes)) / passes
+                loss = loss_at(self.done, Microbatch(self.rank * passes + index, passes * self.processes)) / passes
             loss.backward()
             total += loss.detach().float()
         if self.processes > 1:
@@ -203,7 +203,7 @@ class Run(Generic[Model]):
         """One optimizer step; Ctrl-C waits for its end, so that what is saved is never half a step."""
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         with interrupts_deferred():
-            for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
+            for optimizer, schedule in zip(self.optimizers, self.rate_schedules, strict=True):
                 optimizer.step()
                 schedule.step()
             self.average.update_parameters(self.model)
@@ -260,36 +260,38 @@ def train(
     Raises:
         FloatingPointError: the loss is not finite; the last save is kept.
         BaseException: anything else, such as Ctrl-C; after saving.
-        CheckpointError: the state is of another run.
+        CheckpointError: the state is of another state.
     """
-    run = Run(model, settings, state_path)
+    state = TrainingState(model, settings, state_path)
     recent: list[float] = []
     try:
-        with progress(range(run.done, settings.steps), what, initial=run.done, total=settings.steps) as bar:
+        with progress(range(state.done, settings.steps), what, initial=state.done, total=settings.steps) as bar:
             for step in bar:
-                loss = run.gradients(loss_at)
+                loss = state.gradients(loss_at)
                 if not math.isfinite(loss):
                     raise FloatingPointError(
                         f"The loss of {what} is not finite at step {step}; the last save is kept. Lower the learning "
                         "rate, or train in fp32."
                     )
-                run.advance()
+                state.advance()
                 recent.append(loss)
-                if run.done % settings.save_every == 0 or run.done == settings.steps:
-                    numbers = report(run.averaged_model, run.done) if report else {}
-                    run.note({"step": run.done, "loss": sum(recent) / len(recent), **numbers})
+                if state.done % settings.save_every == 0 or state.done == settings.steps:
+                    numbers = report(state.averaged_model, state.done) if report else {}
+                    state.note({"step": state.done, "loss": sum(recent) / len(recent), **numbers})
                     recent.clear()
-                    bar.set_postfix({name: f"{value:.4g}" for name, value in run.history[-1].items() if name != "step"})
-                    run.save()
-                    tell_history(what, run.history)
-                    if journal is not None and run.rank == 0:
-                        write_journal(journal, what, run.history)
+                    bar.set_postfix(
+                        {name: f"{value:.4g}" for name, value in state.history[-1].items() if name != "step"}
+                    )
+                    state.save()
+                    tell_history(what, state.history)
+                    if journal is not None and state.rank == 0:
+                        write_journal(journal, what, state.history)
     except FloatingPointError:
         raise
     except BaseException:  # Ctrl-C, ComfyUI's Cancel, full memory: all of them where no weight is half changed
-        run.save()
+        state.save()
         raise
-    return run.result()
+    return state.result()
 
 
 def write_journal(folder: Path, what: str, history: list[Numbers]) -> None:

@@ -1,4 +1,4 @@
-"""The times of a run: a search for the grid that ends nearest to the recorded ends."""
+"""The times of a schedule: a search for the grid that ends nearest to the true ends."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 
 from ...bas_core.guidance import Field
-from ...bas_core.runs import FittedRun, run_over
+from ...bas_core.runs import run_over
 from ...bas_core.steps import StraightLine
 from ..progress import progress
-from .fitting import Fitting, Runs, fit_run
+from .fitting import Fitting, Schedules, fit_schedule, takes_conditional_only
 from .solvers import GridShape, endpoint_errors, search_grid, sidenet_solver
-
-ROUNDS = 2
 
 FIRST_MOVE = 0.25
 
@@ -29,7 +27,7 @@ def moved(grid: Tensor, index: int, share: float) -> Tensor:
     return torch.tensor(times, dtype=grid.dtype)
 
 
-def coordinate_search(error: Callable[[Tensor], float], start: Tensor, rounds: int = ROUNDS) -> Tensor:
+def coordinate_search(error: Callable[[Tensor], float], start: Tensor, rounds: int) -> Tensor:
     """Move one inner time after another, by less and less, as long as the error falls.
 
     Args:
@@ -55,46 +53,46 @@ def coordinate_search(error: Callable[[Tensor], float], start: Tensor, rounds: i
 
 
 def search_times(
-    fitting: Fitting, calls: Sequence[int], rounds: int = ROUNDS, allowed: Callable[[Tensor], bool] = lambda times: True
-) -> Runs:
-    """For each number of calls the best times found: first of the family (shift, cosine), then one by one, in rounds,
-    among those that are allowed.
+    fitting: Fitting,
+    numbers: Sequence[int],
+    rounds: int,
+    allowed: Callable[[Tensor], bool] = lambda times: True,
+) -> Schedules:
+    """The best times found for each NFE: first of the family (shift, cosine), then one by one, in rounds.
 
-    Every grid is tried with weights fitted on it, and the last, forward-only interval counts for what it is. Shapes of
-    neighbouring numbers are alike, so that each search begins where the one before ended.
+    Every grid is tried with coefficients fitted on it. Shapes of neighbouring NFE are alike, so each search begins
+    where the one before ended.
+
+    Args:
+        fitting: the data.
+        numbers: the NFE, in which a conditional-only call counts one half.
+        rounds: of `coordinate_search`.
+        allowed: whether a grid may be taken.
 
     Returns:
-        Runs from 1 to 0 without weights, by number of calls, half ones counted as half.
+        Schedules from 1 to 0 without coefficients, by NFE.
     """
-    plain = sidenet_solver(fitting.sidenet or StraightLine(), start=fitting.start)
+    first_step = fitting.analytic_first_step
+    solver = sidenet_solver(fitting.sidenet or StraightLine(), start=fitting.start)
     ends = fitting.truth(torch.zeros(()))
-    found: Runs = {}
+    found: Schedules = {}
     shape: GridShape | None = None
-    for n in progress(sorted(calls), "time grids"):
-        halved = fitting.halves(n)
-        made = n + halved
+    for nfe in progress(sorted(numbers), "search times"):
+        conditional_only = takes_conditional_only(fitting.field, nfe)
+        calls = nfe + conditional_only
 
-        def run(field: Field, noise: Tensor, times: Tensor, halved: bool = halved) -> Tensor:
-            return fit_run(fitting, run_over(times, knows_mean=fitting.skips), halved)[0]
+        def sample(field: Field, noise: Tensor, times: Tensor, conditional_only: bool = conditional_only) -> Tensor:
+            return fit_schedule(fitting, run_over(times, knows_mean=first_step), conditional_only)[0]
 
-        solver = dataclasses.replace(plain, run=run)
-        shape = search_grid(solver, fitting.field, fitting.noise, ends, made, shape)
-        found[n] = moved_times(fitting, n, solver.times(made, shape), rounds, allowed)
+        def error(grid: Tensor, calls: int = calls, conditional_only: bool = conditional_only) -> float:
+            candidate = run_over(grid, knows_mean=first_step)
+            if candidate.calls != calls or not allowed(grid):
+                return math.inf  # with another first time, the first step may be analytic, or no longer be
+            x = fit_schedule(fitting, candidate.scaled(fitting.start), conditional_only)[0]
+            return endpoint_errors(x, ends).mean().item()
+
+        fitted = dataclasses.replace(solver, integrate=sample)
+        shape = search_grid(fitted, fitting.field, fitting.noise, ends, calls, shape)
+        grid = coordinate_search(error, fitted.times(calls, shape), rounds)
+        found[nfe] = run_over(grid.tolist(), knows_mean=first_step)
     return found
-
-
-def moved_times(
-    fitting: Fitting, calls: int, times: Tensor, rounds: int, allowed: Callable[[Tensor], bool] = lambda times: True
-) -> FittedRun:
-    """The run that a coordinate search comes to from some times, which are from 1 to 0; without weights."""
-    halved, ends = fitting.halves(calls), fitting.truth(torch.zeros(()))
-
-    def error(grid: Tensor) -> float:
-        candidate = run_over(grid, knows_mean=fitting.skips)
-        if candidate.calls != calls + halved or not allowed(grid):
-            return math.inf  # a first time may have moved to where its call is, or is no longer, to be made
-        return endpoint_errors(fit_run(fitting, candidate.scaled(fitting.start), halved)[0], ends).mean().item()
-
-    return run_over(coordinate_search(error, times, rounds).tolist(), knows_mean=fitting.skips)
-
-
