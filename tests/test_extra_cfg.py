@@ -77,7 +77,7 @@ def test_each_scale_is_sampled_best_by_its_own_runs(made):
 def test_the_cost_is_what_was_planned(made):
     card = load_sidenet(made[0])[1]
     settings = MakeSettings(
-        backbone=BACKBONE, out=made[0], effort="quick", nfe="6", guidance=(2.0,), trajectories=19, points=22, starts=0
+        backbone=BACKBONE, out=made[0], preset="quick", nfe="6", guidance=(2.0,), trajectories=19, points=22, prefixes=0
     )
     more = dataclasses.replace(settings, extra_guidance=(MORE,))
     planned = planned_nfe(more) - planned_nfe(settings)
@@ -107,7 +107,7 @@ def test_another_scale_is_added_to_a_file(made, tmp_path):
     [
         (("--extra-guidance", "4", "4"), "each once"),
         (("--extra-guidance", "-1"), "from 0 to 100"),
-        (("--extra-guidance", "4", "--cfg-mode", "per_branch"), "needs recordings of the guided velocity"),
+        (("--extra-guidance", "4", "--cfg-mode", "per_branch"), "needs trajectories of combined CFG"),
     ],
 )
 def test_what_cannot_be_done_is_said(options, message, tmp_path, capsys):

@@ -8,6 +8,7 @@ import torch
 from ba_solver.bas_core import Field, SideNet, SideNetConfig, load_sidenet, model_field, run_baseline, time_grid
 from ba_solver.training.backbones import BackboneChoice, open_backbone
 from ba_solver.training.cli import main
+from ba_solver.training.measuring import evaluate
 from ba_solver.training.measuring.learned_multistep import LearnedMultistep
 from ba_solver.training.recording.trajectories import Trajectories, open_trajectories
 from ba_solver.training.schedules.solvers import endpoint_errors
@@ -44,7 +45,7 @@ def test_learned_multistep_finds_a_multistep_solver_that_is_there():
     end = run_baseline("adams_bashforth2", field, noise, grid, keep)
     solver = LearnedMultistep(field, noise, lambda t: visited[round(float(t), 4)])
     torch.testing.assert_close(solver(field, noise, grid), end, atol=1e-4, rtol=0)
-    (found,) = solver.known.values()
+    (found,) = solver.fitted.values()
     assert [len(c) for c in found] == [1, 2, 3, 4, 5]
     torch.testing.assert_close(found[0], torch.tensor([-0.2], dtype=torch.float64), atol=1e-5, rtol=0)
     for c in found[1:]:
@@ -81,7 +82,7 @@ def made(tmp_path_factory):
 
 def lines(out):
     with (out / "results.csv").open() as file:
-        return {(row["solver"], int(row["calls"]), row["grid"]): row for row in csv.DictReader(file)}
+        return {(row["solver"], int(row["nfe"]), row["grid"]): row for row in csv.DictReader(file)}
 
 
 def test_make_records_trains_and_evaluates(made):
@@ -113,7 +114,7 @@ def test_measured_errors_are_the_distances_to_the_exact_end(made):
     backbone = open_backbone(choice)
     parts = []
     for batch in range(2):
-        generator = torch.Generator().manual_seed(score.REPORT_SEED + 1000 + batch)
+        generator = torch.Generator().manual_seed(evaluate.REPORT_SEED + 1000 + batch)
         noise, labels = torch.randn((6, *SHAPE), generator=generator), torch.arange(6) % 2
         field = backbone.field(labels, 2.0)
         end = run_baseline("rk4", field, noise, torch.linspace(1, 0.0, 300))
@@ -148,7 +149,7 @@ def test_evaluate_alone_fits_the_rival_on_noises_of_its_own(made, tmp_path):
         ("--backbone python:training_problems:other_backbone", "belongs to 'swirl'; 'other' is asked for"),
         ("--nfe 5,x", "--nfe must be whole numbers"),
         ("--reference 10", "--reference must be at least four times"),
-        ("--trajectories nowhere", "no folder nowhere"),
+        ("--recordings nowhere", "no folder nowhere"),
         ("--sidenet nothing.safetensors", "no file nothing.safetensors"),
         ("--noises 0", "--noises must be at least 1"),
     ],
@@ -172,7 +173,8 @@ def test_info_says_what_a_sidenet_is(made, capsys):
     said = capsys.readouterr().out
     for fact in ("swirl (python, fingerprint swirl-1)", "2 anchor(s)", "guided, guidance 2",
                  "4 calls (5 steps, 2 half calls, step weights); 6 calls (7",
-                 "48 runs of 32 points of (2, 4, 4)", "residual variance left by kind", "Euler"):  # fmt: skip
+                 "48 trajectories of 32 points of (2, 4, 4)",
+                 "fraction of variance unexplained by kind", "Euler"):  # fmt: skip
         assert fact in said, said
 
 

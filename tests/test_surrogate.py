@@ -1,23 +1,21 @@
-"""Times found on recorded paths: what stands in for the model there, and what comes of it."""
+"""Schedules searched on a surrogate: what it knows of the model, and what the search comes to."""
 
-import dataclasses
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from ba_solver.bas_core.checkpoint import load_sidenet
-from ba_solver.bas_core.files import CheckpointError
 from ba_solver.bas_core.grids import time_grid
-from ba_solver.bas_core.steps import StraightLine
+from ba_solver.bas_core.runs import run_over
 from ba_solver.training.cli import main
 from ba_solver.training.make import MakeSettings, planned_nfe
-from ba_solver.training.presets import PRESETS, with_effort
+from ba_solver.training.presets import PRESETS
 from ba_solver.training.recording.reference_solver import LAST_TIME
 from ba_solver.training.recording.replay import Replay
-from ba_solver.training.recording.trajectories import open_trajectories
-from ba_solver.training.schedules.fitting import Fitting, fit_schedule
+from ba_solver.training.schedules import surrogate_search
 from ba_solver.training.schedules.surrogate import (
     Surrogate,
     default_gain,
@@ -26,25 +24,23 @@ from ba_solver.training.schedules.surrogate import (
     subsampled,
     velocity_at,
 )
-from ba_solver.training.schedules.surrogate_search import even_enough, probe, refine, search_on_surrogate
-from ba_solver.training.schedules.time_search import run_over
-from ba_solver.training.settings import UsageError
-from ba_solver.training.train import TrainSettings, run_train
+from ba_solver.training.schedules.surrogate_search import even_enough, rollouts, search_on_surrogate
+from ba_solver.training.settings import UsageError, read_settings
 from training_problems import BACKBONE, GAUSSIAN_MEAN, swirl, swirl_backbone, trajectories_of, two_points_backbone
 
 LABELS = torch.arange(12) % 2
+METADATA = {"guidance": [1.0, 1.0], "guidance_interval": [0.0, 1.0], "cfg_mode": "combined", "record_batch": 8}
 
 
 @pytest.fixture(scope="module")
 def replay():
-    """Recorded runs of the swirl, and the swirl."""
+    """Trajectories of the swirl, and the swirl."""
     trajectories = trajectories_of(swirl, LABELS, 40)
-    metadata = {"guidance": [1.0, 1.0], "guidance_interval": [0.0, 1.0], "cfg_mode": "combined", "record_batch": 8}
-    return Replay(swirl_backbone(None, None), trajectories, metadata, Counter())
+    return Replay(swirl_backbone(None, None), trajectories, METADATA, Counter())
 
 
 def test_recorded_velocities_between_the_points(replay):
-    """Fourth order: with twice the points the error falls sixteenfold, at any time and in every run at once."""
+    """Fourth order: with twice the points the error falls sixteenfold, at any time and in every trajectory."""
     errors = []
     for points in (20, 40):
         trajectories = trajectories_of(swirl, LABELS, points)
@@ -56,8 +52,8 @@ def test_recorded_velocities_between_the_points(replay):
     assert max(errors[4:]) < 0.15 * max(errors[:4]) and max(errors[4:]) < 0.02
 
 
-def test_a_stand_in_knows_what_it_was_shown(replay):
-    """On the paths it is the model; where a run has been it answers as the model did, and beside that by the gain."""
+def test_the_surrogate_knows_the_rollouts(replay):
+    """On trajectories it is the model; where a rollout has been it answers alike, and elsewhere by the gain."""
     rows = torch.arange(12)
     few = subsampled(replay.trajectories, rows, 0, count=24)
     assert torch.equal(few.subsample(replay.trajectories.states[rows, 0 * rows]), few.truth(torch.tensor(1.0)))
@@ -74,9 +70,7 @@ def test_a_stand_in_knows_what_it_was_shown(replay):
     # What it has not seen goes by the gain.
     other = torch.randn(12, 24, 1, 1, generator=torch.Generator().manual_seed(1))
     other -= (
-        (other * few.subsample(away)).sum(1, True)
-        / few.subsample(away).square().sum(1, True)
-        * few.subsample(away)
+        (other * few.subsample(away)).sum(1, True) / few.subsample(away).square().sum(1, True) * few.subsample(away)
     )
     gain = Surrogate(few, [seen]).gain(0.5)
     moved = field.velocity(few.truth(t) + other, t) - on_path
@@ -84,8 +78,8 @@ def test_a_stand_in_knows_what_it_was_shown(replay):
     assert Surrogate(few).gain is default_gain
 
 
-def test_whether_a_first_call_is_saved_is_decided_by_other_conditions():
-    """A run's own condition says nothing of the mean of the others', which a new prompt will not know either."""
+def test_the_data_mean_is_that_of_other_conditions():
+    """A trajectory's own condition says nothing of new prompts."""
     firsts = torch.arange(4.0)[:, None, None, None].expand(4, 1, 2, 2)
     found = means_of_others(firsts, torch.tensor([0, 0, 1, 1]))
     assert [mean[0, 0, 0].item() for mean in found] == [2.5, 2.5, 0.5, 0.5]
@@ -93,36 +87,34 @@ def test_whether_a_first_call_is_saved_is_decided_by_other_conditions():
     assert alike[0][0, 0, 0] == 2 and means_of_others(firsts[:1], torch.zeros(1))[0][0, 0, 0] == 0
 
 
-def test_a_first_call_is_saved_where_the_mean_says_it_all():
+def test_the_first_step_is_analytic_where_the_mean_says_it_all():
     backbone = two_points_backbone(None, None)
-    metadata = {"guidance": [1.0, 1.0], "guidance_interval": [0.0, 1.0], "cfg_mode": "combined", "record_batch": 8}
     trajectories = trajectories_of(lambda x, t, y: backbone.velocity(x, t, y, 1.0), LABELS, 48)
-    known = Replay(backbone, trajectories, metadata, Counter())
+    known = Replay(backbone, trajectories, METADATA, Counter())
     runs = search_on_surrogate(known, [2], GAUSSIAN_MEAN)
     assert runs[2].skip_first and runs[2].calls == 2 and len(runs[2].times) == 4
 
 
-def test_the_better_way_is_taken_and_of_what_was_looked_at_the_best(capsys, monkeypatch):
-    looked_at = []
+def test_the_better_first_step_is_taken_and_of_all_searches_the_best(capsys, monkeypatch):
+    tried = []
 
     def noted(trajectories, replay, rows, runs, mean):
         seen, errors = rollouts(trajectories, replay, rows, runs, mean)
-        looked_at.append((runs, errors))
+        tried.append((runs, errors))
         return seen, errors
 
-    monkeypatch.setattr(on_paths, "rollouts", noted)
-    metadata = {"guidance": [1.0, 1.0], "guidance_interval": [0.0, 1.0], "cfg_mode": "combined", "record_batch": 8}
-    replay = Replay(swirl_backbone(None, None), trajectories_of(swirl, LABELS, 24), metadata, Counter())
+    monkeypatch.setattr(surrogate_search, "rollouts", noted)
+    replay = Replay(swirl_backbone(None, None), trajectories_of(swirl, LABELS, 24), METADATA, Counter())
     found = search_on_surrogate(replay, [3, 4], torch.zeros(2, 4, 4))
-    # In each search, what it comes to with the first call saved and without is said, and the better is taken.
+    # Each search prints its errors with an analytic first step and without, and takes the better.
     said = re.findall(r"(\d) calls: about (\S+) with an analytic first step, (\S+) without", capsys.readouterr().out)
-    searched = [runs[calls] for runs, _ in looked_at for calls in (3, 4)]
-    assert len(said) == len(searched) == 2 * on_paths.PROBES
+    searched = [runs[calls] for runs, _ in tried for calls in (3, 4)]
+    assert len(said) == len(searched) == 2 * surrogate_search.SEARCHES
     for (calls, saved, made), run in zip(said, searched, strict=True):
         assert run.skip_first <= (float(saved) <= float(made)) and run.calls == int(calls)
     # Of all searches, those times that ended nearest on the model.
     for calls, run in found.items():
-        assert run is min(looked_at, key=lambda pair: pair[1][calls])[0][calls]
+        assert run is min(tried, key=lambda pair: pair[1][calls])[0][calls]
 
 
 def test_steps_that_shrink_too_fast_are_not_trusted():
@@ -130,12 +122,12 @@ def test_steps_that_shrink_too_fast_are_not_trusted():
     assert not even_enough(torch.tensor([1.0, 0.7, 0.6, 0.3, 0.0]))
 
 
-def test_probes_see_the_model_beside_the_paths(replay):
+def test_rollouts_see_the_model_beside_the_trajectories(replay):
     rows = torch.arange(4)
     few = subsampled(replay.trajectories, rows, 0)
     (seen,), errors = rollouts(few, replay, rows, {5: run_over(time_grid(5))}, None)
     assert 0 < errors[5] < 1
-    assert replay.spent["probes"] >= 4 * 5 and seen.times[0] == 1 and list(seen.times) == sorted(seen.times)[::-1]
+    assert replay.nfe["rollouts"] >= 4 * 5 and seen.times[0] == 1 and list(seen.times) == sorted(seen.times)[::-1]
     for t, away, change in list(zip(seen.times, seen.states, seen.velocities, strict=True))[2:]:
         if t > 2 * LAST_TIME:
             x = few.truth(torch.tensor(t)) + away[..., None, None]

@@ -110,13 +110,7 @@ class Drawing:
         return torch.from_numpy(generator.standard_normal(self.backbone.shape, dtype=np.float32))
 
     def draw(self, indices: list[int], solver: Solver, calls: int) -> tuple[Tensor, float]:
-        """The end states [B, C, *spatial] of some images, and what each of them cost in calls.
-
-        On a CPU one by one: there a batch saves little, and changes the last digits of what is computed.
-        """
-        if self.backbone.device.type == "cpu" and len(indices) > 1:
-            drawn = [self.draw([index], solver, calls) for index in indices]
-            return torch.cat([states for states, _ in drawn]), drawn[0][1]
+        """The end states [B, C, *spatial] of some images, and the NFE of each."""
         noise = self.backbone.noise(torch.stack([self.noise(index) for index in indices])).to(self.backbone.device)
         labels = torch.tensor([self.classes[index % len(self.classes)] for index in indices])
         field = self.backbone.field(labels, self.scale, self.interval, self.mode)
@@ -324,7 +318,7 @@ def my_batches(
     rank, count, meet = processes(device.type == "cpu")
     missing = folder.missing(settings.count)
     if 0 < len(missing) < settings.count:
-        say(f"{settings.count - len(missing)} of {settings.count} images are there already; going on.")
+        say(f"{settings.count - len(missing)} of {settings.count} images are already drawn; the others follow.")
     starts = sorted({index // settings.batch * settings.batch for index in missing})
     mine = starts[rank::count]
     return [list(range(start, min(start + settings.batch, settings.count))) for start in mine], meet
