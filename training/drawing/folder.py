@@ -1,4 +1,4 @@
-"""A folder of images: what it was drawn with, and which images are there; atomically written, so that any is whole."""
+"""A folder of images with the settings they were drawn with; images are written atomically."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ class Folder:
 
     Attributes:
         out: holds the settings, and folders of images, pairs and latents.
-        latents: states are kept instead of images.
+        latents: whether it holds states instead of images.
     """
 
     out: Path
     latents: bool = False
 
     def path(self, index: int, kind: str = "") -> Path:
-        """Where an image lies, or its pair or its latent."""
+        """The path of an image, or of its pair or its latent."""
         kind = kind or (LATENTS if self.latents else IMAGES)
         return self.out / kind / f"{index:06d}.{'safetensors' if kind == LATENTS else 'png'}"
 
     def open(self, settings: dict[str, Any]) -> None:
-        """Begin, or go on with images that were drawn with the same settings.
+        """Begin, or continue with images that were drawn with the same settings.
 
         Raises:
             UsageError: the folder holds images of other settings, or other things, or cannot be written.

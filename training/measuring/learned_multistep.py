@@ -1,7 +1,7 @@
-"""The learned multistep solver: the honest rival of a SideNet, with no network at all.
+"""The learned multistep solver: the strongest rival of a SideNet, with no network.
 
 x(t_1) = x(t_0) + sum of c_j v(t_j) over all velocities so far, with coefficients of each step by least squares against
-recorded paths. They are fitted closed loop: every step's coefficients on the states that those before it lead to.
+recorded paths. Every step's coefficients are fitted on the states that the steps before it lead to.
 """
 
 from __future__ import annotations

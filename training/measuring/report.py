@@ -1,4 +1,4 @@
-"""What a comparison is written as: a table, CSV, a plot of errors and a page of images."""
+"""Reports of a comparison: a table, CSV, a plot of errors and a page of images."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def write_csv(path: Path, rows: Sequence[Measurement]) -> None:
 
 
 def plot_errors(path: Path, rows: Sequence[Measurement], title: str) -> None:
-    """Endpoint error over backbone calls, log scale, one panel for uniform grids and one for each solver's best."""
+    """Endpoint error over NFE, log scale, one panel for uniform grids and one for each solver's best."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.6), layout="constrained")
@@ -75,7 +75,7 @@ def plot_errors(path: Path, rows: Sequence[Measurement], title: str) -> None:
                 zorder=5 if ours else 2,
             )
         panel.axhline(euler_long, color="grey", linestyle=":", label="Euler, 100 calls")
-        panel.set(yscale="log", title=heading, xlabel="backbone calls (NFE)")
+        panel.set(yscale="log", title=heading, xlabel="model calls (NFE)")
         panel.grid(alpha=0.3, which="both")
     panels[0].set_ylabel("endpoint error (RMSE)")
     panels[1].legend(fontsize=8)

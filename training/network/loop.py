@@ -1,4 +1,4 @@
-"""The one training loop: averaged weights, a schedule, a progress bar, atomic saves, and resume to the bit."""
+"""The training loop: averaged weights, a learning rate schedule, a progress bar, atomic saves, and resume."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """What every training has in common.
+    """Settings of a training loop.
 
     Attributes:
         steps: optimizer steps.
         batch: samples a step.
         learning_rate: peak, after a linear warm-up of `warmup` steps, of a cosine down to 1 %.
         weight_decay: of AdamW.
-        muon: orthogonalise the updates of the blocks' matrices (Muon; needs torch 2.9), which a transformer
-            learns about twice as fast with; the other parameters get half the learning rate, from AdamW.
+        muon: use Muon (needs torch 2.9) for the matrices of transformer blocks, which learn about twice as fast with
+            it; the other parameters get half the learning rate, from AdamW.
         ema: decay of the averaged weights.
         seed: of weights and batches.
         save_every: steps between reports and saves.
@@ -76,12 +76,12 @@ class LoopSettings:
             )
 
     def generator(self, step: int) -> torch.Generator:
-        """The source of a step's randomness, so that a resumed run draws what the whole run would have drawn."""
+        """The source of a step's randomness; a resumed training draws what an uninterrupted one would."""
         return torch.Generator().manual_seed(self.seed * 1_000_003 + step)
 
 
 def averaged(model: nn.Module, decay: float) -> torch.optim.swa_utils.AveragedModel:
-    """An exponential moving average of a model's weights that trusts the present more while it is young."""
+    """An exponential moving average of a model's weights with a smaller decay in its first steps."""
 
     @torch.no_grad()
     def update(averages: Any, current: Any, count: Tensor | int) -> None:
@@ -124,7 +124,7 @@ def interrupts_deferred() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Microbatch:
-    """Which rows of a step's batch one backward pass takes, of those of all passes and processes."""
+    """The part of a step's batch that one backward pass of one process takes."""
 
     index: int = 0
     count: int = 1
@@ -139,7 +139,7 @@ Numbers = dict[str, float]
 
 
 class TrainingState(Generic[Model]):
-    """Everything that changes during a training, so that it can be saved and gone on with."""
+    """Everything that changes during a training, so that it can be saved and resumed."""
 
     def __init__(self, model: Model, settings: LoopSettings, path: Path | None) -> None:
         self.model, self.settings, self.path, self.done = model, settings, path, 0
@@ -192,7 +192,7 @@ class TrainingState(Generic[Model]):
         return mean_over_processes(total).item()
 
     def _share_gradients(self) -> None:
-        # In one message, by hand: a SideNet is small, and a loss may call it many times, which wrappers do not like.
+        # In one message, by hand: wrappers want one call of the model a step, and a loss may make many.
         trained = [p for p in self.model.parameters() if p.requires_grad]
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trained])
         mean = mean_over_processes(flat)
@@ -200,7 +200,7 @@ class TrainingState(Generic[Model]):
             p.grad = gradient.view_as(p).clone()
 
     def advance(self) -> None:
-        """One optimizer step; Ctrl-C waits for its end, so that what is saved is never half a step."""
+        """One optimizer step; Ctrl-C waits for its end, so that half a step is never saved."""
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         with interrupts_deferred():
             for optimizer, schedule in zip(self.optimizers, self.rate_schedules, strict=True):
@@ -212,15 +212,15 @@ class TrainingState(Generic[Model]):
     def note(self, numbers: Numbers) -> None:
         """Add a line to the history, and keep the averaged weights if their score is the best so far."""
         if "score" in numbers:
-            # The same on every process, or one would stop and the others wait for it.
+            # The same on every process, so that all keep the same weights.
             numbers["score"] = float(mean_over_processes(torch.tensor(numbers["score"], device=self.device)))
-            known = [row["score"] for row in self.history if "score" in row]
-            if not known or numbers["score"] < min(known):
+            scores = [row["score"] for row in self.history if "score" in row]
+            if not scores or numbers["score"] < min(scores):
                 self.best = {name: value.clone() for name, value in self.averaged_model.state_dict().items()}
         self.history.append(numbers)
 
     def save(self) -> None:
-        """Write the run's state, atomically."""
+        """Write the state, atomically."""
         if self.path is not None and self.rank == 0:
             state = {"step": self.done, "history": self.history, "best": self.best}
             state |= {name: part.state_dict() for name, part in self._parts().items()}
@@ -249,12 +249,12 @@ def train(
 
     Args:
         model: on its device.
-        loss_at: the loss of a share of a step's batch; all its randomness comes from `settings.generator(step)`.
+        loss_at: the loss of a step's microbatch; all its randomness comes from `settings.generator(step)`.
         settings: see there.
         what: the progress bar's name.
-        state_path: where to keep the unfinished run; the same call goes on from it. None = keep nothing.
+        state_path: file for the unfinished training; the same call continues from it. None = none.
         report: called with the averaged model and the step before each save; its numbers join the progress bar. A
-            number called `score` (lower is better) decides which weights are kept.
+            number called `score` (lower is better) decides which weights are returned.
         journal: folder for TensorBoard's log and a plot of the loss; None = neither.
 
     Raises:

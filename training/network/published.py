@@ -1,7 +1,7 @@
 """The published training objective (arXiv 2601.21542, section 3 and its official code), for comparison.
 
 From a noised latent, a trajectory of small random steps; at each new state the backbone is called and the SideNet's
-prediction from the state before is compared with what it says.
+prediction from the state before is compared with the true velocity.
 """
 
 from __future__ import annotations
