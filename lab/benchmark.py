@@ -161,7 +161,7 @@ class Noises:
         """
         found = []
         for noise, conditions, ends in self.batches:
-            field = self.backbone.field(conditions, self.cfg, mode=mode)
+            field = self.backbone.field(conditions, self.cfg, cfg_mode=mode)
             found.append(endpoint_errors(sampler.sample(field, noise, nfe, shape), ends).cpu())
             if field.nfe != nfe:
                 raise RuntimeError(f"{sampler.label} was given {nfe} model calls and spent {field.nfe:g}.")
@@ -218,7 +218,7 @@ def ours(sidenet: SideNet, card: SideNetCard, backbone: Backbone, cfg: float) ->
             def sample(field: Field, x: Tensor, over: Any, network: Any = network) -> Tensor:
                 return solve(field, network, x, over)
 
-            yield label, Solver("ba_solver", label, sample, start=backbone.start, given=schedules), schedules
+            yield label, Solver("ba_solver", label, sample, start=backbone.start, schedules=schedules), schedules
 
 
 def measure_rivals(settings: BenchmarkSettings, noises: Noises, rivals: Sequence[Solver], grids: Grids) -> list[Row]:
@@ -290,7 +290,7 @@ def measure_cost(settings: BenchmarkSettings, noises: Noises) -> dict[str, float
     """Time and memory with the first SideNet."""
     sidenet, card = load_sidenet(settings.sidenet[0], noises.backbone.device)
     noise, conditions, _ = noises.batches[0]
-    field = noises.backbone.field(conditions, settings.cfg, mode=card.cfg_mode)
+    field = noises.backbone.field(conditions, settings.cfg, cfg_mode=card.cfg_mode)
     nfe = settings.counts[len(settings.counts) // 2]
     return cost(field, sidenet, noise, card.schedules_for(settings.cfg)[nfe].scaled(noises.backbone.start))
 

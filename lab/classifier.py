@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..bas_core.files import check_format, check_tensors, read_safetensors, write_safetensors
-from ..training.network.loop import LoopSettings, Share, train
+from ..training.network.loop import LoopSettings, Microbatch, train
 from .shapes import CLASS_NAMES, draw_shapes
 
 CLASSIFIER_FORMAT = "ba-solver-demo-classifier"
@@ -32,7 +32,7 @@ class Classifier(nn.Sequential):
 
 
 def accuracy(classifier: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Share of images that the classifier takes for their label."""
+    """Microbatch of images that the classifier takes for their label."""
     with torch.inference_mode():
         guesses = torch.cat([classifier(part.clamp(-1, 1)).argmax(1) for part in images.split(256)])
     return (guesses == labels).float().mean().item()
@@ -43,7 +43,7 @@ def train_classifier(out: Path = Path("runs/demo_classifier")) -> Path:
     torch.manual_seed(LOOP.seed)
     classifier = Classifier()
 
-    def loss_at(step: int, share: Share) -> Tensor:
+    def loss_at(step: int, share: Microbatch) -> Tensor:
         generator = LOOP.generator(step)
         shapes = draw_shapes(generator, LOOP.batch)
         noisy = shapes.images + 0.05 * torch.randn(shapes.images.shape, generator=generator)

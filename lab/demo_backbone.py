@@ -17,14 +17,14 @@ from torch import Tensor
 from ..bas_core.checkpoint import save_sit
 from ..bas_core.flow import interpolate
 from ..bas_core.sit import SiT, SiTConfig
-from ..training.network.loop import LoopSettings, Share, train
+from ..training.network.loop import LoopSettings, Microbatch, train
 from .shapes import CLASS_NAMES, IMAGE_SIZE, draw_shapes
 
 DEMO_CONFIG = SiTConfig(
     input_size=IMAGE_SIZE, patch_size=4, in_channels=3, hidden_size=192, depth=4, num_heads=6, num_classes=10
 )
 LOOP = LoopSettings(steps=6500, batch=64, learning_rate=2e-3, warmup=200, muon=True, ema=0.999, save_every=250)
-# Share of samples that see the null class, for CFG.
+# Microbatch of samples that see the null class, for CFG.
 CLASS_DROPOUT = 0.1
 
 
@@ -54,7 +54,7 @@ def train_backbone(out: Path = Path("runs/demo_backbone"), device: str = "cpu") 
     model = SiT(DEMO_CONFIG).initialize_weights().to(device)
     path = out / "demo_sit.safetensors"
 
-    def loss_at(step: int, share: Share) -> Tensor:
+    def loss_at(step: int, share: Microbatch) -> Tensor:
         images, noise, t, labels = (share.of(part).to(device) for part in training_batch(step))
         with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
             velocity = model(interpolate(images, noise, t), t, labels)

@@ -121,17 +121,16 @@ def settings_of(one: dict[str, Any]) -> MakeSettings:
     if one["effort"] == QUICK:
         changed.pop("steps", None)
     path = Path(folder_paths.get_output_directory()) / SIDENETS.key / f"{check_name(one['name'])}.safetensors"
-    return MakeSettings(
-        backbone="comfyui:model",
-        out=path,
-        guidance=(float(one["cfg"]),),
-        nfe=one["calls"],
-        preset=one["effort"],
-        seed=one.get("recording_seed", 1),
-        record_batch=one.get("batch", 4),
-        extra_guidance=more_scales(one.get("more_cfg", "")),
+    own = {
+        "guidance": (float(one["cfg"]),),
+        "nfe": one["calls"],
+        "preset": one["effort"],
+        "seed": one.get("recording_seed", 1),
+        "record_batch": one.get("batch", 4),
+        "extra_guidance": more_scales(one.get("more_cfg", "")),
         **changed,
-    )
+    }
+    return MakeSettings(backbone="comfyui:model", out=path, **{**PRESETS[one["effort"]], **own})
 
 
 def more_scales(text: str) -> tuple[float, ...]:

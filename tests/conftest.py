@@ -15,12 +15,13 @@ TRAINER_TESTS = [
         "backbones_diffusers",
         "demo",
         "demo_editing",
+        "extra_cfg",
         "fit",
-        "on_paths",
         "power",
         "record",
         "sample",
         "score",
+        "surrogate",
         "training",
     )
 ]

@@ -8,9 +8,9 @@ import pipelines
 import pytest
 import torch
 from ba_solver.bas_core import load_sidenet
+from ba_solver.training.baselines import run_baseline
 from ba_solver.training.backbones import open_backbone, pipeline_watch
 from ba_solver.training.backbones.base import BackboneChoice
-from ba_solver.training.baselines import run_baseline
 from ba_solver.training.cli import main
 from ba_solver.training.recording.trajectories import open_trajectories
 
@@ -218,19 +218,20 @@ def test_from_a_folder_to_a_report(name, saved, tmp_path):
     sizes = [f"--{key}={value}" for key, value in KINDS[name][1].items()]
     out = tmp_path / "mine.safetensors"
     command = f"make --backbone diffusers:{folder} --prompts {prompts} --guidance 2.5 --out {out} --trajectories 6 "
-    command += "--prefixes 6 "
-    command += "--points 16 --record-batch 6 --steps 120 --batch 32 --warmup 5 --base-channels 16 --embedding-dim 16 "
-    command += "--architecture conv --kernel-size 3 --no-muon --num-layers 2 --patch-size 1 --learning-rate 5e-3 "
+    command += "--prefixes 6 --points 16 --record-batch 6 --steps 120 --batch 32 --warmup 5 "
+    command += "--base-channels 16 --embedding-dim 16 --architecture conv --kernel-size 3 --no-muon --num-layers 2 --patch-size 1 --learning-rate 5e-3 "
     command += "--ema 0.9 --nfe 4 --noises 1 --search-noises 0 --reference 24 --validation 2 --tune 0"
     command += LEARNS_LITTLE.get(name, "")
     assert main([*command.split(), *sizes]) == 0
     sidenet, card = load_sidenet(out)
     assert card.backbone["kind"] == "diffusers" and sidenet.config.in_channels == KINDS[name][3][0]
-    assert min(card.evaluation["residual_variance"]["kind"].values()) < 0.97
-    rows = {(row["label"], row["grid"]): row["error"] for row in card.evaluation["endpoint_error"] if row["calls"] == 4}
+    assert min(card.evaluation["variance_unexplained"]["kind"].values()) < 0.97
+    rows = {(row["label"], row["grid"]): row["error"] for row in card.evaluation["endpoint_error"] if row["nfe"] == 4}
     assert ("BA-solver", "best") in rows and ("learned multistep", "uniform") in rows
-    trajectories, about = open_trajectories([out.with_suffix(".trajectories")])
-    assert tuple(about["shape"]) == KINDS[name][3] and about["start"] == pytest.approx(trajectories.times[0, 0].item())
+    trajectories, metadata = open_trajectories([out.with_suffix(".trajectories")])
+    assert tuple(metadata["shape"]) == KINDS[name][3] and metadata["start"] == pytest.approx(
+        trajectories.times[0, 0].item()
+    )
 
 
 @pytest.mark.parametrize(

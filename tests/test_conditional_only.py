@@ -18,7 +18,7 @@ from ba_solver.bas_core import (
 )
 from ba_solver.bas_core.guidance import NO_GUIDANCE
 from ba_solver.bas_core.schedule import ScheduleHook, StepHook
-from ba_solver.training.schedules.fitting import Fitting, fit_schedule, fit_schedules, has_conditional_only
+from ba_solver.training.schedules.fitting import Fitting, fit_schedule, fit_schedules, takes_conditional_only
 from ba_solver.training.schedules.time_search import search_times
 from checks import check_refused_in_a_file, guided_field
 from problems import class_velocity, labels, noise, small_sidenet
@@ -183,13 +183,13 @@ def test_without_two_branches_at_every_time_there_are_none(guidance):
         field = guided_field(2, guidance, mode)
         solve(field, None, start(), RUN)
         assert (field.calls, field.conditional_only) == (5, 0)
-        assert has_conditional_only(field, 10) is False
+        assert takes_conditional_only(field, 10) is False
 
 
 def test_what_a_budget_is_spent_on():
     """Two half calls, the last and the last but two, pay for one more anchor; the first two calls stay whole."""
     fitting = Fitting(None, guided_field(2, Guidance(SCALE)), start(), lambda t: start())
-    assert [has_conditional_only(fitting.field, nfe) for nfe in (3, 4, 5, 10)] == [False, True, True, True]
+    assert [takes_conditional_only(fitting.field, nfe) for nfe in (3, 4, 5, 10)] == [False, True, True, True]
     run = fit_schedule(fitting, Schedule(torch.linspace(1, 0, 6)), True)[1]
     assert [bool(row) for row in run.cfg_coefficients] == [False, False, True, False, True]
 

@@ -107,7 +107,7 @@ def test_another_scale_is_added_to_a_file(made, tmp_path):
     [
         (("--extra-guidance", "4", "4"), "each once"),
         (("--extra-guidance", "-1"), "from 0 to 100"),
-        (("--extra-guidance", "4", "--cfg-mode", "per_branch"), "needs recordings of the guided velocity"),
+        (("--extra-guidance", "4", "--cfg-mode", "per_branch"), "needs trajectories of combined CFG"),
     ],
 )
 def test_what_cannot_be_done_is_said(options, message, tmp_path, capsys):

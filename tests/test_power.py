@@ -24,7 +24,7 @@ from checks import (
 )
 from problems import FunctionSideNet, Oracle, small_sidenet
 from training_checks import (
-    check_fitted_weights,
+    check_fitted_coefficients,
     check_pairs,
     check_tuning,
     record,
@@ -388,19 +388,19 @@ def test_damaged_editing_fails_the_check(damage, check, monkeypatch):
 
 
 def forget_the_gradients(patch):
-    intact = loop.Run.gradients
+    intact = loop.TrainingState.gradients
 
     def gradients(self, loss_at):
         loss = intact(self, loss_at)
         self.model.zero_grad()
         return loss
 
-    patch.setattr(loop.Run, "gradients", gradients)
+    patch.setattr(loop.TrainingState, "gradients", gradients)
 
 
 def climb(patch):
     """Gradients of the wrong sign."""
-    intact = loop.Run.gradients
+    intact = loop.TrainingState.gradients
 
     def gradients(self, loss_at):
         loss = intact(self, loss_at)
@@ -409,11 +409,11 @@ def climb(patch):
                 parameter.grad.neg_()
         return loss
 
-    patch.setattr(loop.Run, "gradients", gradients)
+    patch.setattr(loop.TrainingState, "gradients", gradients)
 
 
 def elsewhere(truth):
-    """Another run's truth, at other places."""
+    """Another trajectory's truth, at other places."""
     return truth.roll(1, 0).flip(-1, -2).roll(1, -1)
 
 
@@ -424,14 +424,14 @@ def shuffle_the_targets(patch):
         stages, "relative_loss", lambda net, e, n: pairs(net, dataclasses.replace(e, target=elsewhere(e.target)), n)
     )
     patch.setattr(tuning, "endpoint_errors", lambda x, truth: tuned(x, elsewhere(truth)))
-    patch.setattr(fitting, "least_squares", lambda columns, wanted: fitted(columns, elsewhere(wanted)))
+    patch.setattr(fitting, "least_squares", lambda columns, target: fitted(columns, elsewhere(target)))
 
 
 TRAINED_CHECKS = [check_pairs, check_tuning]
 TRAINER_DAMAGES = [
     (forget_the_gradients, TRAINED_CHECKS),
     (climb, TRAINED_CHECKS),
-    (shuffle_the_targets, [check_pairs, check_tuning, check_fitted_weights]),
+    (shuffle_the_targets, [check_pairs, check_tuning, check_fitted_coefficients]),
 ]
 
 
@@ -439,8 +439,8 @@ TRAINER_DAMAGES = [
 def recorded(tmp_path_factory):
     """A recording, and a SideNet that was trained on it before the trainer was damaged."""
     root = tmp_path_factory.mktemp("recorded")
-    record(root / "combined", "--guidance", "2", "--trajectories", "96")
-    return root / "combined", train_on_pairs(root / "combined", root / "sidenet.safetensors")[0]
+    record(root / "guided", "--guidance", "2", "--trajectories", "96")
+    return root / "guided", train_on_pairs(root / "guided", root / "sidenet.safetensors")[0]
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,19 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in sorted((folder / "images").glob("*.png"))}
 
 
+def assert_same_images(one, other):
+    """At most one level apart, in few pixels: libraries round by batch, threads and processor.
+
+    Other noises, classes or steps are apart by tens of levels.
+    """
+    names = [sorted(path.name for path in (folder / "images").glob("*.png")) for folder in (one, other)]
+    assert names[0] and names[0] == names[1]
+    for name in names[0]:
+        apart = [next(read_pngs([folder / "images" / name])).astype(int) for folder in (one, other)]
+        apart = np.abs(apart[0] - apart[1])
+        assert apart.max() <= 1 and (apart > 0).mean() < 0.01
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """Fourteen images of the demo, drawn in one go."""
@@ -67,19 +80,20 @@ def test_demo_images_are_what_was_asked_for(tmp_path):
 
 def test_the_batch_does_not_matter(whole, tmp_path):
     draw(tmp_path / "one", *DEMO, "--count", 14, "--batch", 1)
-    assert contents(tmp_path / "one") == contents(whole) and len(contents(whole)) == 14
+    assert_same_images(tmp_path / "one", whole)
+    assert len(contents(whole)) == 14
 
 
 def test_two_processes_draw_what_one_draws(whole, tmp_path):
     command = ["sample", *DEMO, "--count", "14", "--batch", "4", "--out", str(tmp_path / "two"), "--npz"]
     said = in_two_processes(command, tmp_path)
-    assert contents(tmp_path / "two") == contents(whole)
+    assert_same_images(tmp_path / "two", whole)
     assert "14 images are in" in said[0] and not said[1]
     assert (tmp_path / "two" / "images.npz").exists()
 
 
 def test_an_interrupted_drawing_goes_on(whole, tmp_path, monkeypatch, capsys):
-    """To the same bytes; what had been drawn is not drawn again, and more can be asked for."""
+    """To the same images; what had been drawn is kept, and more can be asked for."""
     written, write = [], Folder.write
 
     def interrupt(self, index, *images):
@@ -94,8 +108,9 @@ def test_an_interrupted_drawing_goes_on(whole, tmp_path, monkeypatch, capsys):
     assert list(contents(out)) == [f"{index:06d}.png" for index in range(5)]
     monkeypatch.setattr(Folder, "write", lambda self, index, *i: (written.append(index), write(self, index, *i))[1])
     draw(out, *options, "--count", 14)
-    assert "5 of 14 images are there already" in capsys.readouterr().out
-    assert contents(out) == contents(whole) and written == list(range(3, 14)), "the cut batch is drawn whole"
+    assert "5 of 14 images are already drawn" in capsys.readouterr().out
+    assert_same_images(out, whole)
+    assert written == list(range(3, 14)), "the cut batch is drawn whole"
     assert not list(out.rglob("*.tmp"))
 
 
@@ -142,7 +157,7 @@ def test_models_of_ones_own_and_pairs(tmp_path):
         field = backbone.field(torch.tensor([0]), 1.0)
         drawn = solve(field, None, torch.from_numpy(noise)[None], time_grid(4))[0]
         expected = (drawn.clamp(0, 1) * 255).round().movedim(0, -1).numpy()
-        assert np.array_equal(image, expected) and np.array_equal(pair[:, :8], image) and pair.shape == (8, 16, 3)
+        assert np.abs(image - expected).max() <= 1 and np.array_equal(pair[:, :8], image) and pair.shape == (8, 16, 3)
         exact = 0.5 + (noise - 0.5) * np.exp(-1)
         beside = pair[:, 8:].transpose(2, 0, 1) / 255
         assert np.abs(beside - exact.clip(0, 1)).max() < 0.03, "Euler in 50 steps is near the exact end"
@@ -174,7 +189,7 @@ def test_the_papers_protocol(official, tmp_path):
     for index, image in enumerate(read_pngs(images)):
         noise = np.random.Generator(np.random.Philox(key=[0, index])).standard_normal((4, 8, 8), dtype=np.float32)
         label = torch.tensor([index % 5])
-        field = model_field(sit, label, torch.tensor([5]), Guidance(1.5, (0.0, 0.7)), "per_branch")
+        field = model_field(sit, label, torch.tensor([5]), Guidance(1.5, (0.0, 0.7)), "branch")
         with torch.inference_mode():
             x = solve(field, sidenet, torch.from_numpy(noise)[None], time_grid(5))
             decoded = vae.decode(x / 0.18215).sample[0].clamp(-1, 1) / 2 + 0.5

@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 from ba_solver.bas_core import Field, SideNet, SideNetConfig, load_sidenet, model_field, time_grid
-from ba_solver.training.backbones import BackboneChoice, open_backbone
 from ba_solver.training.baselines import run_baseline
+from ba_solver.training.backbones import BackboneChoice, open_backbone
 from ba_solver.training.cli import main
 from ba_solver.training.measuring import evaluate
 from ba_solver.training.measuring.learned_multistep import LearnedMultistep
@@ -46,7 +46,7 @@ def test_learned_multistep_finds_a_multistep_solver_that_is_there():
     end = run_baseline("adams_bashforth2", field, noise, grid, keep)
     solver = LearnedMultistep(field, noise, lambda t: visited[round(float(t), 4)])
     torch.testing.assert_close(solver(field, noise, grid), end, atol=1e-4, rtol=0)
-    (found,) = solver.known.values()
+    (found,) = solver.fitted.values()
     assert [len(c) for c in found] == [1, 2, 3, 4, 5]
     torch.testing.assert_close(found[0], torch.tensor([-0.2], dtype=torch.float64), atol=1e-5, rtol=0)
     for c in found[1:]:
@@ -83,7 +83,7 @@ def made(tmp_path_factory):
 
 def lines(out):
     with (out / "results.csv").open() as file:
-        return {(row["solver"], int(row["calls"]), row["grid"]): row for row in csv.DictReader(file)}
+        return {(row["solver"], int(row["nfe"]), row["grid"]): row for row in csv.DictReader(file)}
 
 
 def test_make_records_trains_and_evaluates(made):
@@ -136,9 +136,7 @@ def test_evaluate_alone_fits_the_rival_on_noises_of_its_own(made, tmp_path):
     assert ("learned_multistep", 5, "best") in rows and ("ba_solver", 5, "best") in rows
     # The best grid found becomes the file's, beside those that were learned, with step weights of its own.
     card = load_sidenet(copy)[1]
-    assert sorted(card.schedules_for(card.cfg)) == [4, 5, 6] and all(
-        run.coefficients for run in card.schedules_for(card.cfg).values()
-    )
+    assert sorted(card.schedules_for(card.cfg)) == [4, 5, 6] and all(run.coefficients for run in card.schedules_for(card.cfg).values())
     assert main(f"{command} --reference 64 --search-noises 0".split()) == 0
     assert {(name, grid) for name, n, grid in lines(tmp_path / "r") if n == 5 and grid != "uniform"} == {
         ("ba_solver", "best")
@@ -152,7 +150,7 @@ def test_evaluate_alone_fits_the_rival_on_noises_of_its_own(made, tmp_path):
         ("--backbone python:training_problems:other_backbone", "belongs to 'swirl'; 'other' is asked for"),
         ("--nfe 5,x", "--nfe must be whole numbers"),
         ("--reference 10", "--reference must be at least four times"),
-        ("--trajectories nowhere", "no folder nowhere"),
+        ("--recordings nowhere", "no folder nowhere"),
         ("--sidenet nothing.safetensors", "no file nothing.safetensors"),
         ("--noises 0", "--noises must be at least 1"),
     ],
@@ -174,9 +172,10 @@ def test_make_does_not_train_over_a_sidenet(made, capsys):
 def test_info_says_what_a_sidenet_is(made, capsys):
     assert main(["info", str(made)]) == 0
     said = capsys.readouterr().out
-    for fact in ("swirl (python, fingerprint swirl-1)", "2 anchor(s)", "combined, guidance 2",
-                 "4 model calls (5 steps, 2 conditional-only calls, multistep coefficients); 6 model calls (7",
-                 "48 runs of 32 points of (2, 4, 4)", "residual variance left by kind", "Euler"):  # fmt: skip
+    for fact in ("swirl (python, fingerprint swirl-1)", "2 anchor(s)", "guided, guidance 2",
+                 "4 calls (5 steps, 2 half calls, step weights); 6 calls (7",
+                 "48 trajectories of 32 points of (2, 4, 4)",
+                 "fraction of variance unexplained by kind", "Euler"):  # fmt: skip
         assert fact in said, said
 
 
@@ -186,7 +185,7 @@ def test_official_sidenets_are_converted(tmp_path, capsys):
     target = tmp_path / "out.safetensors"
     assert main(["convert", str(tmp_path / "official.pt"), str(target)]) == 0
     converted, card = load_sidenet(target)
-    assert card.cfg_mode == "per_branch" and card.training["converted_from"] == "official.pt"
+    assert card.cfg_mode == "branch" and card.training["converted_from"] == "official.pt"
     state = sidenet.state_dict()
     assert all(torch.equal(converted.state_dict()[name], state[name]) for name in state)
     assert main(["convert", str(tmp_path / "official.pt"), str(target)]) == 2

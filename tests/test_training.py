@@ -24,7 +24,7 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def test_chains_hold_the_field_along_its_path():
+def test_trajectories_hold_the_field_along_its_path():
     """Each recorded velocity is the field at its recorded state, and the path follows it; one call a point."""
     field = model_field(swirl, torch.tensor([0, 1, 0]))
     times = random_times(160, generator())
@@ -38,7 +38,7 @@ def test_chains_hold_the_field_along_its_path():
 
 @pytest.mark.parametrize(("shift", "start", "until"), [(1.0, 1.0, LAST_TIME), (3.0, 1.0, 0.87), (1.0, 0.93, LAST_TIME)])
 def test_recorded_times_fall_between_their_ends_and_begin_finely(shift, start, until):
-    """They fall, whatever the jitter; two recordings differ; a multistep teacher finds short first steps."""
+    """They fall, whatever the jitter; two recordings differ; a multistep solver finds short first steps."""
     for seed in range(20):
         times = random_times(24, generator(seed), shift, start, until)
         assert times[0] == torch.tensor(start) and times[-1] == torch.tensor(until) and (times.diff() < 0).all()
@@ -46,8 +46,8 @@ def test_recorded_times_fall_between_their_ends_and_begin_finely(shift, start, u
     assert (random_times(24, generator(1)) != random_times(24, generator(2))).sum() == 22
 
 
-def test_chains_may_end_early_and_know_where_their_paths_end():
-    """Starts end where they are told to; whole trajectories end at their images."""
+def test_prefixes_end_early_and_trajectories_know_their_ends():
+    """Prefixes end where they are asked to; whole trajectories end at their images."""
     labels = torch.zeros(3, dtype=torch.long)
     start = trajectories_of(swirl, labels, 12, until=0.7)
     assert (start.times[:, -1] == torch.tensor(0.7)).all() and (start.times.diff() < 0).all()
@@ -79,7 +79,7 @@ def test_queries_are_those_of_the_sampler(anchors):
         assert (far == near).all() and (target > near)[of["between"]].all()
 
 
-def test_examples_are_read_off_the_chains_and_lines_are_exact_for_linear_velocities():
+def test_examples_are_read_off_the_trajectories_and_lines_are_exact_for_linear_velocities():
     """Where velocity is linear in time the straight line through two anchors leaves nothing; one anchor does."""
     times = torch.sort(torch.rand(6, 50, generator=generator()), dim=1, descending=True).values
     slope, start = torch.randn(2, 6, 1, *SHAPE, generator=generator(1))
@@ -97,27 +97,27 @@ def test_examples_are_read_off_the_chains_and_lines_are_exact_for_linear_velocit
     assert (e.h != 0).all() and (e.h != e.span).float().mean() > 0.95
 
 
-def test_starts_answer_what_they_reach_and_chains_the_rest():
-    """Queries that lie within the starts' stretch go to them; all others to the whole trajectories."""
-    trajectories, starts = (
+def test_prefixes_answer_what_they_reach_and_trajectories_the_rest():
+    """Queries that lie within the prefixes' stretch go to them; all others to the whole trajectories."""
+    trajectories, prefixes = (
         record(count=12),
         trajectories_of(swirl, torch.full((8,), 1), 10, seed=9, until=0.8),
     )
-    marked = replace(starts, labels=torch.full((8,), 7))
+    marked = replace(prefixes, labels=torch.full((8,), 7))
     e = draw_examples(trajectories, RULE, 2, 600, QueryRange(), generator(1), marked)
-    from_start = e.labels == 7
+    from_prefix = e.labels == 7
     earliest = torch.stack([e.t, e.t - e.h, e.t - e.span]).amin(0)
-    assert from_start.sum() > 30 and (earliest[from_start] >= 0.8 - 1e-6).all()
-    assert (earliest[~from_start] < 0.8 + 0.02).all() and (from_start & (e.t < 1)).any()
+    assert from_prefix.sum() > 30 and (earliest[from_prefix] >= 0.8 - 1e-6).all()
+    assert (earliest[~from_prefix] < 0.8 + 0.02).all() and (from_prefix & (e.t < 1)).any()
     # Whatever the source, the target is the field at a recorded state that follows from the near anchor's.
-    labels = torch.where(from_start, 1, e.labels)
+    labels = torch.where(from_prefix, 1, e.labels)
     torch.testing.assert_close(e.v, swirl(e.x, e.t, labels))
 
 
-def test_where_a_run_saves_its_first_call_the_anchor_there_is_the_mean():
+def test_an_analytic_first_step_has_the_mean_in_its_anchor():
     """Only at t = 1, only in runs toward the data that begin with a short step, and as often as asked."""
     trajectories, mean = record(count=12), torch.randn(SHAPE, generator=generator(3))
-    ranges = QueryRange(calls=(8, 15), shift=(3.0, 4.0), analytic_share=0.5)
+    ranges = QueryRange(nfe=(8, 15), shift=(3.0, 4.0), analytic_first_step=0.5)
     wanted, _, skipped = draw_queries(RULE, 2, 2000, ranges, generator(1))
     at_noise = (wanted[:, 0] == 1) & (wanted[:, 2] < 1) & (wanted[:, 1] == 1)
     assert 0.3 < skipped[at_noise].float().mean() < 0.5
@@ -133,7 +133,7 @@ def test_where_a_run_saves_its_first_call_the_anchor_there_is_the_mean():
     assert nearest.max() < 1e-4
 
 
-def toy_run(steps, path, stop_after=None):
+def fit_toy(steps, path, stop_after=None):
     """Fit a linear map; optionally be interrupted after a number of steps."""
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 2)
@@ -149,17 +149,19 @@ def toy_run(steps, path, stop_after=None):
 
 
 def test_four_steps_equal_two_stop_resume_two(tmp_path):
-    whole = toy_run(4, None).state_dict()
+    """To rounding: a skipped or doubled step moves the weights by about the learning rate, .1."""
+    whole = fit_toy(4, None).state_dict()
     with pytest.raises(KeyboardInterrupt):
-        toy_run(4, tmp_path / "run.pt", stop_after=2)
-    resumed = toy_run(4, tmp_path / "run.pt").state_dict()
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+        fit_toy(4, tmp_path / "toy.pt", stop_after=2)
+    resumed = fit_toy(4, tmp_path / "toy.pt").state_dict()
+    for name in whole:
+        torch.testing.assert_close(resumed[name], whole[name], rtol=0, atol=1e-5)
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_save(tmp_path):
     model = torch.nn.Linear(2, 1)
     settings = LoopSettings(steps=5, batch=1, learning_rate=0.1, save_every=1)
-    path = tmp_path / "run.pt"
+    path = tmp_path / "toy.pt"
 
     def loss_at(step, share):
         return model(torch.ones(1, 2)).sum() * (float("nan") if step == 3 else 1.0)

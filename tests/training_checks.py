@@ -5,17 +5,17 @@ Trained numbers differ from processor to processor. Each effect asked for here i
 """
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from ba_solver.bas_core import Schedule, load_sidenet, solve, time_grid
 from ba_solver.training.backbones import BackboneChoice, open_backbone
 from ba_solver.training.cli import main
-from ba_solver.training.network.loop import LoopSettings
 from ba_solver.training.recording.replay import Replay
 from ba_solver.training.recording.trajectories import open_trajectories
-from ba_solver.training.schedules.fitting import fit_coefficients
+from ba_solver.training.schedules.fitting import Fitting, fit_coefficients
 from ba_solver.training.schedules.solvers import endpoint_errors
-from ba_solver.training.schedules.surrogate_search import search_on_surrogate
+from ba_solver.training.schedules.time_search import search_times
 from ba_solver.training.schedules.tuning import tune, tuning_loop
 from training_problems import BACKBONE
 
@@ -24,18 +24,8 @@ SMALL += ("--architecture", "conv", "--kernel-size", "3", "--no-muon")
 QUICK = (*SMALL, "--warmup", "10", "--learning-rate", "1e-2", "--ema", "0.95")
 
 
-TOKENS = (
-    "--base-channels",
-    "16",
-    "--num-heads",
-    "2",
-    "--embedding-dim",
-    "16",
-    "--num-layers",
-    "1",
-    "--patch-size",
-    "1",
-)
+TRANSFORMER = ("--base-channels", "16", "--num-heads", "2", "--embedding-dim", "16", "--num-layers", "1")
+TRANSFORMER += ("--patch-size", "1")
 
 
 def record(out, *more):
@@ -44,22 +34,22 @@ def record(out, *more):
 
 
 def run(folder, out, *more, status=0):
-    assert main(["train", "--trajectories", str(folder), "--out", str(out), *map(str, more)]) == status
+    assert main(["train", "--recordings", str(folder), "--out", str(out), *map(str, more)]) == status
     return load_sidenet(out) if status == 0 else None
 
 
 def rollout_error(sidenet, folder, over=None):
-    """Mean end-point error on the recording's held-out runs."""
-    trajectories, about = open_trajectories([folder])
+    """Mean end-point error on the recording's validation trajectories."""
+    trajectories, metadata = open_trajectories([folder])
     backbone = open_backbone(BackboneChoice(backbone=BACKBONE))
     validation = trajectories.split(12)[1]
-    replay = Replay(backbone, validation, about)
+    replay = Replay(backbone, validation, metadata)
     rows = torch.arange(0, len(validation), validation.branches)
     with torch.no_grad():
         over = Schedule(time_grid(5)) if over is None else over
         field = replay.field_of(rows)
         x = solve(field, sidenet, replay.noise(rows), over)
-        assert field.nfe == over.nfe
+        assert field.nfe == over.cost
     return endpoint_errors(x, replay.truth(rows, torch.tensor(0.0))).mean().item()
 
 
@@ -70,34 +60,42 @@ def train_on_pairs(folder, out):
 
 
 def check_pairs(folder, trained, tmp_path):
-    """From trajectories alone it learns all kinds of query, and ends nearer than the solver without a network."""
+    """It learns all kinds of query, and its solver ends nearer than the one without a network."""
     _, sidenet, card = train_on_pairs(folder, tmp_path / "pairs.safetensors")
-    kinds = card.evaluation["residual_variance"]["kind"]
+    kinds = card.evaluation["variance_unexplained"]["kind"]
     assert max(kinds[kind] for kind in ("between", "beyond", "last")) < 0.85, kinds
     assert rollout_error(sidenet, folder) < 0.8 * rollout_error(None, folder)
 
 
 def parts_of(folder):
-    """The recorded runs to fit on, and those that are held out."""
-    trajectories, about = open_trajectories([folder])
+    """The trajectories to fit on, and those to validate on."""
+    trajectories, metadata = open_trajectories([folder])
     backbone = open_backbone(BackboneChoice(backbone=BACKBONE))
-    return tuple(Replay(backbone, part, about) for part in trajectories.split(12))
+    return tuple(Replay(backbone, part, metadata) for part in trajectories.split(12))
 
 
-def check_fitted_weights(folder, trained, tmp_path):
-    """Weights by least squares are most of what a run gains, of runs that they were not fitted on."""
+def fitted_in_the_family(sidenet, replay):
+    """A schedule of 5 calls on the best grid of the family, with coefficients."""
+    rows = replay.median_cfg_rows(8)
+    fitting = Fitting(sidenet, replay.field_of(rows), replay.noise(rows), partial(replay.truth, rows))
+    with torch.inference_mode():
+        found = search_times(fitting, [5], 0)
+    return fit_coefficients(sidenet, replay, found)[5]
+
+
+def check_fitted_coefficients(folder, trained, tmp_path):
+    """Coefficients by least squares are most of what a schedule gains, on trajectories that it was not fitted on."""
     sidenet, parts = load_sidenet(trained)[0], parts_of(folder)
-    fitted = fit_coefficients(sidenet, parts[0], search_on_surrogate(parts[0], [5], None))[5]
+    fitted = fitted_in_the_family(sidenet, parts[0])
     errors = [rollout_error(sidenet, folder, each) for each in (fitted, replace(fitted, coefficients=()))]
     assert errors[0] < 0.4 * errors[1], errors
 
 
 def check_tuning(folder, trained, tmp_path):
-    """Gradients through whole runs find weights where there are none: from the published step on."""
+    """Gradients through whole samplings find coefficients where there are none: from the published step on."""
     sidenet, parts = load_sidenet(trained)[0], parts_of(folder)
-    fitted = fit_coefficients(sidenet, parts[0], search_on_surrogate(parts[0], [5], None))[5]
+    fitted = fitted_in_the_family(sidenet, parts[0])
     begun = replace(fitted, coefficients=[[0.0] * len(row) for row in fitted.coefficients])
-    loop = tuning_loop(LoopSettings(steps=60, batch=16, learning_rate=1e-3, seed=1))
-    tuned = tune(sidenet, parts, begun, 5, loop, tmp_path)
+    tuned = tune(sidenet, parts, begun, 5, tuning_loop(60), tmp_path)
     errors = [rollout_error(sidenet, folder, each) for each in (begun, tuned)]
     assert errors[1] < 0.4 * errors[0], errors

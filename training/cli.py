@@ -16,8 +16,8 @@ class Command(NamedTuple):
         module: of this package, imported only when the command is called.
         settings: name of the dataclass in it.
         run: name of the function in it that takes the settings.
-        lower: what to lower when the GPU's memory is too small.
-        needs: modules to look for before the work starts, for they are imported in its midst.
+        lower: the flag to lower when the GPU's memory is too small.
+        needs: modules to look for before the work starts, because they are imported late.
     """
 
     help: str
@@ -37,14 +37,14 @@ COMMANDS = {
         needs=("matplotlib",),
     ),
     "record": Command(
-        "record sampling runs of a model",
+        "record sampling trajectories of a model",
         "recording.record",
         "RecordSettings",
         "run_record",
         "--record-batch, or use --offload",
     ),
     "train": Command(
-        "train a SideNet from recorded runs", "train", "TrainSettings", "run_train", needs=("matplotlib",)
+        "train a SideNet from recorded trajectories", "train", "TrainSettings", "run_train", needs=("matplotlib",)
     ),
     "evaluate": Command(
         "measure a SideNet beside other solvers",
@@ -56,7 +56,7 @@ COMMANDS = {
     ),
     "sample": Command("draw images, with a SideNet or with any other solver", "sample", "SampleSettings", "run_sample"),
     "convert": Command("an official SideNet (.pt) to safetensors", "sidenet_files", "ConvertSettings", "run_convert"),
-    "info": Command("what a SideNet file is for, and how good it is", "sidenet_files", "InfoSettings", "run_info"),
+    "info": Command("a SideNet file's purpose, training and quality", "sidenet_files", "InfoSettings", "run_info"),
     "demo": Command(
         "sample the shipped model with BA-solver and its rivals: a table and two pictures",
         "demo.show",
@@ -116,15 +116,16 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 1
     except KeyboardInterrupt:
-        print("Interrupted; nothing half-written is left, and the same command goes on.", file=sys.stderr)
+        print("Interrupted; nothing half-written is left, and the same command continues.", file=sys.stderr)
         return 130
 
 
 def run(name: str, command: Command, rest: list[str]) -> int:
     """Read a command's settings and do its work; failures become a sentence and an exit status."""
-    # Imported here, so that a missing extra is a sentence and not a traceback.
+    # Imported here, so that a missing extra gives a sentence and not a traceback.
     from torch import OutOfMemoryError
 
+    from .presets import PRESETS
     from .settings import UsageError, read_settings
 
     program = f"ba-solver {name}"
@@ -132,7 +133,7 @@ def run(name: str, command: Command, rest: list[str]) -> int:
         importlib.import_module(needed)
     module: Any = importlib.import_module(f".{command.module}", __package__)
     try:
-        settings = read_settings(getattr(module, command.settings), rest, program)
+        settings = read_settings(getattr(module, command.settings), rest, program, PRESETS if name == "make" else None)
         getattr(module, command.run)(settings)
     except UsageError as error:
         print(f"{program}: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Progress bars and messages, all alike."""
+"""Progress bars and messages."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Listener:
-    """Who is told of the work, where there is no terminal to read.
+    """Functions that receive progress and messages instead of the terminal.
 
     Attributes:
-        say: sees every message.
-        step: sees what is being done, how much of it is done, and how much there is (0 = not known), before each part.
-            What it raises ends the work.
-        history: sees what is being trained, and the numbers of all reports so far.
+        say: `(message)`.
+        step: `(name of the work, parts done, parts in all or 0)`, before each part; an exception from it ends the work.
+        history: `(name of the training, numbers of all reports so far)`.
     """
 
     say: Callable[[str], None]
@@ -36,7 +35,7 @@ _listeners: list[Listener] = []
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Tell a listener of all progress and messages, instead of the terminal."""
+    """Send all progress and messages to a listener instead of the terminal."""
     _listeners.append(listener)
     try:
         yield
@@ -45,7 +44,7 @@ def listening(listener: Listener) -> Iterator[None]:
 
 
 class Bar(tqdm):
-    """A tqdm bar that tells the listeners."""
+    """A tqdm bar that calls the listeners."""
 
     what = ""
 
@@ -57,15 +56,15 @@ class Bar(tqdm):
 
 
 def progress(items: Iterable[T], what: str, **options: Any) -> tqdm[T]:
-    """A tqdm bar over `items` that names what is being done."""
+    """A tqdm bar over `items`; `what` names the work."""
     silent = not MAIN_PROCESS or bool(_listeners)
     bar = Bar(items, desc=what, dynamic_ncols=True, mininterval=0.5, smoothing=0.05, disable=silent, **options)
-    bar.what = what  # tqdm itself forgets it where the bar is silent
+    bar.what = what  # tqdm itself drops it where the bar is silent
     return bar
 
 
 def say(text: str) -> None:
-    """A line for the user, above any progress bar."""
+    """Print a line above any progress bar."""
     for listener in _listeners:
         listener.say(text)
     if MAIN_PROCESS and not _listeners:
@@ -73,6 +72,6 @@ def say(text: str) -> None:
 
 
 def tell_history(what: str, history: list[dict[str, float]]) -> None:
-    """Show the listeners how a training goes."""
+    """Send a training's reports to the listeners."""
     for listener in _listeners:
         listener.history(what, history)

@@ -1,7 +1,7 @@
 """`ba-solver sample`: images of a model, drawn with a SideNet or with any other solver.
 
-Every image has a noise of its own, by its number: what is drawn does not depend on the batch, on the number of
-processes, or on interruptions.
+Every image has a noise of its own, by its number: images do not depend on the batch, on the number of processes, or on
+interruptions, but for rounding.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ REPORT = "report.json"
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSettings(BackboneChoice):
-    """Draw images of a model, with a SideNet or without; the same command goes on where it was interrupted.
+    """Draw images of a model, with a SideNet or without; the same command continues where it was interrupted.
 
     Attributes:
         backbone: the model as kind:where, such as diffusers:FOLDER or python:MODULE:FUNCTION; or give --sit.
         sit: a SiT or REPA file; the same as --backbone sit:FILE.
         sidenet: its file, or the authors' .pt.
         preset: the paper's settings for so many calls: paper-5, paper-7, paper-8, paper-10, paper-15.
-        nfe: backbone calls an image.
+        nfe: model calls an image.
         method: bi_anchor, single_anchor, multistep (no SideNet), euler, heun, …
-        guidance: CFG scale; left out, what the SideNet was made for.
+        guidance: CFG scale; left out, the SideNet's own.
         count: how many images.
         classes: which classes, or prompts by number, separated by commas, in turn; left out, all of them.
         seed: of the noises.
@@ -79,22 +79,22 @@ class SampleSettings(BackboneChoice):
 
 @dataclass(frozen=True)
 class Drawing:
-    """All that is needed to draw an image by its number.
+    """Everything needed to draw an image by its number.
 
     Attributes:
         backbone: the model.
-        solver, calls: what draws.
-        rival: another solver and its calls, or None.
+        solver, nfe: of the images.
+        rival: another solver and its NFE, or None.
         scale, interval, mode: of guidance.
         classes: conditions, in turn.
         seed: of the noises.
         decode: states to images [B, 3, H, W] in [0, 1]; None keeps states.
-        published: on the uniform grid, whatever the model's shift and the SideNet's runs.
+        published: use the uniform grid, without the model's shift and the SideNet's schedules.
     """
 
     backbone: Backbone
     solver: Solver
-    calls: int
+    nfe: int
     rival: tuple[Solver, int] | None
     scale: float
     interval: tuple[float, float]
@@ -109,19 +109,13 @@ class Drawing:
         generator = np.random.Generator(np.random.Philox(key=[self.seed, index]))
         return torch.from_numpy(generator.standard_normal(self.backbone.shape, dtype=np.float32))
 
-    def draw(self, indices: list[int], solver: Solver, calls: int) -> tuple[Tensor, float]:
-        """The end states [B, C, *spatial] of some images, and what each of them cost in calls.
-
-        On a CPU one by one: there a batch saves little, and changes the last digits of what is computed.
-        """
-        if self.backbone.device.type == "cpu" and len(indices) > 1:
-            drawn = [self.draw([index], solver, calls) for index in indices]
-            return torch.cat([states for states, _ in drawn]), drawn[0][1]
+    def draw(self, indices: list[int], solver: Solver, nfe: int) -> tuple[Tensor, float]:
+        """The end states [B, C, *spatial] of some images, and the NFE of each."""
         noise = self.backbone.noise(torch.stack([self.noise(index) for index in indices])).to(self.backbone.device)
         labels = torch.tensor([self.classes[index % len(self.classes)] for index in indices])
         field = self.backbone.field(labels, self.scale, self.interval, self.mode)
         shape = (1.0 if self.published else self.backbone.shift, 0.0)
-        return solver.sample(field, noise, calls, shape), field.nfe
+        return solver.sample(field, noise, nfe, shape), field.nfe
 
     def images(self, states: Tensor) -> Tensor:
         """States to images, or states as they are."""
@@ -143,7 +137,7 @@ def run_sample(settings: SampleSettings) -> dict[str, Any]:
     sidenet, card, mark = open_sidenet(settings, backbone)
     drawing = prepare(settings, backbone, sidenet, card)
     folder = Folder(settings.out, settings.latents)
-    folder.open(what_decides(settings, backbone, drawing, mark))
+    folder.open(settings_of_images(settings, backbone, drawing, mark))
     report = draw_missing(drawing, folder, settings)
     images = [folder.path(index) for index in range(settings.count)]
     if settings.npz and MAIN_PROCESS:
@@ -185,7 +179,7 @@ def with_preset(settings: SampleSettings) -> SampleSettings:
 
 
 def open_sidenet(settings: SampleSettings, backbone: Backbone) -> tuple[SideNet | None, SideNetCard, str]:
-    """The SideNet, its card, and what tells it from others.
+    """The SideNet, its metadata, and its fingerprint.
 
     Raises:
         CheckpointError: the file is damaged, or the SideNet belongs to another model.
@@ -224,15 +218,15 @@ def prepare(settings: SampleSettings, backbone: Backbone, sidenet: SideNet | Non
     if sidenet is not None and not card.supports_cfg(scale) and not settings.preset:
         say(f"Note: the SideNet was made for guidance {card.describe_cfg()}; at {scale:g} it is less accurate.")
     published = bool(settings.preset)
-    runs = card.schedules_for(scale)
-    runs = {} if published or settings.nfe not in runs else runs
+    schedules = card.schedules_for(scale)
+    schedules = {} if published or settings.nfe not in schedules else schedules
     rival = None
     if settings.compare:
         name, calls = parse_rival(settings.compare)
         rival = solver_named(name, sidenet, {}, backbone.start), calls
     return Drawing(
         backbone,
-        solver_named(settings.method, sidenet, runs, backbone.start),
+        solver_named(settings.method, sidenet, schedules, backbone.start),
         settings.nfe,
         rival,
         scale,
@@ -290,8 +284,8 @@ def decoder(settings: SampleSettings, backbone: Backbone) -> Callable[[Tensor], 
     return decode
 
 
-def what_decides(settings: SampleSettings, backbone: Backbone, drawing: Drawing, sidenet: str) -> dict[str, Any]:
-    """All that an image depends on, beside its number: what the folder of a half-done drawing is known again by."""
+def settings_of_images(settings: SampleSettings, backbone: Backbone, drawing: Drawing, sidenet: str) -> dict[str, Any]:
+    """All that an image depends on beside its number; a folder is continued only with the same."""
     vae = None if settings.vae is None else settings.vae.name
     return {
         "backbone": backbone.identity,
@@ -317,25 +311,22 @@ def what_decides(settings: SampleSettings, backbone: Backbone, drawing: Drawing,
 def my_batches(
     folder: Folder, settings: SampleSettings, device: torch.device
 ) -> tuple[list[list[int]], Callable[[], None]]:
-    """The batches of which an image is missing, this process's share; and what waits for the other processes.
-
-    Batches are cut alike whatever is there already, so that an image is drawn among the same others.
-    """
-    rank, count, meet = processes(device.type == "cpu")
+    """This process's share of the batches with missing images, and a function that waits for the other processes."""
+    rank, count, wait_for_all = processes(device.type == "cpu")
     missing = folder.missing(settings.count)
     if 0 < len(missing) < settings.count:
-        say(f"{settings.count - len(missing)} of {settings.count} images are there already; going on.")
+        say(f"{settings.count - len(missing)} of {settings.count} images are already drawn; the others follow.")
     starts = sorted({index // settings.batch * settings.batch for index in missing})
     mine = starts[rank::count]
-    return [list(range(start, min(start + settings.batch, settings.count))) for start in mine], meet
+    return [list(range(start, min(start + settings.batch, settings.count))) for start in mine], wait_for_all
 
 
 def drawn_batches(
     drawing: Drawing, batches: list[list[int]]
 ) -> Iterator[tuple[list[int], Tensor, Tensor | None, float]]:
-    """Numbers, images, the rival's images and the calls, batch by batch."""
+    """Numbers, images, the rival's images and the NFE of an image, batch by batch."""
     for indices in progress(batches, "batches"):
-        states, cost = drawing.draw(indices, drawing.solver, drawing.calls)
+        states, cost = drawing.draw(indices, drawing.solver, drawing.nfe)
         beside = None
         if drawing.rival is not None:
             beside = drawing.images(drawing.draw(indices, *drawing.rival)[0])
@@ -343,9 +334,9 @@ def drawn_batches(
 
 
 def draw_missing(drawing: Drawing, folder: Folder, settings: SampleSettings) -> dict[str, Any]:
-    """Draw what is missing and write it; returns what it cost."""
+    """Draw and write the missing images; returns the report."""
     device = drawing.backbone.device
-    batches, meet = my_batches(folder, settings, device)
+    batches, wait_for_all = my_batches(folder, settings, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     began, drawn, calls = time.perf_counter(), 0, 0.0
@@ -355,7 +346,7 @@ def draw_missing(drawing: Drawing, folder: Folder, settings: SampleSettings) -> 
                 folder.write(index, images[row], None if beside is None else beside[row])
             drawn, calls = drawn + len(indices), calls + cost * len(indices)
     seconds = time.perf_counter() - began
-    meet()
+    wait_for_all()
     if not drawn:
         return {"drawn": 0}
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()

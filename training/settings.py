@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,16 +21,20 @@ class UsageError(ValueError):
     """A setting that cannot be used; the message says which and why."""
 
 
-def read_settings(kind: type[S], arguments: Sequence[str], program: str) -> S:
-    """Settings from `--config FILE` (TOML) and flags; a flag wins over the file.
+def read_settings(
+    kind: type[S], arguments: Sequence[str], program: str, presets: Mapping[str, Mapping[str, Any]] | None = None
+) -> S:
+    """Settings from a preset, from `--config FILE` (TOML) and from flags; a flag wins over the file, and both over the
+    preset.
 
     Args:
         kind: the command's dataclass.
         arguments: the command line after the command.
         program: for the help text.
+        presets: settings by the name that `--preset` takes.
 
     Raises:
-        UsageError: an unknown key or flag (the message lists the valid ones), or a file that is no TOML.
+        UsageError: an unknown key, flag or preset (the message lists the valid ones), or a file that is no TOML.
         SystemExit: `--help`, or a value of the wrong type (the message names it).
     """
     import tyro
@@ -41,8 +45,23 @@ def read_settings(kind: type[S], arguments: Sequence[str], program: str) -> S:
     given = [flag.partition("=")[0].removeprefix("--") for flag in flags if flag.startswith("--")]
     allowed = valid | {"help", "config"} | {f"no_{name}" for name in valid}
     _check_known([name for name in given if name.replace("-", "_") not in allowed], valid, "option --", program)
-    from_file = _toml_flags(config, valid, program) if config else []
-    return tyro.cli(kind, args=[*from_file, *flags], prog=program)
+    flags = [*(_toml_flags(config, valid, program) if config else []), *flags]
+    if presets:
+        flags = [*_preset_flags(flags, presets), *flags]
+    return tyro.cli(kind, args=flags, prog=program)
+
+
+def _preset_flags(flags: Sequence[str], presets: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The settings of the preset that the flags name, as flags."""
+    name = ""
+    for i, flag in enumerate(flags):
+        if flag == "--preset":
+            name = "".join(flags[i + 1 : i + 2])
+        elif flag.startswith("--preset="):
+            name = flag.partition("=")[2]
+    if name and name not in presets:
+        raise UsageError(f"--preset must be one of {', '.join(presets)}; got {name!r}.")
+    return _as_flags(presets.get(name, {}))
 
 
 def _take_config(flags: list[str]) -> Path | None:
@@ -77,11 +96,16 @@ def _toml_flags(path: Path, valid: set[str], program: str) -> list[str]:
     except (tomllib.TOMLDecodeError, CheckpointError) as error:
         raise UsageError(f"--config {path} is no TOML file: {error}") from error
     _check_known([key for key in content if key.replace("-", "_") not in valid], valid, "key ", f"{path} for {program}")
-    flags: list[str] = []
     for key, value in content.items():
-        name = key.replace("_", "-")
         if isinstance(value, dict):
             raise UsageError(f"{path}: {key} must be a value or a list of values, not a table.")
+    return _as_flags(content)
+
+
+def _as_flags(values: Mapping[str, Any]) -> list[str]:
+    flags: list[str] = []
+    for key, value in values.items():
+        name = key.replace("_", "-")
         if isinstance(value, bool):
             flags.append(f"--{name}" if value else f"--no-{name}")
         else:
@@ -103,6 +127,28 @@ def shareable(settings: Any) -> dict[str, Any]:
         kind, colon, where = values["backbone"].partition(":")
         values["backbone"] = kind + colon + Path(where).name
     return values
+
+
+def differences(
+    known: Mapping[str, Any],
+    asked: Mapping[str, Any],
+    may_differ: Collection[str] = (),
+    words: tuple[str, str] = ("was", "now"),
+) -> str:
+    """The settings in which two differ, such as "seed was 1, now 9"; empty where none does.
+
+    Args:
+        known: settings of what exists.
+        asked: settings of what is asked for; only these are compared.
+        may_differ: settings that do not matter.
+        words: before the known and the asked value.
+    """
+    wanted = json.loads(json.dumps(asked, default=str))
+    return "; ".join(
+        f"{name} {words[0]} {known.get(name)!r}, {words[1]} {value!r}"
+        for name, value in wanted.items()
+        if name not in may_differ and known.get(name) != value
+    )
 
 
 # --- values that several commands check -----------------------------------------------------------------------------
@@ -157,9 +203,9 @@ def prepare_folder(path: Path, flag: str = "--out") -> None:
     Raises:
         UsageError: it cannot.
     """
-    probe = path / ".writable"
+    test = path / f".writable-{os.getpid()}"  # of its own, for other processes do the same
     try:
-        write_atomically(probe, lambda temporary: temporary.touch())
-        probe.unlink()
+        write_atomically(test, lambda temporary: temporary.touch())
+        test.unlink()
     except OSError as error:
         raise UsageError(f"{flag} {path} cannot be written: {error}") from error

@@ -29,7 +29,7 @@ class ConvertSettings:
 
 @dataclass(frozen=True)
 class InfoSettings:
-    """Say what a SideNet is for, how it was trained and how good it is.
+    """Print what a SideNet is for, how it was trained and how good it is.
 
     Attributes:
         file: the SideNet.
@@ -57,7 +57,7 @@ def run_info(settings: InfoSettings) -> None:
 
 
 def describe_sidenet(sidenet: SideNet, card: SideNetCard) -> str:
-    """A SideNet's card in words."""
+    """A SideNet's metadata in words."""
     config, training, recorded = sidenet.config, card.training, card.training.get("recorded", {})
     earlier = training.get("started_from", {})
     parameters = sum(p.numel() for p in sidenet.parameters())
@@ -67,48 +67,49 @@ def describe_sidenet(sidenet: SideNet, card: SideNetCard) -> str:
         "network": f"{config.anchors} anchor(s), {parameters:,} parameters, {config.in_channels} latent channels"
         + (f", {config.num_classes} classes" if config.num_classes else ""),
         "velocity": f"{card.cfg_mode}, guidance {card.describe_cfg()}",
-        "runs": describe_schedules(card.schedules_for(card.cfg)),
-        "trained": str(training.get("objective", "not said")),
-        "recorded": _told(
-            "{runs} runs of {points} points of ({shape}); the teacher's error {reference_error:.2g}",
+        "schedules": describe_schedules(card.schedules_for(card.cfg)),
+        "trained": str(training.get("objective", "unknown")),
+        "recorded": _formatted(
+            "{trajectories} trajectories of {points} points of ({size}); the reference solver's error "
+            "{reference_error:.2g}",
             {
                 "reference_error": float("nan"),
                 **recorded,
-                "shape": str(recorded.get("shape")).strip("[]"),
-                "runs": training["recorded_runs"],
+                "trajectories": training.get("trajectories"),
+                "size": str(recorded.get("shape")).strip("[]"),
             },
         )
-        if "recorded_runs" in training
+        if recorded
         else "",
-        "cost": f"backbone calls {training.get('backbone_calls', 'not said')}, "
+        "cost": f"model calls {training.get('backbone_calls', 'unknown')}, "
         f"{training.get('seconds', '?')} s of training",
-        "began as": f"one trained: {earlier.get('objective', 'not said')}; backbone calls "
-        f"{earlier.get('backbone_calls', 'not said')}"
+        "began as": f"one trained: {earlier.get('objective', 'unknown')}; model calls "
+        f"{earlier.get('backbone_calls', 'unknown')}"
         if earlier
         else "",
         "license": card.license,
     }
     lines = [f"{name + ':':<12}{value}" for name, value in facts.items() if value]
-    return "\n".join([*lines, *_how_good(card.evaluation)])
+    return "\n".join([*lines, *_evaluation_lines(card.evaluation)])
 
 
-def _told(words: str, values: Any) -> str:
-    """Words with values put in; in files of other makers these may be anything."""
+def _formatted(text: str, values: Any) -> str:
+    """A text with values put in; in files of other makers these may be anything."""
     try:
-        return words.format(**values)
+        return text.format(**values)
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError):
-        return "not in a form that is known"
+        return "in an unknown form"
 
 
-def _how_good(evaluation: dict[str, Any]) -> list[str]:
+def _evaluation_lines(evaluation: dict[str, Any]) -> list[str]:
     lines = []
-    left = evaluation.get("residual_variance")
-    for by, values in left.items() if isinstance(left, dict) else ():
+    unexplained = evaluation.get("variance_unexplained")
+    for by, values in unexplained.items() if isinstance(unexplained, dict) else ():
         if isinstance(values, dict):
-            numbers = (_told("{kind} {left:.2f}", {"kind": kind, "left": value}) for kind, value in values.items())
-            lines.append(f"residual variance left by {by}: {', '.join(numbers)}")
+            parts = [_formatted("{name} {value:.2f}", {"name": name, "value": value}) for name, value in values.items()]
+            lines.append(f"fraction of variance unexplained by {by}: {', '.join(parts)}")
     rows = evaluation.get("endpoint_error")
     if isinstance(rows, list) and rows:
-        lines.append("endpoint error at guidance " + _told("{guidance:g}, {noises} noises:", evaluation))
-        lines += ["  " + _told("{calls:>3} calls  {label:<18} {grid:<8} {error:.4f}", row) for row in rows]
+        lines.append("endpoint error at guidance " + _formatted("{guidance:g}, {noises} noises:", evaluation))
+        lines += ["  " + _formatted("{nfe:>3} calls  {label:<18} {grid:<8} {error:.4f}", row) for row in rows]
     return lines or ["not evaluated yet: ba-solver evaluate"]

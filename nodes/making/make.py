@@ -17,9 +17,9 @@ from ...bas_core.checkpoint import SideNetCard, load_sidenet
 from ...bas_core.files import write_text
 from ...training.extra_cfg import add_extra_cfg, check_extra_cfg, nfe_for_cfg
 from ...training.make import MakeSettings, planned_nfe
-from ...training.presets import CHECKED, with_preset
+from ...training.presets import CHECKED
 from ...training.progress import Listener, listening, say
-from ...training.recording.record import check_recording, record
+from ...training.recording.record import record
 from ...training.recording.shards import shard_bytes
 from ...training.settings import UsageError, plain, prepare_folder, shareable
 from ...training.train import train_from
@@ -161,14 +161,14 @@ def make(
     Raises:
         ValueError: something cannot be done; the message says what, and what to do.
     """
-    settings = replace(with_preset(settings, settings.preset), tune=0, accumulate=0)
+    settings = replace(settings, tune=0, accumulate=0)
     card = finished(settings.out, settings)
     missing = len(set(settings.extra_guidance) - set(card.schedules if card else ()))
     if card is not None and not missing:
         told.line("This SideNet is there already; nothing was to be done.")
         return card
     settings.check()
-    check_extra_cfg(settings.extra_guidance, settings, settings)
+    check_extra_cfg(settings)
     prepare_folder(settings.out.parent, "The folder")
     clock = Clock(planned_nfe(settings) if card is None else missing * nfe_for_cfg(settings), told)
     # Nodes run in inference mode, and what is made there cannot be trained on.
@@ -178,7 +178,7 @@ def make(
             return open_model(model, *prompts, scale, latent, clock.called)
 
         backbone = opened(settings.guidance[0])
-        check_recording(settings, backbone)
+        settings.check_recording(backbone)
         remember(settings.out, settings)
         say(plan_text(settings, clock.planned, backbone))
         folder = chains or settings.out.with_suffix(".trajectories")
@@ -189,8 +189,7 @@ def make(
 
 def plan_text(settings: MakeSettings, calls: int, backbone: ComfyBackbone) -> str:
     """What it will cost, before it starts."""
-    points = settings.trajectories * settings.points + settings.prefixes * settings.prefix_points
-    size = shard_bytes(backbone.shape, points, 1, 2 if settings.storage == "float16" else 4)
+    size = shard_bytes(backbone.shape, settings.model_calls, 1, 2 if settings.storage == "float16" else 4)
     batch = shard_bytes(backbone.shape, settings.points, 1) * settings.record_batch
     return (
         f"Making {settings.out.stem!r} for {backbone.name}, preset {settings.preset}: {calls:,} model calls in batches "

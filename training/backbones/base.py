@@ -1,4 +1,4 @@
-"""What the trainer needs of a model, whatever made it."""
+"""The interface between the trainer and a model."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Combine = Callable[[Tensor, Tensor, float], Tensor]
 
 
 class Within(Protocol):
-    """Does work that calls a model, where the model can be called; with gradients through it, if they are asked for."""
+    """Does work that calls a model, where the model can be called; with gradients through it on request."""
 
     def __call__(self, work: Callable[[], Any], gradients: bool = False) -> Any: ...
 
 
 def work_here(work: Callable[[], Any], gradients: bool = False) -> Any:
-    """For models that can be called anywhere."""
+    """Does the work at once, for models that can be called anywhere."""
     return work()
 
 
@@ -36,27 +36,27 @@ class Backbone:
     Attributes:
         name: for people.
         kind: of backbone: sit, diffusers, python.
-        fingerprint: tells one model's weights from another's.
+        fingerprint: of the weights.
         shape: [C, *spatial] of a state.
         velocity: `(x [N, C, *spatial], t [N], conditions [N], scale) -> [N, C, *spatial]`, in the convention of
             `bas_core/flow.py`. `conditions` are indices; `scale` is the CFG scale, for models that take it as an
             input (see `embedded_guidance`).
         conditions: how many conditions (classes, prompts) there are to sample; index 0 … conditions - 1.
         null: index of the unconditional branch; None where there is none.
-        num_classes: how many classes a SideNet can be told of; 0 where conditions are texts.
+        num_classes: how many classes a SideNet can take; 0 where conditions are texts.
         embedded_guidance: the model takes the CFG scale as an input instead of being combined from two branches.
-        patch_size: how much coarser than its states the grid is that its network works on.
+        patch_size: side of its network's patches.
         shift: the time shift that the model is usually sampled with.
         start: the time that sampling starts from; below 1 for diffusion models, whose last noise level is finite.
-        combine: other guidance than CFG, `(conditional, unconditional, scale) -> velocity`; guided mode only.
+        combine: other guidance than CFG, `(conditional, unconditional, scale) -> velocity`; combined mode only.
         device, dtype: where states go, and what the network computes in.
         decode: states [B, C, *spatial] to images [B, 3, H, W] in [0, 1], or None.
         encode: images [B, 3, H, W] in [0, 1] to states, or None.
         pixels_per_latent: along a side.
-        conditions_digest: tells one list of conditions from another, where the settings do not name them.
-        within: does work that calls the model; some can be called in the midst of another program's sampling only.
-        make_room: takes the model off the device for as long as it is not called, and tells how many bytes are free
-            there; None = not known.
+        conditions_digest: of the conditions, where the settings do not name them.
+        within: does work that calls the model; some can be called only within another program's sampling.
+        make_room: takes the model off the device until its next call, and returns the bytes that are free there, or
+            None.
     """
 
     name: str
@@ -83,13 +83,17 @@ class Backbone:
 
     @property
     def identity(self) -> dict[str, str]:
-        """What a SideNet's file says of the model it belongs to."""
+        """The model's entry in a SideNet's file."""
         return {"name": self.name, "kind": self.kind, "fingerprint": self.fingerprint}
 
     def field(
-        self, conditions: Tensor, scale: float, interval: tuple[float, float] = (0.0, 1.0), mode: CFGMode = "combined"
+        self,
+        conditions: Tensor,
+        scale: float,
+        interval: tuple[float, float] = (0.0, 1.0),
+        cfg_mode: CFGMode = "combined",
     ) -> Field:
-        """The velocity field for conditions [B] at one CFG scale."""
+        """The velocity field for conditions [B] at one CFG scale; `cfg_mode` as in `model_field`."""
         conditions = conditions.to(self.device)
         branched = scale != 1 and self.null is not None and not self.embedded_guidance
         null = torch.full_like(conditions, self.null or 0) if branched else None
@@ -99,7 +103,7 @@ class Backbone:
 
         guidance = Guidance(scale, interval) if branched else NO_GUIDANCE
         if self.combine is None or not branched:
-            field = model_field(model, conditions, null, guidance, mode)
+            field = model_field(model, conditions, null, guidance, cfg_mode)
         else:
             field = self._combined(model_field(model, conditions, null, guidance), self.combine)
         if not self.num_classes:

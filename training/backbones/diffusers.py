@@ -1,10 +1,9 @@
 """Local `diffusers` pipelines: FLUX, SD3, Qwen-Image, Lumina2, Sana, Wan, and Stable Diffusion's UNets.
 
-How a pipeline calls its network differs from family to family: what text encoders give, how latents are packed, which
-times the network is told, how branches are guided. None of that is written down here. Instead the pipeline itself is
-run for a moment on each prompt, and what it hands to its network is kept and used again at other states and times.
-What comes out is then compared with what the pipeline made of it, so that a family that does something else is
-refused instead of recorded wrongly.
+Families differ in their text encoders, in how latents are packed, in the network's times and in how branches are
+guided. None of that is written down here. Instead the pipeline itself is run for one or two steps on each prompt, and
+its network's inputs are used again at other states and times. The resulting velocity is compared with the pipeline's
+own, so that a pipeline that does something else is refused instead of recorded wrongly.
 """
 
 from __future__ import annotations

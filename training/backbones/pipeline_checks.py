@@ -1,4 +1,4 @@
-"""What is refused about a `diffusers` pipeline, in words, before anything is recorded."""
+"""Checks of a `diffusers` pipeline before anything is recorded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a `diffusers` pipeline hands to its network: watched for a moment, and split into conditions."""
+"""The inputs that a `diffusers` pipeline gives its network, read off its first calls."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ INPUTS = ("hidden_states", "sample")
 WATCHED_SCALE = 3.0
 
 
-class Deviations(Exception):
-    """Raised inside the pipeline when enough of it has been watched."""
+class Watched(Exception):
+    """Raised inside the pipeline when it has been watched for long enough."""
 
 
 @dataclass
@@ -50,13 +50,13 @@ def watching(pipeline: Any, network: Any, calls: int, steps: int) -> Iterator[Wa
     def on_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         watch.calls.append(dict(signature.bind(*args, **kwargs).arguments))
         if len(watch.calls) == calls:
-            raise Deviations
+            raise Watched
 
     @functools.wraps(step)
     def on_step(output: Tensor, timestep: Any, state: Tensor, *args: Any, **kwargs: Any) -> Any:
         watch.steps.append((output.clone(), float(timestep), state.clone()))
         if len(watch.steps) == steps:
-            raise Deviations
+            raise Watched
         return step(output, timestep, state, *args, **kwargs)
 
     @functools.wraps(set_timesteps)
@@ -68,7 +68,7 @@ def watching(pipeline: Any, network: Any, calls: int, steps: int) -> Iterator[Wa
     scheduler.step, scheduler.set_timesteps = on_step, on_timesteps
     try:
         yield watch
-    except Deviations:
+    except Watched:
         pass
     finally:
         handle.remove()

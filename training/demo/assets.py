@@ -55,7 +55,7 @@ class Demo:
         if kind == "uniform":
             return solver, UNIFORM
         if solver.name == "ba_solver" and calls in self.card.schedules_for(DEMO_CFG):
-            return replace(solver, given=self.card.schedules_for(DEMO_CFG)), UNIFORM
+            return replace(solver, schedules=self.card.schedules_for(DEMO_CFG)), UNIFORM
         known = self.grids.get(solver.name)
         return solver, known[min(known, key=lambda n: abs(n - calls))] if known else UNIFORM
 

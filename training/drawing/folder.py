@@ -1,4 +1,4 @@
-"""A folder of images: what it was drawn with, and which images are there; atomically written, so that any is whole."""
+"""A folder of images with the settings they were drawn with; images are written atomically."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...bas_core.files import read_user_text, write_atomically, write_safetensors, write_text
-from ..settings import UsageError, prepare_folder
+from ..settings import UsageError, differences, prepare_folder
 
 SETTINGS = "settings.json"
 IMAGES, PAIRS, LATENTS = "images", "pairs", "latents"
@@ -27,19 +27,19 @@ class Folder:
 
     Attributes:
         out: holds the settings, and folders of images, pairs and latents.
-        latents: states are kept instead of images.
+        latents: whether it holds states instead of images.
     """
 
     out: Path
     latents: bool = False
 
     def path(self, index: int, kind: str = "") -> Path:
-        """Where an image lies, or its pair or its latent."""
+        """The path of an image, or of its pair or its latent."""
         kind = kind or (LATENTS if self.latents else IMAGES)
         return self.out / kind / f"{index:06d}.{'safetensors' if kind == LATENTS else 'png'}"
 
-    def open(self, about: dict[str, Any]) -> None:
-        """Begin, or go on with images that were drawn with the same settings.
+    def open(self, settings: dict[str, Any]) -> None:
+        """Begin, or continue with images that were drawn with the same settings.
 
         Raises:
             UsageError: the folder holds images of other settings, or other things, or cannot be written.
@@ -47,7 +47,13 @@ class Folder:
         prepare_folder(self.out)
         path = self.out / SETTINGS
         if path.exists():
-            differing = _differing(path, about)
+            try:
+                known = json.loads(read_user_text(path))
+                if not isinstance(known, dict):
+                    raise ValueError("it is no table")
+            except ValueError as error:
+                raise UsageError(f"{path} is damaged ({error}). Choose another folder, or remove it.") from error
+            differing = differences(known, settings)
             if differing:
                 raise UsageError(
                     f"--out {self.out} holds images that were drawn with other settings ({differing}). Choose another "
@@ -57,7 +63,7 @@ class Folder:
         strange = sorted(p.name for p in self.out.iterdir() if not p.name.startswith("."))
         if strange:
             raise UsageError(f"--out {self.out} holds other things ({strange[0]}). Choose an empty folder.")
-        write_text(path, json.dumps(about, indent=1))
+        write_text(path, json.dumps(settings, indent=1))
 
     def missing(self, count: int) -> list[int]:
         """Numbers below `count` of which there is no image."""
@@ -72,19 +78,6 @@ class Folder:
         if beside is not None:
             write_png(self.path(index, PAIRS), torch.cat((drawn, beside), 2))
         write_png(self.path(index), drawn)
-
-
-def _differing(path: Path, about: dict[str, Any]) -> str:
-    """In which settings a folder's differ from those that are asked for, in words."""
-    try:
-        said = json.loads(read_user_text(path))
-        if not isinstance(said, dict):
-            raise ValueError("it is no table")
-    except ValueError as error:
-        raise UsageError(f"{path} is damaged ({error}). Choose another folder, or remove it.") from error
-    wanted = json.loads(json.dumps(about))
-    keys = [key for key in wanted if said.get(key) != wanted[key]]
-    return "; ".join(f"{key} was {said.get(key)!r}, now {wanted[key]!r}" for key in keys)
 
 
 def as_bytes(image: Tensor) -> np.ndarray[Any, Any]:

@@ -1,4 +1,4 @@
-"""By which solver images are drawn: its name, and the paper's own settings."""
+"""Solvers by name, and the paper's own settings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Preset:
     """Settings of the paper's tables (arXiv 2601.21542, section 4): class-conditional ImageNet, SiT-XL/2 + REPA.
 
     Attributes:
-        calls: backbone calls, on the uniform grid.
+        calls: model calls, on the uniform grid.
         guidance: CFG scale.
         interval: guidance applies where lo < t <= hi.
     """
@@ -34,13 +34,13 @@ class Preset:
 PRESETS = {f"paper-{calls}": Preset(calls) for calls in (5, 7, 8, 10, 15)}
 
 
-def solver_named(name: str, sidenet: SideNetProtocol | None, runs: Mapping[int, Schedule], start: float) -> Solver:
+def solver_named(name: str, sidenet: SideNetProtocol | None, schedules: Mapping[int, Schedule], start: float) -> Solver:
     """A solver by name.
 
     Args:
         name: one of NAMES.
         sidenet: for those that need one.
-        runs: fitted ones of the SideNet, which bi_anchor takes; may be empty.
+        schedules: of the SideNet, for bi_anchor; may be empty.
         start: time of the model's noise.
 
     Raises:
@@ -55,7 +55,7 @@ def solver_named(name: str, sidenet: SideNetProtocol | None, runs: Mapping[int, 
     if sidenet is None:
         raise UsageError(f"The solver {name} needs a SideNet. Give --sidenet FILE, or --method {MULTISTEP}.")
     solver = sidenet_solver(sidenet, name, name, start, method=name)
-    return replace(solver, given=runs) if runs and name == METHODS[0] else solver
+    return replace(solver, schedules=schedules) if schedules and name == METHODS[0] else solver
 
 
 def parse_rival(text: str) -> tuple[str, int]:

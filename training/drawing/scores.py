@@ -1,4 +1,4 @@
-"""FID and its kin, by the library `torch-fidelity`, where it and its network's weights are there."""
+"""FID, IS, precision and recall by `torch-fidelity`, where it and its network's weights are installed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ...bas_core.files import CheckpointError
 from ..settings import UsageError
 
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
-# How torch-fidelity calls what it finds, and how people do.
+# torch-fidelity's names, and the usual ones.
 NAMED = {
     "frechet_inception_distance": "FID",
     "inception_score_mean": "IS",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +16,12 @@ from torch import Tensor
 from ...bas_core.checkpoint import SideNetCard, load_sidenet, save_sidenet
 from ...bas_core.files import CheckpointError, write_text
 from ...bas_core.guidance import Field
-from ...bas_core.schedule import Schedule
 from ...bas_core.sidenet import SideNet
 from ..backbones import Backbone, BackboneChoice, open_backbone
 from ..progress import progress, say
 from ..recording.replay import Replay
 from ..recording.trajectories import open_trajectories
-from ..schedules.fitting import Fitting, fit_schedules
+from ..schedules.fitting import FIT_TRAJECTORIES, Fitting, Schedules, fit_schedules
 from ..schedules.solvers import UNIFORM, GridShape, Solver, endpoint_errors, search_grid, sidenet_solver
 from ..schedules.time_search import search_times
 from ..settings import UsageError, check_positive, parse_nfe, plain, prepare_folder
@@ -32,10 +30,13 @@ from .reference import Paths, draw_paths
 from .report import SHOWN, plot_errors, plot_images, summary, table, write_csv
 from .rivals import Measurement, line_up, measure, rivals
 
-FIT_RUNS = 32
-
+# Rounds of the search for schedules of NFE that the file has none for.
+SEARCH_ROUNDS = 2
 # Noises of an evaluation, and of its grid search, are none that were recorded or trained on.
 REPORT_SEED, SEARCH_SEED = 6_000_000, 7_000_000
+
+Job = tuple[Solver, int, str, GridShape]
+Samples = dict[tuple[str, int, str], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +44,10 @@ class Evaluation:
     """How a SideNet is evaluated.
 
     Attributes:
-        nfe: numbers of backbone calls, separated by commas.
+        nfe: numbers of model calls, separated by commas.
         noises: from which every solver samples.
         noise_batch: noises sampled at once.
-        search_noises: on which every solver's best time grid is searched; 0 = uniform grids, and the SideNet's own.
+        search_noises: on which every solver's best time grid is searched; 0 = uniform grids, and the file's schedules.
         reference: points of the reference solution.
     """
 
@@ -64,103 +65,32 @@ class EvaluateSettings(BackboneChoice, Evaluation):
     Attributes:
         sidenet: its file.
         out: folder for the report.
-        trajectories: folders of recorded runs, to fit the learned multistep solver on; left out, it gets runs of its
-            own.
-        guidance: CFG scale; left out, what the SideNet was trained for (the middle of a range).
+        recordings: folders of trajectories to fit the learned multistep solver on; left out, it gets its own.
+        guidance: CFG scale; left out, the one that the SideNet was trained for (the middle of a range).
         seed: of the noises.
     """
 
     sidenet: Path
     out: Path
-    trajectories: tuple[Path, ...] = ()
+    recordings: tuple[Path, ...] = ()
     guidance: tuple[float, ...] = ()
     seed: int = 1
 
 
-def learned_multistep(
-    trajectories: tuple[Path, ...], backbone: Backbone, search: Paths | None, guidance: float, mode: str
-) -> Solver | None:
-    """The learned multistep solver, fitted on recorded trajectories, or else on the search noises; None without either.
+def check_evaluation(evaluation: Evaluation) -> list[int]:
+    """The NFE to measure at.
 
     Raises:
-        CheckpointError: the trajectories are of another model or guidance.
+        UsageError: a setting cannot be used; the message says which and why.
     """
-    if not trajectories:
-        if search is None:
-            return None
-        fitted = LearnedMultistep(search.field, search.noise, search.truth)
-        return Solver("learned_multistep", "learned multistep", fitted, start=backbone.start)
-    recorded, about = open_trajectories(trajectories)
-    if about["backbone"]["fingerprint"] != backbone.fingerprint:
-        raise CheckpointError(
-            f"--trajectories were recorded from {about['backbone']['name']!r}; {backbone.name!r} is evaluated. "
-            "Give its trajectories, or none."
+    numbers = parse_nfe(evaluation.nfe)
+    check_positive(evaluation, "noises", "noise_batch")
+    if evaluation.reference < 4 * max(numbers) or evaluation.search_noises < 0:
+        raise UsageError(
+            f"--reference must be at least four times the most model calls, {4 * max(numbers)}, and --search-noises "
+            "not negative."
         )
-    runs = torch.arange(0, len(recorded), recorded.branches)
-    # Over a range, those nearest to the scale that is evaluated.
-    scales = torch.ones(len(recorded)) if recorded.scales is None else recorded.scales
-    nearest = scales[runs][(scales[runs] - guidance).abs().argmin()]
-    rows = runs[scales[runs] == nearest][:FIT_RUNS]
-    replay = Replay(backbone, recorded, {**about, "cfg_mode": mode})
-    fitted = LearnedMultistep(replay.field_of(rows), replay.noise(rows), lambda t: replay.truth(rows, t))
-    return Solver("learned_multistep", "learned multistep", fitted, start=backbone.start)
-
-
-def competitors(backbone: Backbone, multistep: Solver | None) -> list[Solver]:
-    """Every solver of the table but ours."""
-    others = rivals(backbone.start)
-    if importlib.util.find_spec("diffusers") is None:
-        say("UniPC is left out: it needs diffusers, which the extra brings: ba-solver[bench].")
-        others = [solver for solver in others if solver.name != "unipc"]
-    return [*others, *([multistep] if multistep else [])]
-
-
-Shapes = dict[tuple[str, int], GridShape]
-
-
-def search_shapes(jobs: Sequence[tuple[Solver, int]], search: Paths) -> Shapes:
-    """Solvers' best grids of the family for numbers of calls."""
-    return {
-        (solver.name, n): search_grid(solver, search.field, search.noise, search.ends, n)
-        for solver, n in progress(jobs, "grid search")
-    }
-
-
-def fitted_schedules(sidenet: SideNet, nfe: Sequence[int], search: Paths, start: float) -> dict[int, Schedule]:
-    """Schedules for more NFE, found on the search noises."""
-    fitting = Fitting(sidenet, search.field, search.noise, search.truth, start)
-    return fit_schedules(search_times(fitting, nfe), fitting)
-
-
-def jobs_for(
-    others: Sequence[Solver], ours: Solver, calls: Sequence[int], schedules: dict[int, Schedule], shapes: Shapes
-) -> list[tuple[Solver, int, str, GridShape]]:
-    """What is measured: every solver on its uniform and best grid, ours on those in its file."""
-    jobs: list[tuple[Solver, int, str, GridShape]] = []
-    for solver, n, grid in line_up([*others, ours], calls):
-        if grid == "uniform":
-            jobs.append((solver, n, grid, UNIFORM))
-        elif (solver.name, n) in shapes:
-            jobs.append((solver, n, grid, shapes[solver.name, n]))
-        elif solver is ours and n in schedules:
-            jobs.append((dataclasses.replace(ours, given=schedules), n, grid, UNIFORM))
-    return jobs
-
-
-def measure_all(
-    jobs: Sequence[tuple[Solver, int, str, GridShape]], paths: Sequence[Paths]
-) -> tuple[list[Measurement], dict[tuple[str, int, str], Tensor]]:
-    """Measure every job on every batch of noises; the first batch's samples are returned too."""
-    rows: list[Measurement] = []
-    images: dict[tuple[str, int, str], Tensor] = {}
-    for solver, n, grid, shape in progress(jobs, "measure"):
-        parts = [measure(solver, p.field, p.noise, p.ends, n, shape, grid) for p in paths]
-        errors = torch.cat([endpoint_errors(x, p.ends).cpu() for (_, x), p in zip(parts, paths, strict=True)])
-        spread = (errors.std() / len(errors) ** 0.5).item() if len(errors) > 1 else 0.0
-        seconds = sum(row.seconds * len(p.noise) for (row, _), p in zip(parts, paths, strict=True)) / len(errors)
-        rows.append(dataclasses.replace(parts[0][0], error=errors.mean().item(), spread=spread, seconds=seconds))
-        images[solver.name, n, grid] = parts[0][1][:SHOWN].cpu()
-    return rows, images
+    return numbers
 
 
 def guidance_for(choice: BackboneChoice, card: SideNetCard, backbone: Backbone) -> float:
@@ -184,6 +114,93 @@ def guidance_for(choice: BackboneChoice, card: SideNetCard, backbone: Backbone) 
     return scale
 
 
+def learned_multistep(
+    recordings: tuple[Path, ...], backbone: Backbone, search: Paths | None, guidance: float, mode: str
+) -> Solver | None:
+    """The learned multistep solver, fitted on recorded trajectories or else on the search noises; None without either.
+
+    Raises:
+        CheckpointError: the trajectories are of another model.
+    """
+    if recordings:
+        trajectories, metadata = open_trajectories(recordings)
+        if metadata["backbone"]["fingerprint"] != backbone.fingerprint:
+            raise CheckpointError(
+                f"--recordings are of {metadata['backbone']['name']!r}; {backbone.name!r} is evaluated. Give its own, "
+                "or none."
+            )
+        rows = torch.arange(0, len(trajectories), trajectories.branches)
+        scales = torch.ones(len(rows)) if trajectories.scales is None else trajectories.scales[rows]
+        # Over a range, those nearest to the scale that is evaluated.
+        rows = rows[scales == scales[(scales - guidance).abs().argmin()]][:FIT_TRAJECTORIES]
+        replay = Replay(backbone, trajectories, {**metadata, "cfg_mode": mode})
+        fitted = LearnedMultistep(replay.field_of(rows), replay.noise(rows), lambda t: replay.truth(rows, t))
+    elif search is not None:
+        fitted = LearnedMultistep(search.field, search.noise, search.truth)
+    else:
+        return None
+    return Solver("learned_multistep", "learned multistep", fitted, start=backbone.start)
+
+
+def competitors(backbone: Backbone, multistep: Solver | None) -> list[Solver]:
+    """Every solver of the table but ours."""
+    others = rivals(backbone.start)
+    if importlib.util.find_spec("diffusers") is None:
+        say("UniPC is left out: it needs diffusers, which the extra brings: ba-solver[bench].")
+        others = [solver for solver in others if solver.name != "unipc"]
+    return [*others, *([multistep] if multistep else [])]
+
+
+Shapes = dict[tuple[str, int], GridShape]
+
+
+def search_shapes(jobs: Sequence[tuple[Solver, int]], search: Paths) -> Shapes:
+    """Solvers' best grids of the family, by their name and NFE."""
+    return {
+        (solver.name, n): search_grid(solver, search.field, search.noise, search.ends, n)
+        for solver, n in progress(jobs, "grid search")
+    }
+
+
+def schedules_on(search: Paths, sidenet: SideNet, numbers: Sequence[int], start: float) -> Schedules:
+    """Schedules for more NFE, fitted on the search noises."""
+    fitting = Fitting(sidenet, search.field, search.noise, search.truth, start)
+    return fit_schedules(search_times(fitting, numbers, SEARCH_ROUNDS), fitting)
+
+
+def jobs_for(
+    others: Sequence[Solver], ours: Solver, numbers: Sequence[int], schedules: Schedules, shapes: Shapes
+) -> list[Job]:
+    """All measurements: every solver on its uniform and best grid, ours on the file's schedules."""
+    jobs: list[Job] = []
+    for solver, n, grid in line_up([*others, ours], numbers):
+        if grid == "uniform":
+            jobs.append((solver, n, grid, UNIFORM))
+        elif (solver.name, n) in shapes:
+            jobs.append((solver, n, grid, shapes[solver.name, n]))
+        elif solver is ours and n in schedules:
+            jobs.append((dataclasses.replace(ours, schedules=schedules), n, grid, UNIFORM))
+    return jobs
+
+
+def measure_all(jobs: Sequence[Job], paths: Sequence[Paths]) -> tuple[list[Measurement], Samples]:
+    """Measure every job on every batch of noises.
+
+    Returns:
+        The lines of the table, and the first samples of each job.
+    """
+    rows: list[Measurement] = []
+    samples: Samples = {}
+    for solver, n, grid, shape in progress(jobs, "measure"):
+        parts = [measure(solver, p.field, p.noise, p.ends, n, shape, grid) for p in paths]
+        errors = torch.cat([endpoint_errors(x, p.ends).cpu() for (_, x), p in zip(parts, paths, strict=True)])
+        spread = (errors.std() / len(errors) ** 0.5).item() if len(errors) > 1 else 0.0
+        seconds = sum(row.seconds * len(p.noise) for (row, _), p in zip(parts, paths, strict=True)) / len(errors)
+        rows.append(dataclasses.replace(parts[0][0], error=errors.mean().item(), spread=spread, seconds=seconds))
+        samples[solver.name, n, grid] = parts[0][1][:SHOWN].cpu()
+    return rows, samples
+
+
 def to_images(backbone: Backbone, x: Tensor) -> Tensor:
     """States [B, C, *spatial] to images [B, 3, H, W] in [0, 1]; without a decoder, the first three channels."""
     if backbone.decode is not None:
@@ -194,112 +211,96 @@ def to_images(backbone: Backbone, x: Tensor) -> Tensor:
     return (shown - low) / (high - low).clamp_min(1e-6)
 
 
-def check_evaluation(scoring: Evaluation) -> list[int]:
-    """The numbers of calls to measure at.
-
-    Raises:
-        UsageError: a setting cannot be used; the message says which and why.
-    """
-    calls = parse_nfe(scoring.nfe)
-    check_positive(scoring, "noises", "noise_batch")
-    if scoring.reference < 4 * max(calls) or scoring.search_noises < 0:
-        raise UsageError(
-            f"--reference must be at least four times the most calls, {4 * max(calls)}, and "
-            "--search-noises not negative."
-        )
-    return calls
-
-
 def draw_references(
-    scoring: Evaluation, backbone: Backbone, field_of: Callable[[Tensor], Field], seed: int
+    evaluation: Evaluation, backbone: Backbone, field_of: Callable[[Tensor], Field], seed: int
 ) -> tuple[list[Paths], Paths | None]:
     """Reference solutions from the report's noises, in batches, and from those of the grid search if there is one."""
     say("Reference solutions …")
-    batches = torch.arange(scoring.noises).split(scoring.noise_batch)
+    batches = torch.arange(evaluation.noises).split(evaluation.noise_batch)
     paths = [
-        draw_paths(backbone, field_of, REPORT_SEED + 1000 * seed + i, len(rows), scoring.reference)
+        draw_paths(backbone, field_of, REPORT_SEED + 1000 * seed + i, len(rows), evaluation.reference)
         for i, rows in enumerate(batches)
     ]
-    if not scoring.search_noises:
+    if not evaluation.search_noises:
         return paths, None
-    return paths, draw_paths(backbone, field_of, SEARCH_SEED + 1000 * seed, scoring.search_noises, scoring.reference)
+    search_seed = SEARCH_SEED + 1000 * seed
+    return paths, draw_paths(backbone, field_of, search_seed, evaluation.search_noises, evaluation.reference)
 
 
 def evaluate(
-    scoring: Evaluation, choice: BackboneChoice, backbone: Backbone, path: Path, out: Path, more: dict[str, Any]
+    evaluation: Evaluation, choice: BackboneChoice, backbone: Backbone, path: Path, out: Path, more: dict[str, Any]
 ) -> list[Measurement]:
     """Measure a SideNet and write the report; its file gets the table.
 
     Args:
-        scoring, choice: settings.
+        evaluation, choice: settings.
         backbone: the model.
         path: the SideNet's file.
         out: folder of the report.
-        more: `trajectories` for the learned multistep solver, `seed`, and the `settings` to be stored.
+        more: `recordings` for the learned multistep solver, `seed`, and the `settings` to be stored.
     """
-    calls = check_evaluation(scoring)
+    numbers = check_evaluation(evaluation)
     prepare_folder(out)
     sidenet, card = load_sidenet(path, backbone.device, torch.float32)
     scale = guidance_for(choice, card, backbone)
     schedules = card.schedules_for(scale)
-    recorded = card.training.get("recorded", {})
-    interval = tuple(recorded.get("guidance_interval", choice.guidance_interval))
+    interval = tuple(card.training.get("recorded", {}).get("guidance_interval", choice.guidance_interval))
 
     def field_of(conditions: Tensor) -> Field:
         return backbone.field(conditions, scale, interval, card.cfg_mode)
 
-    spent: Counter[str] = Counter()
     with torch.inference_mode():
-        paths, search = draw_references(scoring, backbone, field_of, more["seed"])
-        multistep = learned_multistep(more["trajectories"], backbone, search, scale, card.cfg_mode)
+        paths, search = draw_references(evaluation, backbone, field_of, more["seed"])
+        multistep = learned_multistep(more["recordings"], backbone, search, scale, card.cfg_mode)
         others, shapes = competitors(backbone, multistep), {}
         if search:
-            shapes = search_shapes([(solver, n) for n in calls for solver in others], search)
-            unknown = [n for n in calls if n not in schedules]
-            schedules = schedules | fitted_schedules(sidenet, unknown, search, backbone.start)
+            shapes = search_shapes([(solver, n) for n in numbers for solver in others], search)
+            unknown = [n for n in numbers if n not in schedules]
+            schedules = schedules | schedules_on(search, sidenet, unknown, backbone.start)
         ours = sidenet_solver(sidenet, start=backbone.start)
-        rows, states = measure_all(jobs_for(others, ours, calls, schedules, shapes), paths)
-        images = {key: to_images(backbone, x) for key, x in states.items()}
-        ends = to_images(backbone, paths[0].ends[:SHOWN])
-    for name, fields in (("measure", [p.field for p in paths]), ("search", [search.field] if search else [])):
-        spent[name] = sum(field.calls for field in fields)
+        rows, samples = measure_all(jobs_for(others, ours, numbers, schedules, shapes), paths)
+    searched = search.field.calls if search else 0
     found = {
         "guidance": scale,
-        "noises": scoring.noises,
+        "noises": evaluation.noises,
         "reference_error": max(p.error for p in paths),
         "endpoint_error": [dataclasses.asdict(row) for row in rows],
-        "batched_backbone_calls": dict(spent),
+        "batched_backbone_calls": {"measure": sum(p.field.calls for p in paths), "search": searched},
     }
-    write_report(out, rows, calls, images, ends, {"settings": more["settings"], "sidenet": str(path), **found})
-    # Schedules that were missing are added to those of their own CFG scale.
+    # Schedules found here are stored with those of their own scale.
     own = {scale: schedules} if scale == card.cfg and schedules else {}
     card = dataclasses.replace(card, schedules=card.schedules | own, evaluation={**card.evaluation, **found})
     save_sidenet(path, load_sidenet(path)[0], card)
+    write_report(out, rows, {"settings": more["settings"], "sidenet": str(path), **found})
+    draw_images(out / "images.png", rows, numbers, samples, paths[0].ends[:SHOWN], backbone)
     say(f"Written: {out} (results.json, results.csv, errors.png, images.png); the table is in {path} too.")
     return rows
 
 
-def write_report(
-    out: Path,
-    rows: list[Measurement],
-    calls: list[int],
-    images: dict[tuple[str, int, str], Tensor],
-    ends: Tensor,
-    found: dict[str, Any],
-) -> None:
-    """Table, JSON, CSV, plot and images."""
+def write_report(out: Path, rows: list[Measurement], found: dict[str, Any]) -> None:
+    """Table, JSON, CSV and plot."""
     say(table(rows))
     say(summary(rows))
     say(f"The reference's own error is at most {found['reference_error']:.2g}.")
     write_text(out / "results.json", json.dumps(found, indent=1))
     write_csv(out / "results.csv", rows)
     plot_errors(out / "errors.png", rows, f"Distance from the converged end point, guidance {found['guidance']:g}")
-    long = images["euler", 100, "uniform"]
-    plot_images(out / "images.png", rows, calls, images, {"converged": ends, "Euler, 100 calls": long})
+
+
+def draw_images(
+    path: Path, rows: list[Measurement], numbers: list[int], samples: Samples, ends: Tensor, backbone: Backbone
+) -> None:
+    """The first samples of every solver at its best grid, decoded, on one page."""
+    best = {(row.solver, row.nfe): row.grid for row in rows}
+    drawn = {(solver, n, grid) for (solver, n), grid in best.items()}
+    with torch.inference_mode():
+        images = {key: to_images(backbone, x) for key, x in samples.items() if key in drawn}
+        references = {"converged": to_images(backbone, ends), "Euler, 100 calls": images["euler", 100, "uniform"]}
+    plot_images(path, rows, numbers, images, references)
 
 
 def run_evaluate(settings: EvaluateSettings) -> list[Measurement]:
     """Do the work of `ba-solver evaluate`."""
-    parse_nfe(settings.nfe)
-    more = {"trajectories": settings.trajectories, "seed": settings.seed, "settings": plain(settings)}
+    check_evaluation(settings)
+    more = {"recordings": settings.recordings, "seed": settings.seed, "settings": plain(settings)}
     return evaluate(settings, settings, open_backbone(settings), settings.sidenet, settings.out, more)

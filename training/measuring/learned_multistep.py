@@ -1,7 +1,7 @@
-"""The learned multistep solver: the honest rival of a SideNet, with no network at all.
+"""The learned multistep solver: the strongest rival of a SideNet, with no network.
 
 x(t_1) = x(t_0) + sum of c_j v(t_j) over all velocities so far, with coefficients of each step by least squares against
-recorded paths. They are fitted closed loop: every step's coefficients on the states that those before it lead to.
+recorded paths. Every step's coefficients are fitted on the states that the steps before it lead to.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..schedules.fitting import least_squares
 Coefficients = list[Tensor]
 
 
-def fit_coefficients(field: Field, noise: Tensor, times: Tensor, truth: Callable[[Tensor], Tensor]) -> Coefficients:
+def fit_multistep(field: Field, noise: Tensor, times: Tensor, truth: Callable[[Tensor], Tensor]) -> Coefficients:
     """Coefficients for one time grid; costs as many calls as the grid has steps.
 
     Args:
@@ -39,23 +39,23 @@ def fit_coefficients(field: Field, noise: Tensor, times: Tensor, truth: Callable
 
 
 class LearnedMultistep:
-    """The solver, fitted anew for every time grid it is asked to run on (and remembered).
+    """The solver, fitted for every time grid that it is first used on.
 
     Args:
-        field, noise, truth: what it is fitted on, see `fit_coefficients`.
+        field, noise, truth: what it is fitted on, see `fit_multistep`.
     """
 
     def __init__(self, field: Field, noise: Tensor, truth: Callable[[Tensor], Tensor]) -> None:
         self.field, self.noise, self.truth = field, noise, truth
-        self.known: dict[tuple[float, ...], Coefficients] = {}
+        self.fitted: dict[tuple[float, ...], Coefficients] = {}
 
     def __call__(self, field: Field, x: Tensor, times: Tensor) -> Tensor:
         """Integrate over a grid: [B, C, *spatial] -> [B, C, *spatial]."""
         key = tuple(times.tolist())
-        if key not in self.known:
-            self.known[key] = fit_coefficients(self.field, self.noise, times, self.truth)
+        if key not in self.fitted:
+            self.fitted[key] = fit_multistep(self.field, self.noise, times, self.truth)
         velocities: list[Tensor] = []
-        for t0, coefficients in zip(times[:-1], self.known[key], strict=True):
+        for t0, coefficients in zip(times[:-1], self.fitted[key], strict=True):
             velocities.append(field.velocity(x, t0))
             x = linear_combination(x, velocities, coefficients.tolist())
         return x

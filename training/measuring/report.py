@@ -1,4 +1,4 @@
-"""What a comparison is written as: a table, CSV, a plot of errors and a page of images."""
+"""Reports of a comparison: a table, CSV, a plot of errors and a page of images."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ def table(rows: Sequence[Measurement]) -> str:
     lines = [f"{'solver':<18} {'grid':<8} {'NFE':>4}  {'endpoint error':>14}  {'s/image':>8}"]
     previous = 0
     for row in rows:
-        if row.calls != previous:
+        if row.nfe != previous:
             lines.append("-" * len(lines[0]))
-            previous = row.calls
-        lines.append(f"{row.label:<18} {row.grid:<8} {row.calls:>4}  {row.error:>14.4f}  {row.seconds:>8.3f}")
+            previous = row.nfe
+        lines.append(f"{row.label:<18} {row.grid:<8} {row.nfe:>4}  {row.error:>14.4f}  {row.seconds:>8.3f}")
     return "\n".join(lines)
 
 
 def summary(rows: Sequence[Measurement]) -> str:
     """One sentence on what the table shows."""
-    long = next(row for row in rows if row.solver == "euler" and row.calls == LONG)
+    long = next(row for row in rows if row.solver == "euler" and row.nfe == LONG)
     ours = [row for row in rows if row.solver == "ba_solver" and row.error <= long.error]
     if not ours:
         return f"Euler with 100 calls ends at {long.error:.4f}; BA-solver does not reach that with these calls."
-    best = min(ours, key=lambda row: row.calls)
-    return f"BA-solver with {best.calls} calls ({best.error:.4f}) does the work of Euler with 100 ({long.error:.4f})."
+    best = min(ours, key=lambda row: row.nfe)
+    return f"BA-solver with {best.nfe} calls ({best.error:.4f}) does the work of Euler with 100 ({long.error:.4f})."
 
 
 def write_csv(path: Path, rows: Sequence[Measurement]) -> None:
@@ -51,20 +51,20 @@ def write_csv(path: Path, rows: Sequence[Measurement]) -> None:
 
 
 def plot_errors(path: Path, rows: Sequence[Measurement], title: str) -> None:
-    """Endpoint error over backbone calls, log scale, one panel for uniform grids and one for each solver's best."""
+    """Endpoint error over NFE, log scale, one panel for uniform grids and one for each solver's best."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    euler_long = next(row.error for row in rows if row.calls == LONG)
+    euler_long = next(row.error for row in rows if row.nfe == LONG)
     for panel, grid, heading in zip(panels, ("uniform", "best"), ("uniform grid", "best grid of each"), strict=True):
         for name in dict.fromkeys(row.solver for row in rows):
-            line = [row for row in rows if row.solver == name and row.grid == grid and row.calls < LONG]
+            line = [row for row in rows if row.solver == name and row.grid == grid and row.nfe < LONG]
             if not line:
                 continue
             ours = name == "ba_solver"
             panel.errorbar(
-                [row.calls for row in line],
+                [row.nfe for row in line],
                 [row.error for row in line],
                 [row.spread for row in line],
                 label=line[0].label,
@@ -75,7 +75,7 @@ def plot_errors(path: Path, rows: Sequence[Measurement], title: str) -> None:
                 zorder=5 if ours else 2,
             )
         panel.axhline(euler_long, color="grey", linestyle=":", label="Euler, 100 calls")
-        panel.set(yscale="log", title=heading, xlabel="backbone calls (NFE)")
+        panel.set(yscale="log", title=heading, xlabel="model calls (NFE)")
         panel.grid(alpha=0.3, which="both")
     panels[0].set_ylabel("endpoint error (RMSE)")
     panels[1].legend(fontsize=8)
@@ -101,8 +101,8 @@ def plot_images(
     """
     from matplotlib.figure import Figure
 
-    best = {(row.solver, row.calls): row for row in rows}  # the last of a solver's grids is its best
-    solvers = {row.solver: row.label for row in reversed(rows) if row.calls in calls}
+    best = {(row.solver, row.nfe): row for row in rows}  # the last of a solver's grids is its best
+    solvers = {row.solver: row.label for row in reversed(rows) if row.nfe in calls}
     lines = [*references, *solvers]
     figure = Figure(figsize=(1.3 + 2.6 * len(calls), 0.62 * len(lines) + 0.5), layout="constrained")
     panels = figure.subplots(len(lines), len(calls), squeeze=False)

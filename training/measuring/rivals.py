@@ -36,9 +36,9 @@ def rivals(start: float = 1.0) -> list[Solver]:
     ]
 
 
-def line_up(solvers: Sequence[Solver], calls: Sequence[int]) -> list[tuple[Solver, int, str]]:
-    """What a table compares: every solver at every number of calls on both grids, and Euler with 100 calls."""
-    jobs = [(solver, n, grid) for n in calls for solver in solvers for grid in ("uniform", "best")]
+def line_up(solvers: Sequence[Solver], numbers: Sequence[int]) -> list[tuple[Solver, int, str]]:
+    """What a table compares: every solver at every NFE on both grids, and Euler with 100 calls."""
+    jobs = [(solver, n, grid) for n in numbers for solver in solvers for grid in ("uniform", "best")]
     return [*jobs, (baseline_solver("euler", solvers[0].start), 100, "uniform")]
 
 
@@ -55,10 +55,10 @@ class Measurement:
     """One line of a table.
 
     Attributes:
-        solver, label: which.
+        solver, label: names of the solver.
         grid: "uniform" or "best".
         shape: (shift, cosine) of the grid.
-        calls: backbone calls, counted, half ones as half.
+        nfe: model calls, counted; a conditional-only call counts one half.
         error: mean over the noises of the end-point RMSE.
         spread: standard error of that mean.
         seconds: per image.
@@ -68,14 +68,14 @@ class Measurement:
     label: str
     grid: str
     shape: GridShape
-    calls: int
+    nfe: int
     error: float
     spread: float
     seconds: float
 
 
 def measure(
-    solver: Solver, field: Field, noise: Tensor, reference: Tensor, calls: int, shape: GridShape, grid: str
+    solver: Solver, field: Field, noise: Tensor, reference: Tensor, nfe: int, shape: GridShape, grid: str
 ) -> tuple[Measurement, Tensor]:
     """Sample, compare with the reference, and time it.
 
@@ -84,7 +84,7 @@ def measure(
     """
     before = field.nfe
     start = time.perf_counter()
-    x = solver.sample(field, noise, calls, shape)
+    x = solver.sample(field, noise, nfe, shape)
     if x.is_cuda:
         torch.cuda.synchronize()
     seconds = (time.perf_counter() - start) / len(noise)

@@ -1,8 +1,8 @@
-"""How far runs end from the recorded ends of noises that were held out: a short evaluation, with no new references."""
+"""End-point errors on validation trajectories: a short evaluation that needs no new reference solutions."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -11,31 +11,28 @@ from ...bas_core.schedule import Schedule
 from ...bas_core.sidenet import SideNet
 from ..progress import progress
 from ..recording.replay import Replay
-from ..schedules.solvers import Solver, baseline_solver, sidenet_solver
+from ..schedules.solvers import baseline_solver, sidenet_solver
 from .rivals import Measurement, measure
 
-# On so many runs.
-SCORED = 8
-# The best of those that need nothing fitted, and are in every program.
+# On so many trajectories.
+VALIDATED = 8
+# The best solvers that need nothing fitted and are in every program.
 RIVALS = ("adams_bashforth2", "dpmpp_2m")
 
 
-def shifted(solver: Solver, calls: Sequence[int], shift: float) -> Solver:
-    """A solver on the grids that people use: uniform, and shifted as the model is usually sampled."""
-    return replace(solver, given={n: solver.times(n, (shift, 0.0)) for n in calls})
-
-
-def score_validation(sidenet: SideNet, runs: Mapping[int, Schedule], replay: Replay) -> list[Measurement]:
-    """Fitted runs beside multistep solvers, on held-out runs of one CFG scale; the cost is added to `replay.spent`."""
-    rows = replay.alike(SCORED)
+def score_validation(sidenet: SideNet, schedules: Mapping[int, Schedule], replay: Replay) -> list[Measurement]:
+    """Schedules beside multistep solvers on the grid that the model is usually sampled on, at one CFG scale; the model
+    calls are added to `replay.nfe`."""
+    rows = replay.median_cfg_rows(VALIDATED)
     ends, noise, start = replay.truth(rows, torch.zeros(())), replay.noise(rows), replay.backbone.start
-    ours = replace(sidenet_solver(sidenet, start=start), given=runs)
-    others = [shifted(baseline_solver(name, start), list(runs), replay.backbone.shift) for name in RIVALS]
-    jobs = [(solver, n, "best" if solver is ours else "uniform") for n in runs for solver in (ours, *others)]
+    ours = replace(sidenet_solver(sidenet, start=start), schedules=schedules)
+    shifted = (replay.backbone.shift, 0.0)
+    jobs = [(solver, n) for n in schedules for solver in (ours, *(baseline_solver(name, start) for name in RIVALS))]
     found = []
     with torch.inference_mode():
-        for solver, calls, grid in progress(jobs, "measure"):
+        for solver, n in progress(jobs, "measure"):
             field = replay.field_of(rows)
-            found.append(measure(solver, field, noise, ends, calls, (1.0, 0.0), grid)[0])
-            replay.spent["measured"] += round(field.nfe * len(rows))
+            grid = "best" if solver is ours else "uniform"
+            found.append(measure(solver, field, noise, ends, n, shifted, grid)[0])
+            replay.nfe["validation"] += round(field.nfe * len(rows))
     return found

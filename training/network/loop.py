@@ -1,4 +1,4 @@
-"""The one training loop: averaged weights, a schedule, a progress bar, atomic saves, and resume to the bit."""
+"""The training loop: averaged weights, a learning rate schedule, a progress bar, atomic saves, and resume."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """What every training has in common.
+    """Settings of a training loop.
 
     Attributes:
         steps: optimizer steps.
         batch: samples a step.
         learning_rate: peak, after a linear warm-up of `warmup` steps, of a cosine down to 1 %.
         weight_decay: of AdamW.
-        muon: orthogonalise the updates of the blocks' matrices (Muon; needs torch 2.9), which a transformer
-            learns about twice as fast with; the other parameters get half the learning rate, from AdamW.
+        muon: use Muon (needs torch 2.9) for the matrices of transformer blocks, which learn about twice as fast with
+            it; the other parameters get half the learning rate, from AdamW.
         ema: decay of the averaged weights.
         seed: of weights and batches.
         save_every: steps between reports and saves.
@@ -76,12 +76,12 @@ class LoopSettings:
             )
 
     def generator(self, step: int) -> torch.Generator:
-        """The source of a step's randomness, so that a resumed run draws what the whole run would have drawn."""
+        """The source of a step's randomness; a resumed training draws what an uninterrupted one would."""
         return torch.Generator().manual_seed(self.seed * 1_000_003 + step)
 
 
 def averaged(model: nn.Module, decay: float) -> torch.optim.swa_utils.AveragedModel:
-    """An exponential moving average of a model's weights that trusts the present more while it is young."""
+    """An exponential moving average of a model's weights with a smaller decay in its first steps."""
 
     @torch.no_grad()
     def update(averages: Any, current: Any, count: Tensor | int) -> None:
@@ -123,8 +123,8 @@ def interrupts_deferred() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Share:
-    """Which rows of a step's batch one backward pass takes, of those of all passes and processes."""
+class Microbatch:
+    """The part of a step's batch that one backward pass of one process takes."""
 
     index: int = 0
     count: int = 1
@@ -134,12 +134,12 @@ class Share:
         return rows[self.index :: self.count]
 
 
-LossAt = Callable[[int, Share], Tensor]
+LossAt = Callable[[int, Microbatch], Tensor]
 Numbers = dict[str, float]
 
 
-class Run(Generic[Model]):
-    """Everything that changes during a training, so that it can be saved and gone on with."""
+class TrainingState(Generic[Model]):
+    """Everything that changes during a training, so that it can be saved and resumed."""
 
     def __init__(self, model: Model, settings: LoopSettings, path: Path | None) -> None:
         self.model, self.settings, self.path, self.done = model, settings, path, 0
@@ -148,7 +148,7 @@ class Run(Generic[Model]):
         settings.check(self.processes)
         self.average = averaged(model, settings.ema)
         self.optimizers = make_optimizers(model, settings)
-        self.schedules = [torch.optim.lr_scheduler.LambdaLR(o, settings.factor) for o in self.optimizers]
+        self.rate_schedules = [torch.optim.lr_scheduler.LambdaLR(o, settings.factor) for o in self.optimizers]
         self.history: list[Numbers] = []
         self.best: dict[str, Tensor] | None = None
         if path is not None and path.exists():
@@ -162,13 +162,13 @@ class Run(Generic[Model]):
             self.done, self.history, self.best = saved["step"], saved["history"], saved["best"]
         except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(
-                f"{path} is the state of another run ({str(error).splitlines()[0]}). Delete it to start anew, or use "
-                "the settings it was made with."
+                f"{path} is the state of another training ({str(error).splitlines()[0]}). Delete it to start anew, "
+                "or use the settings it was made with."
             ) from error
 
     def _parts(self) -> dict[str, Any]:
         parts: dict[str, Any] = {"model": self.model, "average": self.average}
-        for i, (optimizer, schedule) in enumerate(zip(self.optimizers, self.schedules, strict=True)):
+        for i, (optimizer, schedule) in enumerate(zip(self.optimizers, self.rate_schedules, strict=True)):
             parts |= {f"optimizer{i}": optimizer, f"schedule{i}": schedule}
         return parts
 
@@ -184,7 +184,7 @@ class Run(Generic[Model]):
         total = torch.zeros((), device=self.device)
         for index in range(passes):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"):
-                loss = loss_at(self.done, Share(self.rank * passes + index, passes * self.processes)) / passes
+                loss = loss_at(self.done, Microbatch(self.rank * passes + index, passes * self.processes)) / passes
             loss.backward()
             total += loss.detach().float()
         if self.processes > 1:
@@ -192,7 +192,7 @@ class Run(Generic[Model]):
         return mean_over_processes(total).item()
 
     def _share_gradients(self) -> None:
-        # In one message, by hand: a SideNet is small, and a loss may call it many times, which wrappers do not like.
+        # In one message, by hand: wrappers want one call of the model a step, and a loss may make many.
         trained = [p for p in self.model.parameters() if p.requires_grad]
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trained])
         mean = mean_over_processes(flat)
@@ -200,10 +200,10 @@ class Run(Generic[Model]):
             p.grad = gradient.view_as(p).clone()
 
     def advance(self) -> None:
-        """One optimizer step; Ctrl-C waits for its end, so that what is saved is never half a step."""
+        """One optimizer step; Ctrl-C waits for its end, so that half a step is never saved."""
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         with interrupts_deferred():
-            for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
+            for optimizer, schedule in zip(self.optimizers, self.rate_schedules, strict=True):
                 optimizer.step()
                 schedule.step()
             self.average.update_parameters(self.model)
@@ -212,15 +212,15 @@ class Run(Generic[Model]):
     def note(self, numbers: Numbers) -> None:
         """Add a line to the history, and keep the averaged weights if their score is the best so far."""
         if "score" in numbers:
-            # The same on every process, or one would stop and the others wait for it.
+            # The same on every process, so that all keep the same weights.
             numbers["score"] = float(mean_over_processes(torch.tensor(numbers["score"], device=self.device)))
-            known = [row["score"] for row in self.history if "score" in row]
-            if not known or numbers["score"] < min(known):
+            scores = [row["score"] for row in self.history if "score" in row]
+            if not scores or numbers["score"] < min(scores):
                 self.best = {name: value.clone() for name, value in self.averaged_model.state_dict().items()}
         self.history.append(numbers)
 
     def save(self) -> None:
-        """Write the run's state, atomically."""
+        """Write the state, atomically."""
         if self.path is not None and self.rank == 0:
             state = {"step": self.done, "history": self.history, "best": self.best}
             state |= {name: part.state_dict() for name, part in self._parts().items()}
@@ -249,47 +249,49 @@ def train(
 
     Args:
         model: on its device.
-        loss_at: the loss of a share of a step's batch; all its randomness comes from `settings.generator(step)`.
+        loss_at: the loss of a step's microbatch; all its randomness comes from `settings.generator(step)`.
         settings: see there.
         what: the progress bar's name.
-        state_path: where to keep the unfinished run; the same call goes on from it. None = keep nothing.
+        state_path: file for the unfinished training; the same call continues from it. None = none.
         report: called with the averaged model and the step before each save; its numbers join the progress bar. A
-            number called `score` (lower is better) decides which weights are kept.
+            number called `score` (lower is better) decides which weights are returned.
         journal: folder for TensorBoard's log and a plot of the loss; None = neither.
 
     Raises:
         FloatingPointError: the loss is not finite; the last save is kept.
         BaseException: anything else, such as Ctrl-C; after saving.
-        CheckpointError: the state is of another run.
+        CheckpointError: the state is of another state.
     """
-    run = Run(model, settings, state_path)
+    state = TrainingState(model, settings, state_path)
     recent: list[float] = []
     try:
-        with progress(range(run.done, settings.steps), what, initial=run.done, total=settings.steps) as bar:
+        with progress(range(state.done, settings.steps), what, initial=state.done, total=settings.steps) as bar:
             for step in bar:
-                loss = run.gradients(loss_at)
+                loss = state.gradients(loss_at)
                 if not math.isfinite(loss):
                     raise FloatingPointError(
                         f"The loss of {what} is not finite at step {step}; the last save is kept. Lower the learning "
                         "rate, or train in fp32."
                     )
-                run.advance()
+                state.advance()
                 recent.append(loss)
-                if run.done % settings.save_every == 0 or run.done == settings.steps:
-                    numbers = report(run.averaged_model, run.done) if report else {}
-                    run.note({"step": run.done, "loss": sum(recent) / len(recent), **numbers})
+                if state.done % settings.save_every == 0 or state.done == settings.steps:
+                    numbers = report(state.averaged_model, state.done) if report else {}
+                    state.note({"step": state.done, "loss": sum(recent) / len(recent), **numbers})
                     recent.clear()
-                    bar.set_postfix({name: f"{value:.4g}" for name, value in run.history[-1].items() if name != "step"})
-                    run.save()
-                    tell_history(what, run.history)
-                    if journal is not None and run.rank == 0:
-                        write_journal(journal, what, run.history)
+                    bar.set_postfix(
+                        {name: f"{value:.4g}" for name, value in state.history[-1].items() if name != "step"}
+                    )
+                    state.save()
+                    tell_history(what, state.history)
+                    if journal is not None and state.rank == 0:
+                        write_journal(journal, what, state.history)
     except FloatingPointError:
         raise
     except BaseException:  # Ctrl-C, ComfyUI's Cancel, full memory: all of them where no weight is half changed
-        run.save()
+        state.save()
         raise
-    return run.result()
+    return state.result()
 
 
 def write_journal(folder: Path, what: str, history: list[Numbers]) -> None:

@@ -1,4 +1,4 @@
-"""What a SideNet is trained on: its error on examples, relative to the straight line's."""
+"""The loss: a SideNet's error on examples, relative to that of the straight line."""
 
 from __future__ import annotations
 

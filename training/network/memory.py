@@ -1,4 +1,4 @@
-"""How much memory a training step takes, and in how many passes it fits into what is free."""
+"""The memory of a training step, and in how many passes it fits into the free memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SHARE = 0.4
 
 
 def saved_bytes(loss: Callable[[], Tensor]) -> int:
-    """What autograd keeps of a loss for its backward pass."""
+    """Bytes that autograd keeps of a loss for its backward pass."""
     seen: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:

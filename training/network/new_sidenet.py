@@ -1,4 +1,4 @@
-"""A SideNet before its training: sized for the trajectories, with the mean of the data that they show."""
+"""A SideNet before its training: sized for the trajectories, with the data mean that they show."""
 
 from __future__ import annotations
 
@@ -13,58 +13,14 @@ from torch import Tensor
 from ...bas_core.checkpoint import load_sidenet
 from ...bas_core.files import CheckpointError
 from ...bas_core.sidenet import SideNet, SideNetConfig
-from ..backbones import Backbone
 from ..progress import say
 from ..recording.trajectories import Trajectories
 from ..settings import UsageError
 from .options import Training
 
-# The call at t = 1 is saved where the mean of the data leaves no more of the velocity there than this share of its mean
-# square (the demo at CFG 2: 0.017); the mean is taken over so many trajectories.
-MEAN_TOLERANCE, MEAN_CHAINS = 0.05, 1024
-
-
-def mean_in(sidenet: SideNet, shape: Sequence[int]) -> Tensor | None:
-    """The mean of the data that a SideNet keeps, as states of `shape`; None if it keeps none."""
-    if not sidenet.has_data_mean:
-        return None
-    return -sidenet.analytic_velocity(torch.zeros(1, *shape), torch.tensor(1.0))[0]
-
-
-def data_mean(trajectories: Trajectories, start: float, size: int, tolerance: float = MEAN_TOLERANCE) -> Tensor | None:
-    """The mean of the model's data, read off the trajectories' first velocities: at t = 1, velocity = noise - mean.
-
-    Args:
-        trajectories: recorded runs.
-        start: the time that sampling starts from.
-        size: of the grid that it is kept on; 0 = it is not kept.
-        tolerance: what share of the first velocity's mean square may be something else.
-
-    Returns:
-        [C, size, size], a video's over its frames. None where it is not asked for, where sampling does not
-        start from pure noise, and where the first velocity says more than that: its call is then not to be saved.
-    """
-    if not size or start != 1:
-        return None
-    rows = torch.arange(len(trajectories))[:MEAN_CHAINS]
-    first = torch.zeros_like(rows)
-    velocities = trajectories.velocities[rows, first]
-    seen = trajectories.states[rows, first] - velocities
-    unexplained = ((seen - seen.mean(0)).square().mean() / velocities.square().mean()).item()
-    if unexplained > tolerance:
-        say(
-            f"The first velocity is not noise minus a mean ({100 * unexplained:.0f} % of it is something else), so its "
-            "call is not saved."
-        )
-        return None
-    return pooled(seen.mean(0), size)
-
-
-def pooled(mean: Tensor, size: int) -> Tensor:
-    """[C, size, size] of a mean [C, *spatial]; a video's over its frames."""
-    return F.adaptive_avg_pool2d(mean.mean(1) if mean.ndim == 4 else mean, size)
-
-
+# The first step is analytic where the data mean leaves no more than this share of the first velocity's mean square (the
+# demo at CFG 2: 0.017); the mean is taken over so many trajectories.
+MEAN_TOLERANCE, MEAN_TRAJECTORIES = 0.05, 1024
 # Of a network that is not trained, and adds nothing.
 SMALLEST = {
     "base_channels": 4, "embedding_dim": 4, "num_layers": 1, "num_heads": 1, "patch_size": 8, "kernel_size": 1,
@@ -72,28 +28,69 @@ SMALLEST = {
 }  # fmt: skip
 
 
-def new_sidenet(training: Training, about: dict[str, Any], mean: Tensor | None = None) -> SideNet:
-    """A fresh SideNet that fits the trajectories, and keeps the mean of the data if it is given; or the one to start
-    from.
+def mean_in(sidenet: SideNet, shape: Sequence[int]) -> Tensor | None:
+    """The data mean that a SideNet keeps, as a state of `shape`; None if it keeps none."""
+    if not sidenet.has_data_mean:
+        return None
+    return -sidenet.analytic_velocity(torch.zeros(1, *shape), torch.tensor(1.0))[0]
 
-    One that is not to be trained is as small as can be.
+
+def data_mean(trajectories: Trajectories, start: float, size: int, tolerance: float = MEAN_TOLERANCE) -> Tensor | None:
+    """The mean of the model's data, read off the first velocities: at t = 1, velocity = noise - mean.
+
+    Args:
+        trajectories: recorded ones.
+        start: the time that sampling starts from.
+        size: side of the grid that the mean is averaged on; 0 = no mean.
+        tolerance: the share of the first velocity's mean square that may be something else.
+
+    Returns:
+        [C, size, size], a video's over its frames. None where it is not asked for, where sampling does not start from
+        pure noise, and where the first velocity tells more than the mean.
+    """
+    if not size or start != 1:
+        return None
+    rows = torch.arange(len(trajectories))[:MEAN_TRAJECTORIES]
+    first = torch.zeros_like(rows)
+    velocities = trajectories.velocities[rows, first]
+    means = trajectories.states[rows, first] - velocities
+    unexplained = ((means - means.mean(0)).square().mean() / velocities.square().mean()).item()
+    if unexplained > tolerance:
+        say(
+            f"The first velocity is not noise minus a mean ({100 * unexplained:.0f} % of it is something else), so the "
+            "first step is not analytic."
+        )
+        return None
+    return pooled(means.mean(0), size)
+
+
+def pooled(mean: Tensor, size: int) -> Tensor:
+    """[C, size, size] of a mean [C, *spatial]; a video's over its frames."""
+    return F.adaptive_avg_pool2d(mean.mean(1) if mean.ndim == 4 else mean, size)
+
+
+def new_sidenet(training: Training, metadata: dict[str, Any], mean: Tensor | None = None) -> SideNet:
+    """A SideNet with fresh weights that fits the trajectories, or the one to start from.
+
+    Args:
+        training: settings; a SideNet that is not trained is as small as can be.
+        metadata: of the trajectories.
+        mean: [C, S, S] of the data, for the SideNet to keep.
 
     Raises:
         UsageError, CheckpointError: the sizes do not fit each other, or the trajectories.
     """
-    low, high = about["guidance"]
+    low, high = metadata["guidance"]
+    sizes = {f.name: getattr(training, f.name) for f in dataclasses.fields(SideNetConfig) if hasattr(training, f.name)}
+    sizes |= {
+        "in_channels": metadata["shape"][0],
+        "num_classes": metadata["num_classes"],
+        "cfg_input": low != high,
+        "data_mean_size": 0 if mean is None else training.data_mean_size,
+        "patch_size": training.patch_size or metadata["patch_size"],
+    }
     try:
-        sizes = {
-            f.name: getattr(training, f.name) for f in dataclasses.fields(SideNetConfig) if hasattr(training, f.name)
-        }
-        sizes |= {
-            "in_channels": about["shape"][0],
-            "num_classes": about["num_classes"],
-            "cfg_input": low != high,
-            "data_mean_size": 0 if mean is None else training.data_mean_size,
-            "patch_size": training.patch_size or about.get("patch_size", Backbone.patch_size),
-        }
-        config = SideNetConfig(**(sizes if training.trains or training.start_from else sizes | SMALLEST))
+        config = SideNetConfig(**(sizes if training.steps or training.start_from else sizes | SMALLEST))
     except ValueError as error:
         raise UsageError(str(error)) from error
     if training.start_from is None:
@@ -103,10 +100,10 @@ def new_sidenet(training: Training, about: dict[str, Any], mean: Tensor | None =
             sidenet.data_mean.copy_(mean)
         return sidenet
     sidenet, card = load_sidenet(training.start_from, dtype=torch.float32)
-    if card.backbone.get("fingerprint") != about["backbone"]["fingerprint"]:
+    if card.backbone.get("fingerprint") != metadata["backbone"]["fingerprint"]:
         raise CheckpointError(
             f"{training.start_from} belongs to {card.backbone.get('name')!r}, the trajectories to "
-            f"{about['backbone']['name']!r}. Start from a SideNet of the same model."
+            f"{metadata['backbone']['name']!r}. Start from a SideNet of the same model."
         )
     if (sidenet.config.in_channels, sidenet.config.cfg_input) != (config.in_channels, config.cfg_input):
         raise CheckpointError(f"{training.start_from} takes other channels or guidance than the trajectories have.")

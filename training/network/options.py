@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 
 from ...bas_core.quadrature import RULES
+from ...bas_core.sidenet import ARCHITECTURES
 from ..settings import UsageError, check_positive, parse_nfe
 from .loop import LoopSettings
 
 OBJECTIVES = ("all_pairs", "published")
+# What the core calls the architectures.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,39 +21,38 @@ class Training:
     """How a SideNet is trained.
 
     Attributes:
-        objective: all_pairs (from trajectories alone) or published (from data, with the backbone; for comparison).
+        objective: all_pairs (from recorded trajectories alone) or published (the paper's: from data, with the backbone;
+            it fits no schedules).
         latents: data for the published objective: a folder of images, or safetensors with `latents` and `labels`.
-        start_from: a SideNet to go on from instead of fresh weights.
-        steps: optimizer steps of the first stage.
+        start_from: a SideNet to start from instead of fresh weights.
+        steps: optimizer steps of the network; 0 = no network, but schedules alone.
         batch: examples a step.
-        learning_rate: peak, after a linear warm-up, of a cosine down to 1 %; the later stages take a tenth of it.
+        learning_rate: peak, after a linear warm-up, of a cosine down to 1 %.
         warmup: steps.
         weight_decay: of Muon and AdamW.
-        muon: orthogonalise the updates of the blocks' matrices (Muon; needs torch 2.9), which transformer blocks learn
-            faster with; the conv architecture has none, and is trained by AdamW alone.
+        muon: use Muon (needs torch 2.9) for the matrices of transformer blocks, which learn faster with it.
         ema: decay of the averaged weights.
-        accumulate: backward passes a step, when memory is short; 0 = by what is free, where that is known.
+        accumulate: backward passes a step, when memory is short; 0 = by the free memory, where that is known.
         precision: fp32 or bf16.
         save_every: steps between reports and saves.
-        validation: runs to validate on; 0 = an eighth, at most 64.
-        nfe_range: fewest and most backbone calls it will be used with.
-        rule: quadrature that the network is trained for; fitted runs have one of their own.
+        validation: trajectories to validate on; 0 = an eighth, at most 64.
+        nfe_range: fewest and most model calls that the network is trained for.
+        rule: quadrature that the network is trained for; schedules have one of their own.
         anchors: 2, or 1 (the paper).
         architecture: of the SideNet: transformer, or conv (the paper).
-        data_mean_size: it keeps the mean of the model's data on a grid of this side, which saves each run's first
-            backbone
-            call, if the trajectories show that the model says no more there; 0 = it does not.
+        data_mean_size: the SideNet keeps the data mean on a grid of this side, for an analytic first step where the
+            trajectories show that the model's first velocity is noise minus that mean; 0 = never.
         base_channels: the SideNet's width.
         embedding_dim: width of its time, step and class embeddings.
         num_layers: its blocks.
-        num_heads: of its attention block.
-        patch_size: it works on a grid this much coarser; 0 = as the model does, or 2 where that is not known.
+        num_heads: of its attention.
+        patch_size: side of its patches; 0 = as the model has it, or 2 where that is not known.
         kernel_size: of its first and last convolution.
-        nfe: learn time grids for these numbers of calls, such as 5,7,10 (needs --backbone).
-        tune: steps that tune each number of calls' times and weights by gradients through whole runs (needs --nfe,
-            and the memory of a call with gradients). Where it does not help runs that were held out, it is undone.
+        nfe: fit schedules for these numbers of model calls, such as 5,7,10 (needs --backbone).
+        tune: steps that tune each schedule by gradients through the backbone (needs --nfe, and the memory for gradients
+            through one model call). A few hundred; undone where it does not help on validation trajectories.
         seed: of weights and batches.
-        resume: go on with an unfinished run.
+        resume: continue an unfinished training.
     """
 
     objective: str = "all_pairs"
@@ -84,13 +85,13 @@ class Training:
     seed: int = 1
     resume: bool = False
 
-    def loop(self, steps: int, batch: int, rate: float = 1.0) -> LoopSettings:
-        """The loop of one stage; `rate` multiplies the learning rate."""
+    def loop(self) -> LoopSettings:
+        """The network's training loop."""
         return LoopSettings(
-            steps=steps,
-            batch=batch,
-            learning_rate=self.learning_rate * rate,
-            warmup=min(self.warmup, steps),
+            steps=self.steps,
+            batch=self.batch,
+            learning_rate=self.learning_rate,
+            warmup=min(self.warmup, self.steps),
             weight_decay=self.weight_decay,
             muon=self.muon and hasattr(torch.optim, "Muon"),
             ema=self.ema,
@@ -101,42 +102,41 @@ class Training:
         )
 
     def check(self) -> None:
-        """Refuse what cannot be trained, before any work.
+        """Refuse settings that cannot be used, before any work.
 
         Raises:
             UsageError: saying which setting and why.
         """
         check_positive(self, "batch", "save_every")
-        if self.objective not in OBJECTIVES:
-            raise UsageError(f"--objective must be one of {', '.join(OBJECTIVES)}; got {self.objective!r}.")
+        for name, valid in (("objective", OBJECTIVES), ("architecture", ARCHITECTURES)):
+            if getattr(self, name) not in valid:
+                raise UsageError(f"--{name} must be one of {', '.join(valid)}; got {getattr(self, name)!r}.")
         if (self.objective == "published") != (self.latents is not None):
             raise UsageError(
                 "--latents and --objective published go together: it trains from data, all_pairs does not."
             )
         if self.rule not in RULES or not RULES[self.rule].has_both_ends:
-            valid = ", ".join(name for name, rule in RULES.items() if rule.has_both_ends)
-            raise UsageError(f"--rule must be one of {valid}; got {self.rule!r}.")
+            valid_rules = ", ".join(name for name, rule in RULES.items() if rule.has_both_ends)
+            raise UsageError(f"--rule must be one of {valid_rules}; got {self.rule!r}.")
         low, high = self.nfe_range
         if not 2 <= low <= high <= 100:
             raise UsageError(f"--nfe-range must be two numbers from 2 to 100, the lower first; got {self.nfe_range}.")
-        if self.objective == "published" and self.nfe:
-            raise UsageError("The published objective trains a network alone: leave --nfe out.")
-        if self.tune and not self.nfe:
-            raise UsageError("--tune tunes learned grids: give --nfe too, such as --nfe 5,7,10.")
         for name in ("steps", "tune", "validation", "accumulate"):
             if getattr(self, name) < 0:
-                raise UsageError(f"--{name.replace('_', '-')} must not be negative; got {getattr(self, name)}.")
+                raise UsageError(f"--{name} must not be negative; got {getattr(self, name)}.")
+        self._check_schedules()
+
+    def _check_schedules(self) -> None:
         if self.nfe:
-            parse_nfe(self.nfe, "--nfe")
+            parse_nfe(self.nfe)
+        if self.objective == "published" and self.nfe:
+            raise UsageError("The published objective fits no schedules: leave --nfe out.")
+        if self.tune and not self.nfe:
+            raise UsageError("--tune tunes schedules: give --nfe too, such as --nfe 5,7,10.")
 
-    def validation_count(self, runs: int) -> int:
-        """How many of so many runs are held out."""
-        return self.validation or min(64, max(1, runs // 8))
-
-    @property
-    def trains(self) -> bool:
-        """Whether the network is trained; one that is not adds nothing, and is as small as can be."""
-        return self.steps > 0
+    def validation_count(self, trajectories: int) -> int:
+        """How many of so many trajectories to validate on."""
+        return self.validation or min(64, max(1, trajectories // 8))
 
     @property
     def needs_backbone(self) -> bool:

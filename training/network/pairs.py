@@ -1,15 +1,14 @@
-"""Training examples from trajectories: what the solver will ask of the SideNet, with the recorded velocity as the
-answer.
+"""Training examples from trajectories: the solver's queries of the SideNet, with recorded velocities as answers.
 
 All ordered pairs (or triples, with a second anchor) of a trajectory's points are usable, in both directions. Those are
-drawn that the solver asks for: a number of calls, a grid and an interval of it are drawn at random, and each of its
-queries (forward probe, backward refinement) is snapped to the nearest recorded points. Where the solver would save
-the call at t = 1, the anchor there is what the SideNet is to begin with, instead of the recorded velocity.
+drawn that the solver asks for: a number of steps, a grid and an interval of it are drawn at random, and each query
+(forward predictor, backward corrector) is moved to the nearest recorded points. Where the first step is analytic, the
+anchor's velocity at t = 1 is the analytic one instead of the recorded one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -51,9 +50,11 @@ class Examples:
     kinds: Tensor
     scales: Tensor | None = None
 
-    def share(self, of: Callable[[Tensor], Tensor]) -> Examples:
-        """Some of the examples, or the same elsewhere: `of` is applied to every column."""
-        columns: dict[str, Any] = {name: None if value is None else of(value) for name, value in vars(self).items()}
+    def apply(self, function: Callable[[Tensor], Tensor]) -> Examples:
+        """The examples with a function applied to every column, such as one that moves or selects them."""
+        columns: dict[str, Any] = {
+            name: None if value is None else function(value) for name, value in vars(self).items()
+        }
         return Examples(**columns)
 
     def straight_line(self) -> Tensor:
@@ -66,33 +67,32 @@ class QueryRange:
     """Which queries to draw.
 
     Attributes:
-        calls: fewest and most backbone calls.
+        nfe: fewest and most model calls.
         shift: lowest and highest time shift of the grids (drawn log-uniformly).
         cosine: lowest and highest cosine blend.
-        ascending: share of examples in the other direction (noise-ward), for inversion.
-        analytic_share: share of the samplings with an analytic first step, of those whose first step is short enough.
+        ascending: share of examples in the other direction (toward noise), for inversion.
+        analytic_first_step: share of the samplings with an analytic first step, of those whose first interval is short.
     """
 
-    calls: tuple[int, int] = (4, 12)
+    nfe: tuple[int, int] = (4, 12)
     shift: tuple[float, float] = (0.8, 3.5)
     cosine: tuple[float, float] = (-0.3, 0.6)
     ascending: float = 0.1
-    analytic_share: float = 0.0
+    analytic_first_step: float = 0.0
 
 
 class Queries(NamedTuple):
-    """What to ask.
+    """Times to query at.
 
     Attributes:
-        times: [B, 3] of (near anchor, second anchor, target); the second anchor's time is the first's where there is
-            none.
+        times: [B, 3] of (near anchor, second anchor, target); without a second anchor, its time is the first's.
         kinds: [B] indices into `KINDS`.
-        skipped: [B] whether the run saves the call at t = 1.
+        analytic: [B] whether the sampling has an analytic first step.
     """
 
     times: Tensor
     kinds: Tensor
-    skipped: Tensor
+    analytic: Tensor
 
     def of(self, rows: Tensor) -> Queries:
         """Some of them."""
@@ -100,27 +100,27 @@ class Queries(NamedTuple):
 
 
 def draw_queries(rule: Rule, anchors: int, count: int, ranges: QueryRange, generator: torch.Generator) -> Queries:
-    """Draw queries: a run, and one of its questions."""
+    """Draw queries: for each a sampling, and one of its queries."""
     uniform = torch.rand(count, 6, generator=generator)
     rows: list[tuple[float, float, float]] = []
     kinds: list[int] = []
-    skipped: list[bool] = []
+    analytic: list[bool] = []
     ahead = [c for c in rule.nodes if c > 0]
     inner = [c for c in rule.nodes if 0 < c < 1]
+    low, high = ranges.nfe
     for a, b, c, d, e, f in uniform.tolist():
-        low, high = ranges.calls
-        intervals = low + int(a * (high - low + 1 + bool(ranges.analytic_share)))
+        intervals = low + int(a * (high - low + 1 + bool(ranges.analytic_first_step)))
         shift = ranges.shift[0] * (ranges.shift[1] / ranges.shift[0]) ** b
         grid = time_grid(intervals, shift, ranges.cosine[0] + c * (ranges.cosine[1] - ranges.cosine[0])).tolist()
         last = intervals - 1
-        # Every query of the run is equally likely, but for those of the first interval, where one anchor must do:
-        # they come three times as often. One in `ascending` is read off the reversed run.
+        # All queries of a sampling are equally likely, but those of the first interval, where one anchor must do, come
+        # three times as often.
         queries = [(i, node, True) for i in (0, 0, *range(intervals)) for node in ahead]
         queries += [(i, node, False) for i in range(last) for node in inner if anchors == 2 or node > 0.5]
         i, node, forward = queries[int(d * len(queries))]
         if e < ranges.ascending:
             grid = grid[::-1]
-        skipped.append(f < ranges.analytic_share and has_short_first_step(grid))
+        analytic.append(f < ranges.analytic_first_step and has_short_first_step(grid))
         left, right = grid[i], grid[i + 1]
         target = left + node * (right - left)
         if forward:
@@ -131,7 +131,7 @@ def draw_queries(rule: Rule, anchors: int, count: int, ranges: QueryRange, gener
             far, kind = (far if anchors == 2 else near), "between"
         rows.append((near, far, target))
         kinds.append(KINDS.index(kind))
-    return Queries(torch.tensor(rows), torch.tensor(kinds), torch.tensor(skipped))
+    return Queries(torch.tensor(rows), torch.tensor(kinds), torch.tensor(analytic))
 
 
 def draw_examples(
@@ -141,40 +141,33 @@ def draw_examples(
     count: int,
     ranges: QueryRange,
     generator: torch.Generator,
-    starts: Trajectories | None = None,
+    prefixes: Trajectories | None = None,
     mean: Tensor | None = None,
 ) -> Examples:
     """Draw a batch of training examples; see the module's docstring.
 
     Args:
-        trajectories: whole runs.
+        trajectories: whole ones.
         rule, anchors: whose queries are drawn.
         count: B.
         ranges: see `QueryRange`.
         generator: of the draws.
-        starts: runs that were recorded from noise for a stretch only; they answer the queries within it. At t = 1 the
-            velocity says next to nothing of the path, the SideNet must see it in the noise itself, and that takes
-            more different noises than anything else.
-        mean: of the data, [C, *spatial] or what broadcasts with it: where a run saves its first call, the velocity
-            at t = 1 is the noise minus this.
+        prefixes: they answer the queries within their stretch. At t = 1 the velocity hardly depends on the noise; the
+            SideNet must read the trajectory off the noise itself, which takes many different noises to learn.
+        mean: of the data, [C, *spatial]; for analytic first steps.
     """
     queries = draw_queries(rule, anchors, count, ranges, generator)
-    if starts is None:
+    if prefixes is None:
         return read_examples(trajectories, queries, generator, mean)
-    early = queries.times.amin(1) >= starts.times[:, -1].max()
+    early = queries.times.amin(1) >= prefixes.times[:, -1].max()
     parts = [
         read_examples(source, queries.of(rows), generator, mean)
-        for source, rows in ((starts, early), (trajectories, ~early))
+        for source, rows in ((prefixes, early), (trajectories, ~early))
         if rows.any()
     ]
-    return joined(parts)
-
-
-def joined(parts: Sequence[Examples]) -> Examples:
-    """Several batches as one."""
-    columns: Any = zip(*(vars(part).values() for part in parts), strict=True)
-    together: list[Any] = [None if column[0] is None else torch.cat(column) for column in columns]
-    return Examples(*together)
+    columns = zip(*(vars(part).values() for part in parts), strict=True)
+    batch: list[Any] = [None if column[0] is None else torch.cat(column) for column in columns]
+    return Examples(*batch)
 
 
 def read_examples(
@@ -185,7 +178,7 @@ def read_examples(
     rows = torch.randint(len(trajectories), (len(wanted),), generator=generator)
     times = trajectories.times[rows]
     near, far, target = (nearest(times, wanted[:, i]) for i in range(3))
-    # Snapping must not let the target fall on an anchor, nor the second anchor on the first.
+    # Rounding to recorded points must not move the target onto an anchor, nor the second anchor onto the first.
     target = step_off(target, near, wanted[:, 2] < wanted[:, 0], times.shape[1])
     alone = (wanted[:, 0] == wanted[:, 1]) | (near == far)
 
@@ -194,7 +187,7 @@ def read_examples(
 
     def anchor_velocities(index: Tensor) -> Tensor:
         v = at(trajectories.velocities, index)
-        first = (queries.skipped & (index == 0)).nonzero()[:, 0]
+        first = (queries.analytic & (index == 0)).nonzero()[:, 0]
         if mean is not None and len(first):
             v[first] = trajectories.states[rows[first], index[first]] - mean
         return v

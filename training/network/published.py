@@ -1,7 +1,7 @@
 """The published training objective (arXiv 2601.21542, section 3 and its official code), for comparison.
 
 From a noised latent, a trajectory of small random steps; at each new state the backbone is called and the SideNet's
-prediction from the state before is compared with what it says.
+prediction from the state before is compared with the true velocity.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ...bas_core.flow import interpolate, per_sample
 from ...bas_core.quadrature import RULES
 from ..backbones import Backbone
 from ..settings import UsageError
-from .loop import Share
+from .loop import Microbatch
 
 CHAIN_STEPS = 8
 RATE = 50.0
@@ -100,7 +100,12 @@ def signed_steps(t: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def published_loss(
-    sidenet: nn.Module, backbone: Backbone, latents: Latents, batch: int, generator: torch.Generator, share: Share
+    sidenet: nn.Module,
+    backbone: Backbone,
+    latents: Latents,
+    batch: int,
+    generator: torch.Generator,
+    microbatch: Microbatch,
 ) -> Tensor:
     """Mean squared error over the trajectory's steps. Costs `CHAIN_STEPS + 1` calls of one branch a sample."""
     rows = torch.randint(len(latents.states), (batch,), generator=generator)
@@ -111,8 +116,8 @@ def published_loss(
     if backbone.null is not None:
         y = torch.where(dropped, backbone.null, y)
     device = backbone.device
-    x = share.of(interpolate(latents.states[rows], noise, t)).to(device)
-    y = share.of(y).to(device)
+    x = microbatch.of(interpolate(latents.states[rows], noise, t)).to(device)
+    y = microbatch.of(y).to(device)
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         with torch.no_grad():
@@ -121,10 +126,10 @@ def published_loss(
     def predict(x: Tensor, v: Tensor, t: Tensor, h: Tensor) -> Tensor:
         return v + sidenet(x, v, t, h, y)
 
-    v, losses = velocity(x, share.of(t).to(device)), []
+    v, losses = velocity(x, microbatch.of(t).to(device)), []
     for _ in range(CHAIN_STEPS):
         step = signed_steps(t, generator)
-        now, h = share.of(t).to(device), share.of(step).to(device)
+        now, h = microbatch.of(t).to(device), microbatch.of(step).to(device)
         with torch.no_grad():
             ahead = [w * predict(x, v, now, c * h) for c, w in zip(NODES.nodes, NODES.weights, strict=True)]
             moved = x - per_sample(h, x) * torch.stack(ahead).sum(0)

@@ -1,4 +1,4 @@
-"""The teacher that makes recordings: its times, and its runs with every point kept."""
+"""The reference solver that makes recordings: its times, and its trajectories with every point kept."""
 
 from __future__ import annotations
 
@@ -11,30 +11,26 @@ from ...bas_core.solver import Step
 from ..baselines import run_baseline
 
 REFERENCE_SOLVER = "adams_pec"
-
 # Trajectories end here: at t = 0 itself a network's velocity means little, and the integral does not depend on it.
 LAST_TIME = 0.01
-
-# Of a recording's times: the first gap, in usual gaps, and how far a time may be off, in gaps.
+# The first gap between times, over the usual gap; and how far a time may be moved at random, in gaps.
 FIRST_GAP = 0.1
-
 JITTER = 0.8
 
 
 def random_times(
     points: int, generator: torch.Generator, shift: float = 1.0, start: float = 1.0, until: float = LAST_TIME
 ) -> Tensor:
-    """[points] descending times from `start` to `until`, jittered, so that batches cover all.
+    """[points] descending times from `start` to `until`, jittered, so that batches together cover all times.
 
-    Evenly spread, but for the first third, whose gaps grow from a tenth: a multistep teacher begins as Euler's method,
-    and its first steps would otherwise make most of its error (five sixths of that of Adams-Bashforth 3 on the demo).
+    The gaps are even, but for the first third, where they grow from a tenth: a multistep solver begins as Euler's
+    method, and its first steps would otherwise make most of its error.
 
     Args:
         points: how many.
         generator: of the jitter.
         shift: see `time_shift`; above 1 there are more points near the noise.
-        start: the first time.
-        until: the last one.
+        start, until: first and last time.
     """
     last = time_shift(torch.tensor(until / start), 1 / shift)
     gaps = torch.ones(points - 1)
@@ -49,26 +45,16 @@ def random_times(
 
 
 def refined_times(times: Tensor) -> Tensor:
-    """The same times with the middle of every interval added: a grid twice as fine."""
+    """The same times with the middle of every interval added."""
     middles = (times[1:] + times[:-1]) / 2
     return torch.cat([torch.stack([times[:-1], middles], 1).flatten(), times[-1:]])
 
 
-def both_branches(field: Field, guidance: Guidance, seen: list[Tensor]) -> Field:
-    """A guided field over a field of two branches, which keeps what both were at every call."""
-
-    def evaluate(x: Tensor, t: Tensor, branches: int) -> Tensor:
-        seen.append(field.evaluate(x, t, 2))
-        return guidance.combine(seen[-1], just_inside(t[0]))[None]
-
-    return Field(evaluate, field.conditions[:1])
-
-
 def record_trajectory(field: Field, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
-    """Integrate from `noise` by the teacher and keep every point.
+    """Integrate from `noise` over N times and keep every point; costs one model call a point.
 
     Returns:
-        States and velocities, both [B, N + 1, C, *spatial]; one backbone call a point.
+        States and velocities, both [B, N, C, *spatial].
     """
     steps: list[Step] = []
     end = run_baseline(REFERENCE_SOLVER, field, noise, times, steps.append)
@@ -78,17 +64,23 @@ def record_trajectory(field: Field, noise: Tensor, times: Tensor) -> tuple[Tenso
 
 
 def record_branches(field: Field, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same on the guided path, with both branches' velocities instead of the guided one.
+    """The same trajectory with both branches' velocities instead of the combined one.
 
     Returns:
-        States, conditional and unconditional velocities, each [B, N + 1, C, *spatial].
+        States, conditional and unconditional velocities, each [B, N, C, *spatial].
     """
-    seen: list[Tensor] = []
-    states, _ = record_trajectory(both_branches(field, field.guidance, seen), noise, times)
-    conditional, unconditional = torch.stack(seen, 2)
+    both: list[Tensor] = []
+    guidance: Guidance = field.guidance
+
+    def evaluate(x: Tensor, t: Tensor, branches: int) -> Tensor:
+        both.append(field.evaluate(x, t, 2))
+        return guidance.combine(both[-1], just_inside(t[0]))[None]
+
+    states, _ = record_trajectory(Field(evaluate, field.conditions[:1]), noise, times)
+    conditional, unconditional = torch.stack(both, 2)
     return states, conditional, unconditional
 
 
 def batch_generator(seed: int, index: int) -> torch.Generator:
-    """The source of one batch's times and noise, so that a resumed recording draws what a whole one would."""
+    """The source of one batch's times and noise; a resumed recording draws what an uninterrupted one would."""
     return torch.Generator().manual_seed(seed * 1_000_003 + index)

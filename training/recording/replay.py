@@ -1,4 +1,4 @@
-"""Recorded runs that are run again: their noises, their conditions, and where they should lead."""
+"""Recorded trajectories beside the model that they were recorded from, to sample from their noises again."""
 
 from __future__ import annotations
 
@@ -15,30 +15,25 @@ from ...bas_core.guidance import Field
 from ..backbones import Backbone
 from .trajectories import Trajectories
 
-# Held-out runs that the stages with the backbone in the loop are scored on.
-SCORED_RUNS = 16
 
-
-def joined(parts: Sequence[Field], sizes: Sequence[int]) -> Field:
-    """One field of the samples of several, so many of each: for more samples than the model takes at once."""
+def field_of_batches(parts: Sequence[Field], sizes: Sequence[int]) -> Field:
+    """One field over the samples of several, for more samples than the model takes at once."""
     if len(parts) == 1:
         return parts[0]
     first = parts[0]
 
     def evaluate(x: Tensor, t: Tensor, branches: int) -> Tensor:
         pieces = zip(parts, x.split(list(sizes)), strict=True)
-        return torch.cat([part.evaluate(some, t[: len(some)], branches) for part, some in pieces], 1)
+        return torch.cat([part.evaluate(piece, t[: len(piece)], branches) for part, piece in pieces], 1)
 
-    by_branch = zip(*(part.conditions for part in parts), strict=True)
-    conditions = tuple(None if any(c is None for c in each) else torch.cat(each) for each in by_branch)
+    columns = zip(*(part.conditions for part in parts), strict=True)
+    conditions = tuple(None if any(c is None for c in column) else torch.cat(column) for column in columns)
     return Field(evaluate, conditions, first.cfg, combined=first.combined, scale=first.scale)
 
 
 def recomputed(field: Field) -> Field:
-    """A field that keeps nothing for the backward pass but the states it was called with, and is called again there.
-
-    So a run with gradients takes the memory of one call, whatever the number of its calls.
-    """
+    """A field that is evaluated again in the backward pass, so that sampling with gradients takes the memory of one
+    model call, however many there are."""
 
     def evaluate(x: Tensor, t: Tensor, branches: int) -> Tensor:
         if not torch.is_grad_enabled():
@@ -50,7 +45,7 @@ def recomputed(field: Field) -> Field:
 
 
 class RecomputedSideNet:
-    """A SideNet that keeps nothing for the backward pass but what it was called with; its weights may be trained."""
+    """A SideNet that is evaluated again in the backward pass; see `recomputed`."""
 
     def __init__(self, sidenet: Any) -> None:
         self.sidenet = sidenet
@@ -68,49 +63,42 @@ class RecomputedSideNet:
 
 @dataclass(frozen=True)
 class Replay:
-    """Recorded runs beside the model that they were recorded from.
+    """Recorded trajectories beside the model that they were recorded from.
 
     Attributes:
         backbone: the frozen model.
-        trajectories: recorded runs, for noises and truth.
-        about: what they say of themselves.
-        spent: backbone calls by stage, in calls a run times runs.
+        trajectories: for noises and truth.
+        metadata: of the recording.
+        nfe: model calls by stage, each for one sample.
     """
 
     backbone: Backbone
     trajectories: Trajectories
-    about: dict[str, Any]
-    spent: Counter[str] = field(default_factory=Counter)
+    metadata: dict[str, Any]
+    nfe: Counter[str] = field(default_factory=Counter)
 
-    def runs(self) -> tuple[Tensor, Tensor]:
-        """The rows of the trajectories that begin a run, and their CFG scales."""
-        rows = torch.arange(0, len(self.trajectories), self.trajectories.branches)
-        return rows, torch.zeros(len(rows)) if self.trajectories.scales is None else self.trajectories.scales[rows]
-
-    def alike(self, count: int) -> Tensor:
-        """The rows of so many runs of one CFG scale, the middle one, or of as many as there are."""
-        rows, scales = self.runs()
+    def median_cfg_rows(self, count: int) -> Tensor:
+        """The rows of so many trajectories of one CFG scale, the median, or of as many as there are."""
+        trajectories = self.trajectories
+        rows = torch.arange(0, len(trajectories), trajectories.branches)
+        if trajectories.scales is None:
+            return rows[:count]
+        scales = trajectories.scales[rows]
         return rows[scales == scales.median()][:count]
 
     def field_of(self, rows: Tensor) -> Field:
-        """The field that rows of trajectories were recorded from; the model is called with as many at once as it was
-        then."""
-        scale = (
-            float(self.trajectories.scales[rows[0]])
-            if self.trajectories.scales is not None
-            else self.about["guidance"][0]
-        )
-        interval = tuple(self.about["guidance_interval"])
-        size = self.about.get("record_batch") or len(rows)
-        some = rows.split(size)
-        labels = [self.trajectories.labels[each] for each in some]
-        fields = [recomputed(self.backbone.field(each, scale, interval, self.about["cfg_mode"])) for each in labels]
-        return joined(fields, [len(each) for each in some])
+        """The field that rows were recorded from; the model is called in batches as large as then."""
+        scales, metadata = self.trajectories.scales, self.metadata
+        scale = metadata["guidance"][0] if scales is None else float(scales[rows[0]])
+        interval = tuple(metadata["guidance_interval"])
+        labels = [self.trajectories.labels[batch] for batch in rows.split(metadata["record_batch"])]
+        fields = [recomputed(self.backbone.field(batch, scale, interval, metadata["cfg_mode"])) for batch in labels]
+        return field_of_batches(fields, [len(batch) for batch in labels])
 
     def truth(self, rows: Tensor, t: Tensor) -> Tensor:
         """Recorded states at time t, on the backbone's device."""
         return self.trajectories.truth(rows, t).to(self.backbone.device)
 
     def noise(self, rows: Tensor) -> Tensor:
-        """Where the runs began."""
+        """The recorded noises, on the backbone's device."""
         return self.trajectories.states[rows, torch.zeros_like(rows)].to(self.backbone.device)

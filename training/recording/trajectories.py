@@ -1,9 +1,8 @@
-"""Trajectories: recorded sampling runs, the states and velocities that a fine-grained solver visits. No data set
-needed."""
+"""Recorded trajectories: the states and velocities that a fine-grained solver visits from noise to data."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,22 @@ import torch
 from torch import Tensor
 
 from ...bas_core.files import CheckpointError
+from ...bas_core.flow import per_sample
 from ..progress import progress
+from ..settings import differences
 from .shards import open_shard
+
+# What shards may differ in and still be trained on together.
+MAY_DIFFER = (
+    "seed", "shard", "trajectories", "patch_size", "record_batch", "prompts", "conditions", "storage",
+    "reference_error", "reference_relative_error",
+)  # fmt: skip
 
 
 class ShardedPoints:
     """Points of trajectories that lie in several shards, read from disk as they are asked for.
 
-    Looks like a tensor [M, N + 1, C, *spatial] to those who index it with two index tensors, or with one number.
+    Looks like a tensor [M, N, C, *spatial] that is indexed with two index tensors or with one number.
 
     Args:
         parts: the shards' tensors, memory-mapped.
@@ -41,14 +48,13 @@ class ShardedPoints:
         return ShardedPoints(self.parts, self.where[rows])
 
     def __getitem__(self, index: Any) -> Tensor:
-        """`[rows [B], points [B]]` -> [B, C, *spatial], `[:, point]` -> [M, …], `[row]` -> [N + 1, …]; float32."""
+        """`[rows [B], points [B]]` -> [B, C, *spatial], `[row]` -> [N, C, *spatial]; float32."""
         if isinstance(index, int):
             part, row = self.where[index].tolist()
             return self.parts[part][row].float()
         rows, points = index
-        chosen = self.where[rows].tolist()
-        at = [points] * len(chosen) if isinstance(points, int) else points.tolist()
-        return torch.stack([self.parts[p][r, i] for (p, r), i in zip(chosen, at, strict=True)]).float()
+        pairs = zip(self.where[rows].tolist(), points.tolist(), strict=True)
+        return torch.stack([self.parts[part][row, point] for (part, row), point in pairs]).float()
 
 
 Points = Tensor | ShardedPoints
@@ -56,16 +62,14 @@ Points = Tensor | ShardedPoints
 
 @dataclass(frozen=True)
 class Trajectories:
-    """M recorded runs of N + 1 points each, from noise (point 0) to data (point N).
+    """M recorded trajectories of N points each, from noise (point 0) to data (point N - 1).
 
     Attributes:
-        times: [M, N + 1], descending from 1 to `LAST_TIME`, or to an earlier end; each batch of trajectories has times
-            of
-            its own. Those of inversions ascend.
-        states, velocities: [M, N + 1, C, *spatial]. The velocity is the guided one, or that of one branch.
+        times: [M, N], descending from the start to `LAST_TIME` or, for prefixes, an earlier end.
+        states, velocities: [M, N, C, *spatial]. The velocity is that of combined CFG, or of one branch.
         labels: [M] indices of the conditions (classes, prompts); the null class for an unconditional branch.
         scales: [M] CFG scales; None = all alike.
-        branches: how many rows in turn belong to one run: 2 where the branches of CFG are rows of their own.
+        branches: how many rows in turn belong to one trajectory: 2 where both branches of CFG were recorded.
     """
 
     times: Tensor
@@ -79,7 +83,7 @@ class Trajectories:
         return len(self.labels)
 
     def split(self, validation: int) -> tuple[Trajectories, Trajectories]:
-        """All but the last `validation` runs, and those."""
+        """All but the last `validation` trajectories, and those."""
         rows = len(self) - validation * self.branches
         return self.rows(slice(None, rows)), self.rows(slice(rows, None))
 
@@ -93,45 +97,26 @@ class Trajectories:
         return Trajectories(self.times[rows], states, velocities, self.labels[rows], scales, self.branches)
 
     def at(self, rows: Tensor, t: float | Tensor) -> Tensor:
-        """[B, C, *spatial] states of trajectories `rows` at time t, by the cubic through states and velocities around
-        it."""
+        """[B, C, *spatial] states of `rows` at time t, by the cubic through the states and velocities around it."""
         times = self.times[rows]
-        rising = bool(times[0, -1] > times[0, 0])
-        after = (times <= t if rising else times >= t).sum(1).clamp(1, times.shape[1] - 1)
+        after = (times >= t).sum(1).clamp(1, times.shape[1] - 1)
         before = after - 1
         t0, t1 = (times.gather(1, i[:, None])[:, 0] for i in (before, after))
         x0, x1 = self.states[rows, before], self.states[rows, after]
         v0, v1 = self.velocities[rows, before], self.velocities[rows, after]
-        step = (t1 - t0).view(-1, *[1] * (x0.ndim - 1))
-        s = ((t - t0) / (t1 - t0)).view_as(step)
+        step, s = per_sample(t1 - t0, x0), per_sample((t - t0) / (t1 - t0), x0)
         near, far = (1 + 2 * s) * (1 - s) ** 2, s**2 * (3 - 2 * s)
         return near * x0 + far * x1 + step * (s * (1 - s) ** 2 * v0 - s**2 * (1 - s) * v1)
 
     def ends(self, rows: Tensor) -> Tensor:
-        """[B, C, *spatial] states at t = 0: the last point, and a straight line over what is left."""
-        last = self.times.shape[1] - 1
-        points = torch.full_like(rows, last)
-        x, v = self.states[rows, points], self.velocities[rows, points]
-        return x - self.times[rows, points].view(-1, *[1] * (x.ndim - 1)) * v
+        """[B, C, *spatial] states at t = 0: the last point, and a straight line from there."""
+        last = torch.full_like(rows, self.times.shape[1] - 1)
+        x, v = self.states[rows, last], self.velocities[rows, last]
+        return x - per_sample(self.times[rows, last], x) * v
 
     def truth(self, rows: Tensor, t: Tensor) -> Tensor:
-        """[B, C, *spatial] states of trajectories `rows` at time t, also at the end of their paths."""
+        """[B, C, *spatial] states of `rows` at time t, 0 included."""
         return self.ends(rows) if float(t) == 0 else self.at(rows, t)
-
-
-# What shards may differ in and still be trained on together.
-MAY_DIFFER = (
-    "seed",
-    "shard",
-    "trajectories",
-    "patch_size",
-    "record_batch",
-    "prompts",
-    "conditions",
-    "storage",
-    "reference_error",
-    "reference_relative_error",
-)
 
 
 def find_shards(folders: Sequence[Path]) -> list[Path]:
@@ -139,17 +124,15 @@ def find_shards(folders: Sequence[Path]) -> list[Path]:
 
     Raises:
         FileNotFoundError: a folder is missing or holds none.
-        CheckpointError: two shards have the same name: they would hold the same noises.
+        CheckpointError: two shards have the same name, hence the same noises.
     """
     found: dict[str, Path] = {}
     for folder in folders:
-        if not folder.is_dir():
-            raise FileNotFoundError(
-                f"There is no folder {folder}. Record trajectories first: ba-solver record --out {folder}"
-            )
-        shards = sorted(folder.glob("*.safetensors"))
+        shards = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
         if not shards:
-            raise FileNotFoundError(f"{folder} holds no trajectories. Record some: ba-solver record --out {folder}")
+            raise FileNotFoundError(
+                f"There is no folder {folder} with trajectories. Record some: ba-solver record --out {folder}"
+            )
         for shard in shards:
             if shard.name in found:
                 raise CheckpointError(
@@ -160,22 +143,23 @@ def find_shards(folders: Sequence[Path]) -> list[Path]:
     return list(found.values())
 
 
-def check_alike(first: Mapping[str, Any], other: Mapping[str, Any], where: str, asked: str) -> None:
+def check_same_recording(first: dict[str, Any], other: dict[str, Any], path: Path) -> None:
     """Refuse trajectories of another backbone, resolution or guidance.
 
     Raises:
-        CheckpointError: naming every setting that differs, what it is and what was asked for.
+        CheckpointError: naming every setting that differs.
     """
-    differing = [key for key in sorted({*first, *other} - set(MAY_DIFFER)) if first.get(key) != other.get(key)]
+    differing = differences(first, other, MAY_DIFFER, ("elsewhere", "here"))
     if differing:
-        said = "; ".join(f"{key} is {other.get(key)!r}, {asked} {first.get(key)!r}" for key in differing)
-        raise CheckpointError(f"{where} does not belong here: {said}. Use trajectories that were recorded alike.")
+        raise CheckpointError(
+            f"{path} does not belong to the others: {differing}. Use trajectories recorded with the same settings."
+        )
 
 
 def open_trajectories(folders: Sequence[Path]) -> tuple[Trajectories, dict[str, Any]]:
-    """All trajectories of some folders, streamed from disk, and what they say of themselves.
+    """All trajectories of some folders, streamed from disk, and their metadata (see `record.describe`).
 
-    Branch-mode trajectories become two rows each, the conditional branch before the unconditional one.
+    Per-branch trajectories become two rows each, the conditional branch before the unconditional one.
 
     Raises:
         FileNotFoundError: there are none.
@@ -184,25 +168,22 @@ def open_trajectories(folders: Sequence[Path]) -> tuple[Trajectories, dict[str, 
     states: list[Tensor] = []
     velocities: list[Tensor] = []
     columns: dict[str, list[Tensor]] = {"times": [], "labels": [], "scales": [], "where": []}
-    about: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
     branches: list[str] = []
     for path in progress(find_shards(folders), "check shards", leave=False):
-        tensors, said = open_shard(path)
-        about = about or said
-        check_alike(about, said, str(path), f"in {folders[0]} it is")
+        tensors, own = open_shard(path)
+        metadata = metadata or own
+        check_same_recording(metadata, own, path)
         branches = ["velocities", "velocities_null"] if "velocities_null" in tensors else ["velocities"]
         rows = torch.arange(len(tensors["labels"]))
-        null = torch.full_like(tensors["labels"], said.get("null") or 0)
-        scales = tensors.get("scales", torch.full((len(rows),), float(said.get("guidance", [1.0])[0])))
-        interleave = [torch.stack([len(states) + b + 0 * rows, rows], 1) for b in range(len(branches))]
-        columns["where"].append(torch.stack(interleave, 1).flatten(0, 1))
+        null = torch.full_like(tensors["labels"], own["null"] or 0)
+        interleaved = [torch.stack([len(states) + b + 0 * rows, rows], 1) for b in range(len(branches))]
+        columns["where"].append(torch.stack(interleaved, 1).flatten(0, 1))
         columns["labels"].append(torch.stack([tensors["labels"], null][: len(branches)], 1).flatten())
         columns["times"].append(tensors["times"].repeat_interleave(len(branches), 0))
-        columns["scales"].append(scales.repeat_interleave(len(branches)))
+        columns["scales"].append(tensors["scales"].repeat_interleave(len(branches)))
         states += [tensors["states"]] * len(branches)
         velocities += [tensors[name] for name in branches]
     times, labels, scales, where = (torch.cat(columns[name]) for name in ("times", "labels", "scales", "where"))
-    trajectories = Trajectories(
-        times, ShardedPoints(states, where), ShardedPoints(velocities, where), labels, scales, len(branches)
-    )
-    return trajectories, about
+    points = ShardedPoints(states, where), ShardedPoints(velocities, where)
+    return Trajectories(times, *points, labels, scales, len(branches)), metadata

@@ -1,6 +1,6 @@
-"""The coefficients of a schedule, multistep and CFG: least squares on recorded trajectories.
+"""The coefficients of a schedule, for its steps and its conditional-only calls: least squares on trajectories.
 
-They are fitted closed loop: each step's coefficients on the states that the steps before it lead to.
+Each step's coefficients are fitted on the states that the steps before it lead to.
 """
 
 from __future__ import annotations
@@ -16,35 +16,32 @@ from torch import Tensor
 from ...bas_core.guidance import Field
 from ...bas_core.prediction import SideNetProtocol
 from ...bas_core.schedule import Schedule, ScheduleHook, StepState, linear_combination
-from ...bas_core.sidenet import SideNet
 from ...bas_core.solver import Callback, make_solver, run_bi_anchor
 from ..progress import progress
 from ..recording.replay import Replay
 
-# A row has about as many coefficients as there are steps, and a state has thousands of numbers: few trajectories
-# suffice.
-FITTED_TRAJECTORIES = 32
-# The conditional-only calls, counted from the end. Two in a row, or any before v_c - v_u is known well, cost more than
-# they save, and a second pair gained nothing on the demo.
+# A step has about as many coefficients as there are steps, and a state thousands of numbers: few trajectories will do.
+FIT_TRAJECTORIES = 32
+# Conditional-only calls, counted from a schedule's end. Two in a row, or any earlier, cost more than they save.
 CONDITIONAL_ONLY = (-1, -3)
-# The rule of fitted schedules asks the SideNet once a step, lobatto3 three times and lobatto4 five times; coefficients
-# make up for a higher order (docs/measurements.md).
+# The quadrature rule of schedules: it asks the SideNet once a step (lobatto4: five times), and the coefficients make up
+# for its lower order.
 RULE = "lobatto2"
-# Relative to the Gram matrix's mean diagonal: velocities of neighbouring times are nearly alike.
+# Over the Gram matrix's mean diagonal: velocities of neighbouring times are nearly alike.
 RIDGE = 1e-9
 
 Truth = Callable[[Tensor], Tensor]
 Schedules = dict[int, Schedule]
 
 
-def least_squares(columns: Sequence[Tensor], wanted: Tensor) -> Tensor:
-    """Coefficients of the combination of `columns` nearest to `wanted`, all [B, C, *spatial], in double precision."""
-    gram = torch.zeros(len(columns), len(columns), dtype=torch.float64, device=wanted.device)
+def least_squares(columns: Sequence[Tensor], target: Tensor) -> Tensor:
+    """Coefficients of the combination of `columns` nearest to `target`, all [B, C, *spatial], in double precision."""
+    gram = torch.zeros(len(columns), len(columns), dtype=torch.float64, device=target.device)
     moment = gram.new_zeros(len(columns))
-    for sample in range(len(wanted)):  # one by one, for double precision takes much memory
+    for sample in range(len(target)):  # one by one, for double precision takes much memory
         matrix = torch.stack([column[sample].flatten() for column in columns], 1).double()
         gram += matrix.T @ matrix
-        moment += matrix.T @ wanted[sample].flatten().double()
+        moment += matrix.T @ target[sample].flatten().double()
     gram += RIDGE * gram.diagonal().mean() * torch.eye(len(columns), dtype=gram.dtype, device=gram.device)
     # The pseudo-inverse: where all columns are zero, so are the coefficients.
     return torch.linalg.pinv(gram, hermitian=True) @ moment
@@ -52,14 +49,14 @@ def least_squares(columns: Sequence[Tensor], wanted: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Fitting:
-    """Trajectories that coefficients are fitted on, and the solver.
+    """The data that a schedule is fitted on, and its SideNet.
 
     Attributes:
-        sidenet: of the bi-anchor solver.
-        field: of the trajectories.
-        noise: [B, C, *spatial] their first states.
+        sidenet: of the bi-anchor solver; a straight line counts as one.
+        field: of the samples.
+        noise: [B, C, *spatial] where they begin.
         truth: their states at a time.
-        start: their first time.
+        start: the time that they begin at.
     """
 
     sidenet: SideNetProtocol | None
@@ -69,13 +66,13 @@ class Fitting:
     start: float = 1.0
 
     @property
-    def analytic(self) -> bool:
-        """Whether a first step can be analytic."""
+    def analytic_first_step(self) -> bool:
+        """Whether the SideNet can make the first velocity from the data mean."""
         return self.start == 1 and self.sidenet is not None and self.sidenet.has_data_mean
 
 
-def has_conditional_only(field: Field, nfe: int) -> bool:
-    """Whether a schedule of so many NFE takes one step more, and two of its calls conditional-only."""
+def takes_conditional_only(field: Field, nfe: int) -> bool:
+    """Whether a schedule of so many NFE has one call more, of which two are conditional-only."""
     return field.can_omit_unconditional and nfe > len(CONDITIONAL_ONLY) + 1
 
 
@@ -121,41 +118,38 @@ def fit_schedule(
     """Sample once over a schedule's times by `RULE`, and fit its coefficients on the way.
 
     Args:
-        fitting: the trajectories.
-        schedule: its times are taken.
-        conditional_only: whether to fit conditional-only calls.
+        fitting: the data.
+        schedule: its times are taken, scaled to the fitting's start.
+        conditional_only: fit conditional-only calls too.
         callback: sees every finished step.
 
     Returns:
-        The ends [B, C, *spatial], and the schedule with coefficients.
+        The ends [B, C, *spatial], and the schedule with its coefficients.
     """
     hook = FitHook(schedule, fitting.truth, conditional_only)
-    solver = make_solver(fitting.field, fitting.sidenet, RULE, hook, analytic_first_step=schedule.analytic_first_step)
+    analytic = schedule.analytic_first_step
+    solver = make_solver(fitting.field, fitting.sidenet, RULE, hook, analytic_first_step=analytic)
     ends = run_bi_anchor(solver, fitting.noise, schedule.grid_in(fitting.noise.dtype), callback)
     fitted = dataclasses.replace(schedule, coefficients=hook.rows, cfg_coefficients=hook.cfg_rows, rule=RULE)
     return ends, fitted
 
 
 def fit_schedules(schedules: Mapping[int, Schedule], fitting: Fitting) -> Schedules:
-    """Schedules by NFE, with coefficients from one sampling over each."""
+    """Schedules by NFE, with coefficients fitted on their times."""
     fitted: Schedules = {}
-    for nfe, schedule in progress(list(schedules.items()), "coefficients"):
-        halved = has_conditional_only(fitting.field, nfe)
-        fitted[nfe] = fit_schedule(fitting, schedule.scaled(fitting.start), halved)[1].with_times(schedule.times)
+    for nfe, schedule in progress(list(schedules.items()), "fit coefficients"):
+        conditional_only = takes_conditional_only(fitting.field, nfe)
+        found = fit_schedule(fitting, schedule.scaled(fitting.start), conditional_only)[1]
+        fitted[nfe] = found.with_times(schedule.times)
     return fitted
 
 
-def fitting_on(sidenet: SideNetProtocol, replay: Replay, count: int) -> Fitting:
-    """So many recorded trajectories to fit on."""
-    rows = replay.alike(count)
-    field, noise, truth = replay.field_of(rows), replay.noise(rows), partial(replay.truth, rows)
-    return Fitting(sidenet, field, noise, truth, replay.backbone.start)
-
-
-def fit_coefficients(sidenet: SideNet, replay: Replay, schedules: Mapping[int, Schedule]) -> Schedules:
-    """`fit_schedules` on `FITTED_TRAJECTORIES`; the NFE are added to `replay.spent`."""
-    fitting = fitting_on(sidenet, replay, FITTED_TRAJECTORIES)
+def fit_coefficients(sidenet: SideNetProtocol, replay: Replay, schedules: Mapping[int, Schedule]) -> Schedules:
+    """`fit_schedules` on recorded trajectories; the model calls are added to `replay.nfe`."""
+    rows = replay.median_cfg_rows(FIT_TRAJECTORIES)
+    field, noise = replay.field_of(rows), replay.noise(rows)
+    fitting = Fitting(sidenet, field, noise, partial(replay.truth, rows), replay.backbone.start)
     with torch.inference_mode():
         found = fit_schedules(schedules, fitting)
-    replay.spent["coefficients"] += fitting.field.calls * len(fitting.noise)
+    replay.nfe["coefficients"] += field.calls * len(noise)
     return found

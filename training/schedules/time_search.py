@@ -1,4 +1,4 @@
-"""The times of a run: a search for the grid that ends nearest to the recorded ends."""
+"""The times of a schedule: a search for the grid that ends nearest to the true ends."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from torch import Tensor
 
 from ...bas_core.guidance import Field
 from ...bas_core.prediction import StraightLine
-from ...bas_core.schedule import Schedule, match_schedule
+from ...bas_core.schedule import match_schedule
 from ..progress import progress
-from .fitting import Fitting, Schedules, fit_schedule, has_conditional_only
+from .fitting import Fitting, Schedules, fit_schedule, takes_conditional_only
 from .solvers import GridShape, endpoint_errors, search_grid, sidenet_solver
-
-ROUNDS = 2
 
 FIRST_MOVE = 0.25
 
@@ -29,7 +27,7 @@ def moved(grid: Tensor, index: int, share: float) -> Tensor:
     return torch.tensor(times, dtype=grid.dtype)
 
 
-def coordinate_search(error: Callable[[Tensor], float], start: Tensor, rounds: int = ROUNDS) -> Tensor:
+def coordinate_search(error: Callable[[Tensor], float], start: Tensor, rounds: int) -> Tensor:
     """Move one inner time after another, by less and less, as long as the error falls.
 
     Args:
@@ -55,44 +53,46 @@ def coordinate_search(error: Callable[[Tensor], float], start: Tensor, rounds: i
 
 
 def search_times(
-    fitting: Fitting, calls: Sequence[int], rounds: int = ROUNDS, allowed: Callable[[Tensor], bool] = lambda times: True
+    fitting: Fitting,
+    numbers: Sequence[int],
+    rounds: int,
+    allowed: Callable[[Tensor], bool] = lambda times: True,
 ) -> Schedules:
-    """For each number of calls the best times found: first of the family (shift, cosine), then one by one, in rounds,
-    among those that are allowed.
+    """The best times found for each NFE: first of the family (shift, cosine), then one by one, in rounds.
 
-    Every grid is tried with weights fitted on it, and the last, forward-only interval counts for what it is. Shapes of
-    neighbouring numbers are alike, so that each search begins where the one before ended.
+    Every grid is tried with coefficients fitted on it. Shapes of neighbouring NFE are alike, so each search begins
+    where the one before ended.
+
+    Args:
+        fitting: the data.
+        numbers: the NFE, in which a conditional-only call counts one half.
+        rounds: of `coordinate_search`.
+        allowed: whether a grid may be taken.
 
     Returns:
-        Schedules from 1 to 0 without weights, by number of calls, half ones counted as half.
+        Schedules from 1 to 0 without coefficients, by NFE.
     """
-    plain = sidenet_solver(fitting.sidenet or StraightLine(), start=fitting.start)
+    first_step = fitting.analytic_first_step
+    solver = sidenet_solver(fitting.sidenet or StraightLine(), start=fitting.start)
     ends = fitting.truth(torch.zeros(()))
     found: Schedules = {}
     shape: GridShape | None = None
-    for n in progress(sorted(calls), "time grids"):
-        halved = has_conditional_only(fitting.field, n)
-        made = n + halved
+    for nfe in progress(sorted(numbers), "search times"):
+        conditional_only = takes_conditional_only(fitting.field, nfe)
+        calls = nfe + conditional_only
 
-        def run(field: Field, noise: Tensor, times: Tensor, halved: bool = halved) -> Tensor:
-            return fit_schedule(fitting, match_schedule(times, has_data_mean=fitting.analytic), halved)[0]
+        def sample(field: Field, noise: Tensor, times: Tensor, conditional_only: bool = conditional_only) -> Tensor:
+            return fit_schedule(fitting, match_schedule(times, has_data_mean=first_step), conditional_only)[0]
 
-        solver = dataclasses.replace(plain, run=run)
-        shape = search_grid(solver, fitting.field, fitting.noise, ends, made, shape)
-        found[n] = moved_times(fitting, n, solver.times(made, shape), rounds, allowed)
+        def error(grid: Tensor, calls: int = calls, conditional_only: bool = conditional_only) -> float:
+            candidate = match_schedule(grid, has_data_mean=first_step)
+            if candidate.calls != calls or not allowed(grid):
+                return math.inf  # with another first time, the first step may be analytic, or no longer be
+            x = fit_schedule(fitting, candidate.scaled(fitting.start), conditional_only)[0]
+            return endpoint_errors(x, ends).mean().item()
+
+        fitted = dataclasses.replace(solver, integrate=sample)
+        shape = search_grid(fitted, fitting.field, fitting.noise, ends, calls, shape)
+        grid = coordinate_search(error, fitted.times(calls, shape), rounds)
+        found[nfe] = match_schedule(grid.tolist(), has_data_mean=first_step)
     return found
-
-
-def moved_times(
-    fitting: Fitting, calls: int, times: Tensor, rounds: int, allowed: Callable[[Tensor], bool] = lambda times: True
-) -> Schedule:
-    """The run that a coordinate search comes to from some times, which are from 1 to 0; without weights."""
-    halved, ends = has_conditional_only(fitting.field, calls), fitting.truth(torch.zeros(()))
-
-    def error(grid: Tensor) -> float:
-        candidate = match_schedule(grid, has_data_mean=fitting.analytic)
-        if candidate.calls != calls + halved or not allowed(grid):
-            return math.inf  # a first time may have moved to where its call is, or is no longer, to be made
-        return endpoint_errors(fit_schedule(fitting, candidate.scaled(fitting.start), halved)[0], ends).mean().item()
-
-    return match_schedule(coordinate_search(error, times, rounds).tolist(), has_data_mean=fitting.analytic)

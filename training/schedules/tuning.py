@@ -1,8 +1,8 @@
-"""A run tuned end to end: its times, step weights and half calls, by gradients of the end-point error.
+"""A schedule tuned end to end: its times and coefficients, by gradients of the end-point error.
 
-Least squares brings every state of a run near the path; what counts is the last one. A run has some hundred numbers at
-most, so that some hundred steps on recorded runs find better ones and learn none of the runs by heart.
-Gradients pass through all calls of the backbone: each is made again on the way back, and takes four times as long.
+Least squares brings every state near its trajectory; what counts is the last one. A schedule has about a hundred
+numbers, so that some hundred steps find better ones without overfitting. Gradients pass through all model calls, each
+of which is made again in the backward pass.
 """
 
 from __future__ import annotations
@@ -11,10 +11,8 @@ import copy
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,84 +22,61 @@ from ...bas_core.guidance import Field
 from ...bas_core.schedule import Schedule, ScheduleHook
 from ...bas_core.sidenet import SideNet
 from ...bas_core.solver import make_solver, run_bi_anchor
-from ..network.loop import LoopSettings, Model, Numbers, Share, train
+from ..network.loop import LoopSettings, Microbatch, Numbers, train
 from ..processes import PROCESSES
 from ..progress import say
-from ..recording.replay import SCORED_RUNS, RecomputedSideNet, Replay
+from ..recording.replay import RecomputedSideNet, Replay
 from .solvers import endpoint_errors
 
-Found = TypeVar("Found")
-
-# Runs a step: the fewer, the more steps the same calls buy. On the demo 640 runs of 7 calls come to an error of
-# .0237 by eights, .0231 by fours, .0227 by twos.
+# Samples a step: the fewer, the more steps for the same model calls. On the demo 640 samples end at .0237 by
+# eights, .0231 by fours, .0227 by twos.
 BATCH = 2
 LEARNING_RATE, EMA = 0.02, 0.9
 REPORTS = 4
+VALIDATION_TRAJECTORIES = 16
+# Times that stay, from the first on: whether the first step is analytic, and so the NFE, depends on it.
+FIXED_TIMES = 2
 
 
-def tuning_loop(usual: LoopSettings) -> LoopSettings:
-    """The loop of a tuning, in a training whose loops are like `usual`."""
-    return dataclasses.replace(
-        usual,
+def tuning_loop(steps: int, precision: str = "fp32", seed: int = 1) -> LoopSettings:
+    """The loop of a tuning."""
+    return LoopSettings(
+        steps=steps,
         batch=math.lcm(BATCH, PROCESSES),
         learning_rate=LEARNING_RATE,
         warmup=0,
-        weight_decay=0.0,
-        muon=False,
         ema=EMA,
-        save_every=-(-usual.steps // REPORTS),
-        accumulate=1,
+        seed=seed,
+        save_every=-(-steps // REPORTS),
+        precision=precision,
     )
 
 
-def tuned_or_kept(tuning: Callable[[], Found], found: Found, what: str) -> Found:
-    """What tuning comes to; what was found before, where the memory for it is not there."""
-    try:
-        return tuning()
-    except torch.OutOfMemoryError:
-        say(
-            f"There is not enough memory for a call with gradients, which tuning takes: times and weights of {what} "
-            "stay as they were found. With --tune 0 it is not tried."
-        )
-        return found
-
-
-@contextmanager
-def times_as_parameters() -> Iterator[None]:
-    """The solver asks times for their value to decide by, which is meant: torch need not warn of it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Converting a tensor with requires_grad=True to a scalar")
-        yield
-
-
 class TunedSchedule(nn.Module):
-    """A schedule whose times and coefficients are parameters.
+    """A schedule whose numbers are parameters.
 
     Args:
-        schedule: the starting values.
-        fixed: how many of its times stay, from the first on, beside the last one. The first step stays: its length
-            decides whether it is analytic, and so the NFE.
+        schedule: where they begin.
     """
 
-    def __init__(self, schedule: Schedule, fixed: int = 2) -> None:
+    def __init__(self, schedule: Schedule) -> None:
         super().__init__()
         times = torch.stack(schedule.grid)
-        self.schedule = schedule
-        self.fixed, self.last = times[:fixed].tolist(), float(times[-1])
-        self.log_steps = nn.Parameter(times[fixed - 1 :].diff().abs().log())
+        self.begun, self.first = schedule, times[:FIXED_TIMES].tolist()
+        self.log_steps = nn.Parameter(times[FIXED_TIMES - 1 :].diff().abs().log())
         self.coefficients = nn.ParameterList([nn.Parameter(torch.tensor(row)) for row in schedule.coefficients])
-        self.cfg_coefficients = nn.ParameterList([nn.Parameter(torch.tensor(r)) for r in schedule.cfg_coefficients])
+        self.cfg_coefficients = nn.ParameterList([nn.Parameter(torch.tensor(row)) for row in schedule.cfg_coefficients])
 
     def times(self) -> Tensor:
-        """[N + 1], in the direction of the schedule."""
+        """[N + 1] of them, from the first time to 0."""
         left = 1 - torch.softmax(self.log_steps, 0).cumsum(0)
-        fixed, last = self.log_steps.new_tensor(self.fixed), self.log_steps.new_tensor([self.last])
-        return torch.cat([fixed, last + (fixed[-1] - last) * left[:-1], last])
+        first = self.log_steps.new_tensor(self.first)
+        return torch.cat([first, first[-1] * left[:-1], first.new_zeros(1)])
 
-    def found(self) -> Schedule:
+    def schedule(self) -> Schedule:
         """The schedule with the parameters' values."""
         return dataclasses.replace(
-            self.schedule,
+            self.begun,
             times=self.times().tolist(),
             coefficients=[row.tolist() for row in self.coefficients],
             cfg_coefficients=[row.tolist() for row in self.cfg_coefficients],
@@ -109,79 +84,66 @@ class TunedSchedule(nn.Module):
 
     def forward(self, field: Field, noise: Tensor, sidenet: SideNet, start: float) -> Tensor:
         """The ends [B, C, *spatial] of samplings from noise at the time `start`."""
-        hook = ScheduleHook(list(self.coefficients), list(self.cfg_coefficients), self.schedule.steps)
-        analytic = self.schedule.analytic_first_step and start == 1
+        hook = ScheduleHook(list(self.coefficients), list(self.cfg_coefficients), self.begun.steps)
+        analytic = self.begun.analytic_first_step and start == 1
         network: Any = RecomputedSideNet(sidenet)
-        solver = make_solver(field, network, self.schedule.rule, hook, analytic_first_step=analytic)
-        with times_as_parameters():
+        solver = make_solver(field, network, self.begun.rule, hook, analytic_first_step=analytic)
+        with warnings.catch_warnings():
+            # The solver branches on times by their value, which is meant.
+            warnings.filterwarnings("ignore", "Converting a tensor with requires_grad=True to a scalar")
             return run_bi_anchor(solver, noise, tuple(as_grid(self.times() * start)))
 
 
 def tune(
-    sidenet: SideNet, parts: tuple[Replay, Replay], run: Schedule, calls: int, loop: LoopSettings, folder: Path
-) -> Schedule:  # fmt: skip
-    """Tune a run; what it cost is added to the replays' `spent`.
+    sidenet: SideNet, parts: tuple[Replay, Replay], schedule: Schedule, nfe: int, loop: LoopSettings, folder: Path
+) -> Schedule:
+    """Tune a schedule; the model calls are added to the replays' `nfe`.
 
     Args:
         sidenet: left as it is.
-        parts: the recorded runs to draw from, and those that were held out, on which to choose between what it comes
-            to on the way and where it began.
-        run: where it begins.
-        calls: that it costs, for the file names.
+        parts: trajectories to draw from, and validation trajectories, which choose between the results.
+        schedule: where it begins.
+        nfe: of the schedule, for the file names.
         loop: see `tuning_loop`.
-        folder: of the unfinished run, its log and its plot; the same call goes on from there.
+        folder: of the training's state, log and plot; the same call continues from there.
+
+    Returns:
+        The tuned schedule, or the given one where tuning does not help on validation trajectories or there is too
+        little memory for gradients.
     """
     replay, validation = parts
-    rows, scored = replay.alike(len(replay.trajectories)), validation.alike(SCORED_RUNS)
-    backbone = replay.backbone
+    rows, validation_rows = (
+        replay.median_cfg_rows(len(replay.trajectories)),
+        validation.median_cfg_rows(VALIDATION_TRAJECTORIES),
+    )
+    begun = TunedSchedule(schedule).to(replay.backbone.device)
+    parameters = copy.deepcopy(begun)
 
     def error(tuned: TunedSchedule, source: Replay, drawn: Tensor, counted: int) -> Tensor:
         field = source.field_of(drawn)
-        ends = tuned(field, source.noise(drawn), sidenet, backbone.start)
-        source.spent["tuning"] += round(field.nfe * counted)
+        ends = tuned(field, source.noise(drawn), sidenet, source.backbone.start)
+        source.nfe["tuning"] += round(field.nfe * counted)
         return endpoint_errors(ends, source.truth(drawn, torch.tensor(0.0))).mean()
 
-    begun = TunedSchedule(run).to(backbone.device)
-    drawn_error = lambda tuned, drawn, counted: error(tuned, replay, drawn, counted)  # noqa: E731
-    held_error = lambda tuned: error(tuned, validation, scored, len(scored))  # noqa: E731
-    tuned = follow_gradients(
-        begun, (rows, drawn_error), held_error, loop, folder / f"tune_{calls}.pt", f"{calls} calls"
-    )
-    return run if tuned is None else tuned.found()
+    def loss_at(step: int, microbatch: Microbatch) -> Tensor:
+        drawn = rows[torch.randint(len(rows), (loop.batch,), generator=loop.generator(step))]
+        return error(parameters, replay, microbatch.of(drawn), loop.batch if microbatch.index == 0 else 0)
 
-
-def follow_gradients(
-    begun: Model,
-    fitted: tuple[Tensor, Callable[[Model, Tensor, int], Tensor]],
-    held_error: Callable[[Model], Tensor],
-    loop: LoopSettings,
-    path: Path,
-    what: str,
-) -> Model | None:
-    """Tune a module by gradients of an error; None where that does not help what was held out.
-
-    Args:
-        begun: left as it is.
-        fitted: rows to draw from, and the error of some of them, with how many samples' calls are to be counted.
-        held_error: the error of what was held out.
-        loop: see `tuning_loop`.
-        path: of the unfinished run; its log and its plot lie beside it.
-        what: is tuned, in words.
-    """
-    rows, error = fitted
-    parameters = copy.deepcopy(begun)
-
-    def loss_at(step: int, share: Share) -> Tensor:
-        drawn = torch.randint(len(rows), (loop.batch,), generator=loop.generator(step))
-        return error(parameters, share.of(rows[drawn]), loop.batch if share.index == 0 else 0)
-
-    def score(tuned: Model, step: int) -> Numbers:
+    def score(tuned: TunedSchedule, step: int) -> Numbers:
         with torch.no_grad():
-            return {"score": held_error(tuned).item()}
+            return {"score": error(tuned, validation, validation_rows, len(validation_rows)).item()}
 
-    tuned = train(parameters, loss_at, loop, path.stem, path, score, path.parent)
-    before, after = (score(each, 0)["score"] for each in (begun, tuned))
+    name = f"tune_{nfe}"
+    try:
+        tuned = train(parameters, loss_at, loop, name, folder / f"{name}.pt", score, folder)
+        before, after = (score(each, 0)["score"] for each in (begun, tuned))
+    except torch.OutOfMemoryError:
+        say(
+            f"There is not enough memory for a call with gradients: the schedule of {nfe} calls is not tuned. "
+            "--tune 0 leaves tuning out."
+        )
+        return schedule
     if after < before:
-        return tuned
-    say(f"Tuning {what} for {loop.steps} steps did not help (held out {before:.4f} -> {after:.4f}); undone.")
-    return None
+        return tuned.schedule()
+    say(f"Tuning {nfe} calls for {loop.steps} steps did not help (validation {before:.4f} -> {after:.4f}); undone.")
+    return schedule
