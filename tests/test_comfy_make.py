@@ -42,8 +42,8 @@ def as_in_comfyui(tmp_path, monkeypatch):
     """Nodes run in inference mode; and what takes minutes is asked for less."""
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path / "output"))
     for module, name, fewer in (
-        (surrogate_search, "ROUNDS", 1),
-        (surrogate_search, "PROBES", 1),
+        (surrogate_search, "SURROGATE_ROUNDS", 1),
+        (surrogate_search, "SEARCHES", 1),
         (stages, "VALIDATION_BATCHES", 1),
         (stages, "VALIDATION_BATCH", 16),
         (solvers, "SEARCH_SHIFTS", (1.0, 2.0)),

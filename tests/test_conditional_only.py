@@ -209,7 +209,7 @@ def test_searched_grids_spend_the_budget_and_are_worth_it():
     whole = Field(lambda x, t, count: field.cfg.combine(field.evaluate(x, t, 2), t[0])[None])
     for kind, tried in {"half": field, "whole": whole}.items():
         fitting = Fitting(None, tried, x, truth)
-        run = fit_schedules(search_times(fitting, [5]), fitting)[5]
+        run = fit_schedules(search_times(fitting, [5], 2), fitting)[5]
         before = tried.nfe
         end = solve(tried, None, x, run.with_times(torch.tensor(run.times, dtype=torch.float64)))
         assert tried.nfe - before == 5

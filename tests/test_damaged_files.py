@@ -35,7 +35,7 @@ CARD = SideNetCard(
     schedules={2.0: {2: Schedule([1.0, 0.5, 0.0], [[0.1], [0.1, 0.2, 0.3], [0.1, 0.2]]), 1: Schedule([1.0, 0.0])}},
     training={
         "objective": "all_pairs",
-        "recorded_runs": 3,
+        "trajectories": 3,
         "recorded": {"points": 4, "shape": [2, 4, 4], "reference_error": 0.1},
         "settings": {"rule": "lobatto4"},
         "seconds": 9,
@@ -43,12 +43,12 @@ CARD = SideNetCard(
     evaluation={
         "guidance": 2.0,
         "noises": 3,
-        "endpoint_error": [{"label": "Euler", "grid": "best", "calls": calls, "error": 1 / calls} for calls in (2, 3)],
-        "residual_variance": {"kind": {"first": 0.4}},
+        "endpoint_error": [{"label": "Euler", "grid": "best", "nfe": calls, "error": 1 / calls} for calls in (2, 3)],
+        "variance_unexplained": {"kind": {"first": 0.4}},
     },
     license="MIT",
 )
-ABOUT = {
+METADATA = {
     "backbone": {"name": "demo", "kind": "sit", "fingerprint": "0123abcd"},
     "shape": [2, 2, 2],
     "cfg_mode": "combined",
@@ -58,6 +58,9 @@ ABOUT = {
     "shift": 1.0,
     "start": 1.0,
     "num_classes": 3,
+    "patch_size": 2,
+    "record_batch": 3,
+    "null": 3,
 }
 
 
@@ -66,8 +69,13 @@ def save_sidenet_here(path):
 
 
 def save_shard_here(path):
-    tensors = {"states": noise(3, 4, 2, 2, 2), "velocities": noise(3, 4, 2, 2, 2), "labels": torch.arange(3)}
-    save_shard(path, {"times": torch.linspace(1, 0, 4).expand(3, -1), **tensors}, ABOUT)
+    tensors = {
+        "states": noise(3, 4, 2, 2, 2),
+        "velocities": noise(3, 4, 2, 2, 2),
+        "labels": torch.arange(3),
+        "scales": torch.ones(3),
+    }
+    save_shard(path, {"times": torch.linspace(1, 0, 4).expand(3, -1), **tensors}, METADATA)
 
 
 def save_state_here(path):
@@ -102,8 +110,8 @@ def node_report(sidenet, card):
 
 
 def shard_tensors(path):
-    tensors, about = open_shard(path)
-    assert about.keys() >= ABOUT.keys()
+    tensors, metadata = open_shard(path)
+    assert metadata.keys() >= METADATA.keys()
     return tensors
 
 
@@ -218,21 +226,12 @@ NUMBERS += [
     "[1.0, 0.0]",
 ]
 PLACES = {
-    "config": [
-        "in_channels",
-        "num_heads",
-        "num_layers",
-        "patch_size",
-        "cfg_input",
-        "architecture",
-        "data_mean_size",
-        "colour",
-    ],
+    "config": ["in_channels", "num_heads", "num_layers", "patch_size", "cfg_input", "architecture", "data_mean_size", "colour"],
     "cfg_range": [0, 1],
     "schedules": ["2.0", "0", "-1", "x", "1e0"],
     "backbone": ["name", "kind", "fingerprint", "new"],
-    "training": ["objective", "recorded_runs", "recorded", "settings", "started_from", "backbone_calls", "seconds"],
-    "evaluation": ["guidance", "noises", "endpoint_error", "residual_variance", "new"],
+    "training": ["objective", "trajectories", "recorded", "settings", "started_from", "backbone_calls", "seconds"],
+    "evaluation": ["guidance", "noises", "endpoint_error", "variance_unexplained", "new"],
 }
 DEEPER = {
     "schedules": [("2.0", key) for key in ("1", "0", "-1", "x", "1e0")]
@@ -240,10 +239,10 @@ DEEPER = {
     + [("2.0", "2", "coefficients", 1)],
     "training": [("recorded", part) for part in ("points", "shape", "reference_error")],
     "evaluation": [
-        ("residual_variance", "kind"),
-        ("residual_variance", "kind", "first"),
+        ("variance_unexplained", "kind"),
+        ("variance_unexplained", "kind", "first"),
         ("endpoint_error", 0),
-        *(("endpoint_error", 0, part) for part in ("label", "grid", "calls", "error")),
+        *(("endpoint_error", 0, part) for part in ("label", "grid", "nfe", "error")),
     ],
 }
 
@@ -290,12 +289,7 @@ def test_strange_values_in_the_metadata_are_refused_or_harmless(key, stored, tmp
         ("config", ("num_layers",), "1000000000", "must have 1000000000 blocks; got 3"),
         ("config", ("cfg_input",), '"no"', "cfg_input must be bool; got 'no'"),
         ("config", ("in_channels",), "9" * 40, "net.safetensors"),
-        (
-            "schedules",
-            ("2.0", "1", "analytic_first_step"),
-            "0",
-            "analytic_first_step of a schedule must be true or false",
-        ),
+        ("schedules", ("2.0", "1", "analytic_first_step"), "0", "analytic_first_step of a schedule must be true or false"),
         ("schedules", ("2.0", "1", "times"), "[1.0, 1e400]", "net.safetensors"),
         ("schedules", ("2.0", "1", "times"), f"[{'9' * 400}, 0]", "net.safetensors"),
         ("backbone", ("kind",), "5", "backbone must hold texts alone"),
@@ -361,10 +355,10 @@ def test_what_a_shard_does_not_say_is_named(tmp_path):
     save_shard_here(tmp_path / "trajectories.safetensors")
     with safe_open(tmp_path / "trajectories.safetensors", framework="pt") as file:
         tensors, metadata = load_file(tmp_path / "trajectories.safetensors"), dict(file.metadata())
-    for key in ABOUT:
-        text = metadata["about"].replace(f'"{key}"', '"other"', 1)
-        save_file(tensors, tmp_path / "trajectories.safetensors", metadata | {"about": text})
-        with pytest.raises(CheckpointError, match=f"trajectories.safetensors does not say its {key}"):
+    for key in METADATA:
+        text = metadata["metadata"].replace(f'"{key}"', '"other"', 1)
+        save_file(tensors, tmp_path / "trajectories.safetensors", metadata | {"metadata": text})
+        with pytest.raises(CheckpointError, match=f"trajectories.safetensors lacks its {key}"):
             open_shard(tmp_path / "trajectories.safetensors")
 
 
@@ -373,10 +367,10 @@ def test_what_a_shard_does_not_say_is_named(tmp_path):
 def test_a_state_of_other_things_is_refused(part, fault, tmp_path):
     """A file that torch reads, and that is not what the loop wrote."""
     pytest.importorskip("accelerate")
-    from ba_solver.training.network.loop import LoopSettings, Run
+    from ba_solver.training.network.loop import LoopSettings, TrainingState
 
     settings, path = LoopSettings(steps=2, batch=1, learning_rate=1e-3), tmp_path / "state.pt"
-    Run(torch.nn.Linear(2, 2), settings, path).save()
+    TrainingState(torch.nn.Linear(2, 2), settings, path).save()
     torch.save(read_pickled_tensors(path) | {part: fault}, path)
-    with pytest.raises(CheckpointError, match=r"state.pt is the state of another run"):
-        Run(torch.nn.Linear(2, 2), settings, path)
+    with pytest.raises(CheckpointError, match=r"state.pt is the state of another training"):
+        TrainingState(torch.nn.Linear(2, 2), settings, path)

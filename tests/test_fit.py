@@ -119,11 +119,12 @@ def test_a_killed_training_goes_on_from_its_last_save(folder, tmp_path):
     assert_same_weights(tensors(tmp_path / "whole.safetensors"), tensors(out))
 
 
-def test_two_processes_equal_one(folder, tmp_path):
+def test_two_processes_equal_one(folder, tmp_path, monkeypatch):
     """Two CPU processes of accelerate share each batch and come to the one-process weights, to rounding.
 
     So do they where they tune.
     """
+    monkeypatch.setattr(surrogate_search, "SEARCHES", 3)  # as in the processes
     options = [*QUICK, "--steps", "12", "--save-every", "6", "--warmup", "2"]
     options += ["--backbone", BACKBONE, "--nfe", "4", "--tune", "40"]
     card = run(folder / "combined", tmp_path / "one.safetensors", *options)[1]
@@ -137,7 +138,7 @@ def test_two_processes_equal_one(folder, tmp_path):
     assert "did not help" not in said[0]
     sidenet, again = load_sidenet(tmp_path / "two.safetensors")
     assert again.training["backbone_calls"] == card.training["backbone_calls"]
-    assert_same_schedule(again.runs[4], card.schedules_for(card.cfg)[4], sidenet)
+    assert_same_schedule(again.schedules_for(again.cfg)[4], card.schedules_for(card.cfg)[4], sidenet)
 
 
 def tensors_of_untrained(folder, tmp_path):
@@ -192,7 +193,7 @@ def test_the_default_body_and_optimizer_learn_with_starts_at_hand(tmp_path):
     assert len(list((folder / PREFIXES).glob("*.safetensors"))) == 6
     quick = ("--warmup", "10", "--learning-rate", "2e-2", "--ema", "0.9", "--batch", "64", "--steps", "150")
     sidenet, card = run(folder, tmp_path / "a.safetensors", *TRANSFORMER, *quick)
-    assert sidenet.config.architecture == "tokens" and card.training["backbone_calls"] == {
+    assert sidenet.config.architecture == "transformer" and card.training["backbone_calls"] == {
         "trajectories": 64 * 40,
         "prefixes": 96 * 10,
     }
@@ -213,7 +214,7 @@ def test_starts_of_another_model_are_refused(tmp_path, capsys):
 def test_the_data_mean_is_kept_where_the_first_velocity_leads_there(folder, tmp_path, capsys):
     """Elsewhere it is said that the first step is not analytic."""
     record(tmp_path / "recorded", "--trajectories", "24", "--backbone", "python:training_problems:gaussian_backbone")
-    options = (*TRANSFORMER, "--steps", "3", "--batch", "8", "--mean-size", "4")
+    options = (*TRANSFORMER, "--steps", "3", "--batch", "8", "--data-mean-size", "4")
     sidenet, _ = run(tmp_path / "recorded", tmp_path / "a.safetensors", *options)
     torch.testing.assert_close(sidenet.data_mean, GAUSSIAN_MEAN, atol=1e-5, rtol=0)
     capsys.readouterr()
@@ -223,7 +224,7 @@ def test_the_data_mean_is_kept_where_the_first_velocity_leads_there(folder, tmp_
 
 def test_the_card_says_how_it_was_made(folder, trained):
     out, _, card = trained
-    assert card.cfg_mode == "guided" and card.cfg_range == (2.0, 2.0)
+    assert card.cfg_mode == "combined" and card.cfg_range == (2.0, 2.0)
     assert card.backbone == {"name": "swirl", "kind": "python", "fingerprint": "swirl-1"}
     training = card.training
     assert training["backbone_calls"] == {"trajectories": 96 * 40} and training["trajectories"] == 96
@@ -266,7 +267,7 @@ def test_tuning_that_does_not_help_is_undone(folder, trained, tmp_path, monkeypa
     monkeypatch.setattr(tuning, "LEARNING_RATE", 3.0)
     tuned = run(folder / "combined", tmp_path / "tuned.safetensors", *options, "--tune", "4")[1]
     assert "did not help" in capsys.readouterr().out
-    assert tuned.runs == fitted.runs
+    assert tuned.schedules_for(tuned.cfg) == fitted.schedules_for(fitted.cfg)
 
 
 def test_without_the_memory_for_gradients_a_schedule_stays_as_it_was(folder, trained, tmp_path, monkeypatch, capsys):
@@ -283,7 +284,7 @@ def test_without_the_memory_for_gradients_a_schedule_stays_as_it_was(folder, tra
     monkeypatch.setattr(tuning, "train", too_large)
     tuned = run(folder / "combined", tmp_path / "tuned.safetensors", *options, "--tune", "40")[1]
     assert "not enough memory for a call with gradients" in capsys.readouterr().out
-    assert tuned.runs[5] == fitted.runs[5] and tuned.runs[4] != fitted.runs[4]
+    assert tuned.schedules_for(tuned.cfg)[5] == fitted.schedules_for(fitted.cfg)[5] and tuned.schedules_for(tuned.cfg)[4] != fitted.schedules_for(fitted.cfg)[4]
 
 
 def test_the_network_has_its_models_patches():
@@ -328,7 +329,7 @@ def test_an_interrupted_tuning_goes_on_to_the_same_numbers(folder, trained, tmp_
     monkeypatch.setattr(training, "search_on_surrogate", None)
     resumed = run(folder / "combined", out, *options)[1]
     for n in (4, 5):
-        assert_same_schedule(resumed.runs[n], whole.runs[n], trained[1])
+        assert_same_schedule(resumed.schedules_for(resumed.cfg)[n], whole.schedules_for(whole.cfg)[n], trained[1])
     # What was spent before the interruption counts, finished steps' results or not.
     once, twice = (card.training["backbone_calls"] for card in (whole, resumed))
     assert twice["rollouts"] == once["rollouts"] and once["tuning"] < twice["tuning"] < 1.5 * once["tuning"]
@@ -338,7 +339,7 @@ def test_an_interrupted_tuning_goes_on_to_the_same_numbers(folder, trained, tmp_
 def test_branches_and_guidance_ranges_train(folder, tmp_path):
     """In branch mode the SideNet sees the null class; over a range it is told the scale, and listens."""
     branch, card = run(folder / "branch", tmp_path / "b.safetensors", *QUICK, "--batch", "64", "--steps", "200")
-    assert card.cfg_mode == "branch" and card.training["trajectories"] == 48
+    assert card.cfg_mode == "per_branch" and card.training["trajectories"] == 48
     assert rollout_error(branch, folder / "branch") < 0.9 * rollout_error(None, folder / "branch")
     ranged, card = run(folder / "range", tmp_path / "r.safetensors", *QUICK, "--batch", "64", "--steps", "200")
     assert card.cfg_range == (1.5, 3.0) and ranged.config.cfg_input
@@ -440,7 +441,7 @@ def test_bfloat16_trains(folder, tmp_path):
         (("--objective", "published"), "--latents and --objective published go together"),
         (("--nfe", "5"), "need --backbone"),
         (("--tune", "5"), "give --nfe too"),
-        (("--architecture", "mlp"), "--architecture must be one of transformer, conv"),
+        (("--architecture", "mlp"), "--architecture must be one of conv, transformer"),
         (("--objective", "published", "--latents", "x", "--nfe", "5"), "fits no schedules"),
         (
             ("--objective", "published", "--latents", "x.safetensors", "--backbone", BACKBONE),

@@ -189,7 +189,7 @@ def test_the_papers_protocol(official, tmp_path):
     for index, image in enumerate(read_pngs(images)):
         noise = np.random.Generator(np.random.Philox(key=[0, index])).standard_normal((4, 8, 8), dtype=np.float32)
         label = torch.tensor([index % 5])
-        field = model_field(sit, label, torch.tensor([5]), Guidance(1.5, (0.0, 0.7)), "branch")
+        field = model_field(sit, label, torch.tensor([5]), Guidance(1.5, (0.0, 0.7)), "per_branch")
         with torch.inference_mode():
             x = solve(field, sidenet, torch.from_numpy(noise)[None], time_grid(5))
             decoded = vae.decode(x / 0.18215).sample[0].clamp(-1, 1) / 2 + 0.5

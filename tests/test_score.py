@@ -172,8 +172,8 @@ def test_make_does_not_train_over_a_sidenet(made, capsys):
 def test_info_says_what_a_sidenet_is(made, capsys):
     assert main(["info", str(made)]) == 0
     said = capsys.readouterr().out
-    for fact in ("swirl (python, fingerprint swirl-1)", "2 anchor(s)", "guided, guidance 2",
-                 "4 calls (5 steps, 2 half calls, step weights); 6 calls (7",
+    for fact in ("swirl (python, fingerprint swirl-1)", "2 anchor(s)", "combined, guidance 2",
+                 "4 model calls (5 steps, 2 conditional-only calls, multistep coefficients); 6 model calls (7",
                  "48 trajectories of 32 points of (2, 4, 4)",
                  "fraction of variance unexplained by kind", "Euler"):  # fmt: skip
         assert fact in said, said
@@ -185,7 +185,7 @@ def test_official_sidenets_are_converted(tmp_path, capsys):
     target = tmp_path / "out.safetensors"
     assert main(["convert", str(tmp_path / "official.pt"), str(target)]) == 0
     converted, card = load_sidenet(target)
-    assert card.cfg_mode == "branch" and card.training["converted_from"] == "official.pt"
+    assert card.cfg_mode == "per_branch" and card.training["converted_from"] == "official.pt"
     state = sidenet.state_dict()
     assert all(torch.equal(converted.state_dict()[name], state[name]) for name in state)
     assert main(["convert", str(tmp_path / "official.pt"), str(target)]) == 2

@@ -49,7 +49,7 @@ def rollout_error(sidenet, folder, over=None):
         over = Schedule(time_grid(5)) if over is None else over
         field = replay.field_of(rows)
         x = solve(field, sidenet, replay.noise(rows), over)
-        assert field.nfe == over.cost
+        assert field.nfe == over.nfe
     return endpoint_errors(x, replay.truth(rows, torch.tensor(0.0))).mean().item()
 
 

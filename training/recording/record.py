@@ -6,7 +6,7 @@ import hashlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ class Recording:
     prefixes: int = 320
     prefix_points: int = 8
     record_batch: int = 32
-    cfg_mode: CFGMode = "combined"
+    cfg_mode: str = "combined"
     storage: str = "float32"
     seed: int = 1
 
@@ -186,7 +186,8 @@ def record_shard(path: Path, drawn: dict[str, Any], recording: Recording, choice
                  metadata: dict[str, Any]) -> None:  # fmt: skip
     """Record one batch of trajectories and write it."""
     noise, times, labels = drawn["noise"].to(backbone.device), drawn["times"], drawn["labels"]
-    field = backbone.field(labels, drawn["scale"], choice.guidance_interval, recording.cfg_mode)
+    mode = cast(CFGMode, recording.cfg_mode)
+    field = backbone.field(labels, drawn["scale"], choice.guidance_interval, mode)
     tensors: dict[str, Tensor] = {}
     with torch.inference_mode():
         if recording.cfg_mode == "per_branch" and len(field.conditions) == 2:
