@@ -136,8 +136,8 @@ def test_demo_command_writes_table_and_pictures(tmp_path, monkeypatch, capsys):
         assert label in printed
     with (tmp_path / "out" / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert {int(row["calls"]) for row in rows} == {5, 100}
-    uniform = {row["solver"]: float(row["error"]) for row in rows if row["grid"] == "uniform" and row["calls"] == "5"}
+    assert {int(row["nfe"]) for row in rows} == {5, 100}
+    uniform = {row["solver"]: float(row["error"]) for row in rows if row["grid"] == "uniform" and row["nfe"] == "5"}
     assert min(uniform, key=uniform.get) == "ba_solver"
     for name in ("images.png", "errors.png"):
         assert imread(tmp_path / "out" / name).std() > 0.05

@@ -124,7 +124,7 @@ def test_two_processes_equal_one(folder, tmp_path, monkeypatch):
 
     So do they where they tune.
     """
-    monkeypatch.setattr(surrogate_search, "SEARCHES", 3)  # as in the processes
+    monkeypatch.undo()  # the processes search as usual
     options = [*QUICK, "--steps", "12", "--save-every", "6", "--warmup", "2"]
     options += ["--backbone", BACKBONE, "--nfe", "4", "--tune", "40"]
     card = run(folder / "combined", tmp_path / "one.safetensors", *options)[1]
