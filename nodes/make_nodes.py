@@ -149,8 +149,8 @@ def more_scales(text: str) -> tuple[float, ...]:
 def _wanted() -> list[Any]:
     return [
         inputs.cfg(),
-        inputs.numbers_of_calls(
-            "For which numbers of model calls, separated by commas. BA-Solver Scheduler is asked for the same."
+        inputs.number_list(
+            "calls", "For which numbers of model calls, separated by commas. BA-Solver Scheduler is asked for the same."
         ),
         io.Combo.Input(
             "effort",

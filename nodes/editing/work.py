@@ -25,7 +25,7 @@ from ..models.attach import applied_sidenet
 from ..models.fit import facts_of
 from ..models.paths import Schedule
 from ..sampling.sampler import Opened, Options, opened, step_callback
-from .held import HeldPath, solver_of
+from .source_trajectory import SourceTrajectoryLink, sidenet_of
 from .way import Way
 
 METHODS = ("inversion", "inversion-free")
@@ -133,7 +133,9 @@ def sampled(way: Way, latent: Tensor, noise: Tensor, schedule: Schedule, work: W
     return out.to(comfy.model_management.intermediate_device())
 
 
-def make_path(way: Way, latent: Tensor, schedule: Schedule, seed: int, method: str) -> tuple[HeldPath, Tensor]:
+def make_path(
+    way: Way, latent: Tensor, schedule: Schedule, seed: int, method: str
+) -> tuple[SourceTrajectoryLink, Tensor]:
     """The source path of an image; N calls.
 
     Args:
@@ -162,11 +164,13 @@ def make_path(way: Way, latent: Tensor, schedule: Schedule, seed: int, method: s
     # back with the residuals.
     out = sampled(way, latent, noise, schedule, work, doubted=way.scale != 1)
     facts = facts_of(way.model)
-    solver = solver_of(way.model)
-    return HeldPath(found[0], latent.cpu(), schedule, facts.kind, facts.fingerprint, solver, way, straight), out
+    solver = sidenet_of(way.model)
+    return SourceTrajectoryLink(
+        found[0], latent.cpu(), schedule, facts.kind, facts.fingerprint, solver, way, straight
+    ), out
 
 
-def edited(held: HeldPath, way: Way, latent: Tensor, control: Control, mask: Tensor | None) -> Tensor:
+def edited(held: SourceTrajectoryLink, way: Way, latent: Tensor, control: Control, mask: Tensor | None) -> Tensor:
     """The image of a source path under the target's conditioning, as a latent; N calls."""
 
     def work(run: Run) -> tuple[Tensor, float]:
@@ -192,7 +196,7 @@ def _resized(mask: Tensor, image: Tensor) -> Tensor:
     return here
 
 
-def reconstructed(held: HeldPath, latent: Tensor) -> Tensor:
+def reconstructed(held: SourceTrajectoryLink, latent: Tensor) -> Tensor:
     """What a path's inversion gives back without its residuals, as a latent; N calls, none for a straight path."""
     if held.straight:
         return latent

@@ -74,6 +74,23 @@ def path_of(model_sampling: Any) -> Path:
     )
 
 
+def flow_interval(model_sampling: Any, start_percent: float, end_percent: float) -> tuple[float, float]:
+    """The flow times (lo, hi) between two shares of a sampling, as ComfyUI's `percent_to_sigma` has them.
+
+    Args:
+        model_sampling: of a MODEL.
+        start_percent, end_percent: in [0, 1], in order. 0 gives hi = 1 and 1 gives lo = 0 exactly.
+    """
+    path = path_of(model_sampling)
+
+    def time(percent: float) -> float:
+        if percent in (0, 1):
+            return 1.0 - percent
+        return float(path.times(torch.tensor(float(model_sampling.percent_to_sigma(percent)), dtype=torch.float64)))
+
+    return time(end_percent), time(start_percent)
+
+
 @dataclass(frozen=True)
 class Schedule:
     """A run's sigmas and the flow times that stand for them.

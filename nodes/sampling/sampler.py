@@ -12,15 +12,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...bas_core.grids import same_grid
-from ...bas_core.guidance import Field, Guidance
+from ...bas_core.guidance import Field
 from ...bas_core.runs import FittedRun, run_over
 from ...bas_core.solver import Step, solve
 from ...bas_core.steps import Predictor
 from ..models.attach import LoadedSideNet
-from ..models.paths import Schedule, path_of
+from ..models.paths import Schedule, flow_interval, path_of
 from ..say import warn
 from .backbone import Backbone, guidance_of
-from .field import WHOLE_RANGE, field_of
+from .field import field_of
 from .sidenet import check_latent, guidance_doubts, predictor_of, sidenet_chunk, sidenet_for
 
 WITHOUT_SIDENET = ("multistep",)
@@ -34,17 +34,25 @@ class Options:
     Attributes:
         method: one of METHODS.
         rule: name of a quadrature rule; None = the method's own.
-        interval: (lo, hi), the flow times between which CFG applies.
-        skip_first: a SideNet that knows the mean of the model's data may save the first call.
+        start_percent, end_percent: shares of the sampling between which CFG applies; 0 is its first step, 1 its end.
+        analytic_first_step: a SideNet that knows the mean of the model's data may compute the first step without the
+            backbone.
+
+    Raises:
+        ValueError: the shares are not in order.
     """
 
     method: str = "bi_anchor"
     rule: str | None = None
-    interval: tuple[float, float] = WHOLE_RANGE
-    skip_first: bool = True
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+    analytic_first_step: bool = True
 
     def __post_init__(self) -> None:
-        Guidance(1.0, self.interval)  # checks the interval
+        if not 0 <= self.start_percent <= self.end_percent <= 1:
+            raise ValueError(
+                f"start_percent ({self.start_percent:g}) must not be above end_percent ({self.end_percent:g})."
+            )
 
 
 def sample_ba_solver(
@@ -148,7 +156,9 @@ def opened(
         check_latent(sidenet, x)
     with tqdm(total=len(schedule.times) - 1, disable=disable, desc="backbone calls") as progress:
         backbone = Backbone(model, extra_args, schedule, x.shape, progress.update)
-        field = field_of(backbone, sidenet, options.interval, x)
+        sampling = backbone.guider.inner_model.model_sampling
+        interval = flow_interval(sampling, options.start_percent, options.end_percent)
+        field = field_of(backbone, sidenet, interval, x)
         chunk = None if sidenet is None else sidenet_chunk(sidenet, x)
         yield Opened(backbone, field, sidenet, predictor_of(backbone, sidenet), chunk, progress)
 
@@ -167,13 +177,13 @@ def run_for(options: Options, sidenet: LoadedSideNet | None, times: Tensor, scal
     if sidenet is None:
         return FittedRun(times)
     card = sidenet.card
-    usual = sidenet.strength == 1 and options == Options(skip_first=options.skip_first)
+    usual = sidenet.strength == 1 and options == Options(analytic_first_step=options.analytic_first_step)
     run = run_over(times, card.runs if usual else {}, sidenet.knows_mean)
     if run.fitted:
         nearer = card.runs_at(scale).get(round(run.cost))
         if nearer is not None and not same_grid(times, nearer.times):
             run = nearer.scaled(float(times[0]))
-    return run if options.skip_first else replace(run, skip_first=False)
+    return run if options.analytic_first_step else replace(run, skip_first=False)
 
 
 def step_callback(

@@ -1,4 +1,4 @@
-"""What people connect to the editing nodes, checked in words: image latents, prompts of another number, masks."""
+"""Checks of the editing nodes' inputs: image latents, batches of prompts, masks."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ...bas_core.sit import SiT
 from ..models.labels import KEY
 
 
-def image_of(model: Any, latent: dict[str, Any]) -> Tensor:
-    """The image latent [B, C, *spatial] that a MODEL edits.
+def check_image(model: Any, latent: dict[str, Any]) -> Tensor:
+    """The image latent [B, C, *spatial] of a LATENT, in the MODEL's number of channels.
 
     Raises:
         ValueError: audio, other channels than the MODEL's, or a size that it cannot take.
@@ -23,17 +23,17 @@ def image_of(model: Any, latent: dict[str, Any]) -> Tensor:
     if samples.is_nested or samples.ndim not in (4, 5):
         raise ValueError("BA Edit and BA Invert take images and videos; this latent holds audio. Connect an image's.")
     samples = comfy.sample.fix_empty_latent_channels(model, samples)
-    known = model.get_model_object("latent_format").latent_channels
-    if samples.shape[1] != known:
+    channels = model.get_model_object("latent_format").latent_channels
+    if samples.shape[1] != channels:
         raise ValueError(
-            f"This MODEL's latents have {known} channels; the image's have {samples.shape[1]}. Encode the image with "
-            "the model's own VAE; if it has an alpha channel, remove that first (Split Image with Alpha)."
+            f"This MODEL's latents have {channels} channels; the image's have {samples.shape[1]}. Encode the image "
+            "with the model's own VAE; if it has an alpha channel, remove that first (Split Image with Alpha)."
         )
     network = getattr(model.model, "diffusion_model", None)
     if isinstance(network, SiT):
         side = network.config.input_size
         if tuple(samples.shape[2:]) != (side, side):
-            pixels = side * (1 if known == 3 else 8)
+            pixels = side * (1 if channels == 3 else 8)
             raise ValueError(
                 f"This SiT takes latents of {side}x{side}, which is an image of {pixels}x{pixels} pixels; got "
                 f"{samples.shape[3]}x{samples.shape[2]}. Scale the image to {pixels}x{pixels} (Upscale Image) first."
@@ -41,10 +41,10 @@ def image_of(model: Any, latent: dict[str, Any]) -> Tensor:
     return samples
 
 
-def as_many_images_as_prompts(image: Tensor, *conditionings: Any) -> Tensor:
+def repeat_for_prompts(image: Tensor, *conditionings: Any) -> Tensor:
     """One image repeated for a batch of prompts; a batch of images stays as it is.
 
-    ComfyUI repeats prompts for a batch of images by itself, and would use the first prompt alone for one image.
+    ComfyUI repeats prompts for a batch of images by itself, but uses the first prompt alone for one image.
 
     Raises:
         ValueError: several images and another number of prompts above one, or two such numbers of prompts.
@@ -52,25 +52,25 @@ def as_many_images_as_prompts(image: Tensor, *conditionings: Any) -> Tensor:
     counts = {max(len(entry[0]), len(entry[1].get(KEY, ()))) for part in conditionings for entry in part or ()} - {1}
     if len(counts) > 1:
         raise ValueError(
-            f"The prompts come in batches of {' and '.join(str(count) for count in sorted(counts))}. Give as many "
+            f"The prompts come in batches of {' and '.join(str(count) for count in sorted(counts))}. Connect as many "
             "source prompts as others, or one."
         )
     prompts = max(counts, default=1)
-    if prompts == 1 or prompts == len(image):
-        return image
-    if len(image) > 1:
+    if len(image) == 1:
+        return comfy.utils.repeat_to_batch_size(image, prompts)
+    if prompts not in (1, len(image)):
         raise ValueError(
-            f"There are {len(image)} images and a batch of {prompts} prompts. Give as many prompts as images, one "
+            f"There are {len(image)} images and a batch of {prompts} prompts. Connect as many prompts as images, one "
             "prompt, or one image."
         )
-    return comfy.utils.repeat_to_batch_size(image, prompts)
+    return image
 
 
-def mask_of(mask: Tensor | None, latent: dict[str, Any], image: Tensor) -> Tensor | None:
-    """The mask input, or else the latent's own, of any size; None where there is neither.
+def check_mask(mask: Tensor | None, latent: dict[str, Any], image: Tensor) -> Tensor | None:
+    """The mask input of any size, or else the latent's own mask; None without either.
 
     Raises:
-        ValueError: it is 0 everywhere, or asks for other images than there are.
+        ValueError: it is 0 everywhere, or its batch is not that of the images.
     """
     mask = latent.get("noise_mask") if mask is None else mask
     if mask is None:
@@ -78,5 +78,5 @@ def mask_of(mask: Tensor | None, latent: dict[str, Any], image: Tensor) -> Tenso
     if not torch.count_nonzero(mask):
         raise ValueError("The mask is empty, so nothing may change. Paint what is to be edited, or leave it out.")
     if mask.ndim == 3 and image.ndim == 4 and len(mask) not in (1, len(image)):
-        raise ValueError(f"There are {len(image)} images and {len(mask)} masks. Give one mask, or one for each image.")
+        raise ValueError(f"There are {len(image)} images and {len(mask)} masks. Connect one mask, or one an image.")
     return mask
