@@ -9,11 +9,11 @@ from comfy_api.v0_0_2 import io
 
 from ..bas_core.editing import FADE, Control
 from . import inputs
+from .editing.edit import METHODS, edit, reconstruct, source_trajectory
 from .editing.given import as_many_images_as_prompts, image_of, mask_of
 from .editing.held import HeldPath, InvertedNoise, check_path
 from .editing.schedule import editing_schedule
-from .editing.way import Way
-from .editing.work import METHODS, edited, make_path, reconstructed
+from .sampling.guider import guider_for
 
 SourcePathLink = io.Custom("BA_SOURCE_PATH")
 
@@ -69,8 +69,8 @@ class BAInvert(io.ComfyNode):
         seed: int = 0,
     ) -> io.NodeOutput:
         image = as_many_images_as_prompts(image_of(model, latent), source)
-        way = Way(model, source, negative, source_guidance)
-        held, noisy = make_path(way, image, editing_schedule(model, calls, strength), seed, METHODS[0])
+        way = guider_for(model, source, negative, source_guidance)
+        held, noisy = source_trajectory(way, image, editing_schedule(model, calls, strength), seed, METHODS[0])
         return io.NodeOutput({**latent, "samples": noisy}, InvertedNoise(model, held), held)
 
 
@@ -186,9 +186,9 @@ class BAEdit(io.ComfyNode):
         image = as_many_images_as_prompts(image_of(model, latent), *prompts)
         where = mask_of(mask, latent, image)
         if path is None:
-            way = Way(model, source, negative, source_guidance)
-            path, _ = make_path(way, image, editing_schedule(model, calls, strength), seed, method)
+            way = guider_for(model, source, negative, source_guidance)
+            path, _ = source_trajectory(way, image, editing_schedule(model, calls, strength), seed, method)
         check_path(path, model, image)
         control = Control(eta, (eta_from, eta_until), None if path.straight else FADE)
-        out = edited(path, Way(model, positive, negative, guidance), image, control, where)
-        return io.NodeOutput({**latent, "samples": out}, {**latent, "samples": reconstructed(path, image)})
+        out = edit(path, guider_for(model, positive, negative, guidance), image, control, where)
+        return io.NodeOutput({**latent, "samples": out}, {**latent, "samples": reconstruct(path, image)})

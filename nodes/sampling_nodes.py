@@ -12,9 +12,10 @@ from ..bas_core.quadrature import RULES
 from . import inputs
 from .models.attach import applied_sidenet
 from .sampling.sampler import METHODS, Options, sample_ba_solver
-from .sampling.schedule import GRIDS, sigmas_for
+from .sampling.schedule import sigmas_for
 
 AUTO = "auto"
+GRIDS = ("auto", "model")
 
 
 class BASampler(io.ComfyNode):
@@ -48,13 +49,13 @@ class BASampler(io.ComfyNode):
                     "single_anchor. The legendre rules do not hold both ends and go with single_anchor only.",
                 ),
                 inputs.fraction(
-                    "cfg_from",
+                    "start_percent",
                     0.0,
                     "CFG applies where the flow time t is above this. t = 1 is noise, t = 0 the image; for "
                     "diffusion models t = sigma / (1 + sigma).",
                 ),
                 inputs.fraction(
-                    "cfg_until",
+                    "end_percent",
                     1.0,
                     "CFG applies where the flow time t is at most this; above, the positive alone is "
                     "evaluated. The paper samples SiT-XL/2 with CFG 1.5 until 0.7.",
@@ -77,12 +78,12 @@ class BASampler(io.ComfyNode):
         cls,
         method: str,
         quadrature: str = AUTO,
-        cfg_from: float = 0.0,
-        cfg_until: float = 1.0,
+        start_percent: float = 0.0,
+        end_percent: float = 1.0,
         skip_first_call: bool = True,
     ) -> io.NodeOutput:
         rule = None if quadrature == AUTO else quadrature
-        options = Options(method, rule, (cfg_from, cfg_until), skip_first_call)
+        options = Options(method, rule, start_percent, end_percent, skip_first_call)
         return io.NodeOutput(comfy.samplers.KSAMPLER(sample_ba_solver, {"options": options}))
 
 

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from ...bas_core.editing import SourcePath
 from ..models.attach import applied_sidenet
-from ..models.fit import facts_of
-from ..models.paths import Path, Schedule
-from .way import Way
+from ..models.compatibility import facts_of
+from ..models.parameterization import Parameterization, SigmaSchedule
 
 
 class HeldPath(NamedTuple):
@@ -23,17 +22,17 @@ class HeldPath(NamedTuple):
         schedule: its grid.
         kind, fingerprint: of the MODEL (`fit.ModelFacts`).
         sidenet: name and strength; None for the multistep method.
-        way: the source's side, for the reconstruction.
+        guider: of the source prompt, for the reconstruction.
         straight: whether it is the straight line of inversion-free editing.
     """
 
     source: SourcePath
     latent: Tensor
-    schedule: Schedule
+    schedule: SigmaSchedule
     kind: str
     fingerprint: str
     sidenet: tuple[str, float] | None
-    way: Way
+    guider: Any
     straight: bool
 
 
@@ -88,7 +87,7 @@ class InvertedNoise:
 
     def __init__(self, model: Any, held: HeldPath) -> None:
         sampling = model.get_model_object("model_sampling")
-        path: Path = held.schedule.path
+        path: Parameterization = held.schedule.parameterization
         sigma = held.schedule.sigmas[0]
         state = path.from_flow(held.source.noise, sigma)
         top = bool(sigma >= float(sampling.sigma_max) * (1 - 1e-5))

@@ -8,11 +8,11 @@ import torch
 
 from ...bas_core.editing import START, editing_grid
 from ..models.attach import applied_sidenet
-from ..models.paths import Schedule, path_of
+from ..models.parameterization import SigmaSchedule, parameterization_of
 from ..sampling.schedule import stretched_sigmas
 
 
-def editing_schedule(model: Any, calls: int, strength: float) -> Schedule:
+def editing_schedule(model: Any, calls: int, strength: float) -> SigmaSchedule:
     """The sigmas of an edit: a number of calls each way, from as far up as the strength says.
 
     Args:
@@ -24,7 +24,7 @@ def editing_schedule(model: Any, calls: int, strength: float) -> Schedule:
         ValueError: the MODEL is neither a flow nor a diffusion model, or the strength is too small for any step.
     """
     sampling = model.get_model_object("model_sampling")
-    path = path_of(sampling)
+    path = parameterization_of(sampling)
     sidenet = applied_sidenet(model)
     sigmas = stretched_sigmas(sampling, calls - 1, strength, sidenet.card.runs if sidenet else {})
     # Diffusion models know no noise level below their smallest.
@@ -34,4 +34,4 @@ def editing_schedule(model: Any, calls: int, strength: float) -> Schedule:
     if times[0] <= start:
         raise ValueError(f"A strength of {strength:g} leaves nothing to edit. Set it higher; 0.6 to 1 is usual.")
     times = editing_grid(times, start).float()
-    return Schedule(path, path.sigmas(times.double()).float(), times)
+    return SigmaSchedule(path, path.sigmas(times.double()).float(), times)
