@@ -91,7 +91,7 @@ class CompareSolvers(io.ComfyNode):
 def _number_inputs() -> list[Any]:
     return [
         inputs.cfg(),
-        inputs.number_list("model_calls", "The numbers of model calls to compare at, separated by commas."),
+        io.String.Input("model_calls", default="5, 7, 10", tooltip="The numbers of model calls, separated by commas."),
         io.Int.Input(
             "seed",
             **inputs.SEEDS,

@@ -9,12 +9,12 @@ from comfy_api.v0_0_2 import io
 
 from ..bas_core.editing import FADE, Control
 from . import inputs
+from .editing.edit import METHODS, edit, reconstruct, source_trajectory
 from .editing.schedule import editing_schedule
 from .editing.source_trajectory import InvertedNoise, SourceTrajectoryLink, check_trajectory
 from .editing.validation import check_image, check_mask, repeat_for_prompts
-from .editing.way import Way
-from .editing.work import METHODS, edited, make_path, reconstructed
-from .models.paths import flow_interval
+from .models.parameterization import flow_interval
+from .sampling.guider import guider_for
 
 TrajectoryType = io.Custom("BA_SOURCE_TRAJECTORY")
 
@@ -69,8 +69,9 @@ class BAInvert(io.ComfyNode):
         seed: int = 0,
     ) -> io.NodeOutput:
         image = repeat_for_prompts(check_image(model, latent_image), source)
-        way = Way(model, source, negative, source_cfg)
-        trajectory, noisy = make_path(way, image, editing_schedule(model, steps, denoise), seed, METHODS[0])
+        guider = guider_for(model, source, negative, source_cfg)
+        sigmas = editing_schedule(model, steps, denoise)
+        trajectory, noisy = source_trajectory(guider, image, sigmas, seed, METHODS[0])
         return io.NodeOutput({**latent_image, "samples": noisy}, InvertedNoise(model, trajectory), trajectory)
 
 
@@ -188,11 +189,11 @@ class BAEdit(io.ComfyNode):
         image = repeat_for_prompts(check_image(model, latent_image), *prompts)
         edit_mask = check_mask(mask, latent_image, image)
         if trajectory is None:
-            way = Way(model, source, negative, source_cfg)
-            trajectory, _ = make_path(way, image, editing_schedule(model, steps, denoise), seed, method)
+            guider = guider_for(model, source, negative, source_cfg)
+            trajectory, _ = source_trajectory(guider, image, editing_schedule(model, steps, denoise), seed, method)
         check_trajectory(trajectory, model, image)
         window = flow_interval(model.get_model_object("model_sampling"), eta_start_percent, eta_end_percent)
         control = Control(eta, window, None if trajectory.straight else FADE)
-        edit = edited(trajectory, Way(model, positive, negative, cfg), image, control, edit_mask)
-        reconstruction = reconstructed(trajectory, image)
-        return io.NodeOutput({**latent_image, "samples": edit}, {**latent_image, "samples": reconstruction})
+        edited = edit(trajectory, guider_for(model, positive, negative, cfg), image, control, edit_mask)
+        reconstruction = reconstruct(trajectory, image)
+        return io.NodeOutput({**latent_image, "samples": edited}, {**latent_image, "samples": reconstruction})

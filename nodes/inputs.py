@@ -88,11 +88,6 @@ def cfg() -> Any:
     )
 
 
-def number_list(name: str, tooltip: str) -> Any:
-    """Numbers of steps or of model calls, separated by commas."""
-    return io.String.Input(name, default="5, 7, 10", tooltip=tooltip)
-
-
 def negative(scale: str = "cfg") -> Any:
     return io.Conditioning.Input(
         "negative", optional=True, tooltip=f"The negative prompt. It is used when {scale} is not 1."

@@ -9,10 +9,10 @@ from comfy_api.v0_0_2 import io, ui
 
 from . import inputs
 from .folders import DEMO, SIDENETS
+from .models import compatibility
 from .models.attach import LoadedSideNet, apply_sidenet, read_sidenet
-from .models.fit import doubts, facts_of, misfits
+from .notify import warn
 from .report import error_curves, error_plot, report
-from .say import warn
 
 SideNetLink = io.Custom("SIDENET")
 DTYPES = {"as stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -84,13 +84,13 @@ class ApplySideNet(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, sidenet: LoadedSideNet, strength: float = 1.0) -> io.NodeOutput:
-        facts = facts_of(model)
-        reasons = misfits(sidenet, facts)
+        facts = compatibility.facts_of(model)
+        reasons = compatibility.errors(sidenet, facts)
         if reasons:
             raise ValueError(
                 f"This SideNet does not fit this MODEL: {' '.join(reasons)} Choose the SideNet made for it."
             )
-        for doubt in doubts(sidenet, facts):
+        for doubt in compatibility.warnings(sidenet, facts):
             warn(doubt)
         return io.NodeOutput(apply_sidenet(model, sidenet, strength))
 

@@ -8,11 +8,11 @@ import torch
 
 from ...bas_core.editing import START, editing_grid
 from ..models.attach import applied_sidenet
-from ..models.paths import Schedule, path_of
+from ..models.parameterization import SigmaSchedule, parameterization_of
 from ..sampling.schedule import stretched_sigmas
 
 
-def editing_schedule(model: Any, steps: int, denoise: float) -> Schedule:
+def editing_schedule(model: Any, steps: int, denoise: float) -> SigmaSchedule:
     """The schedule [N + 1] of an edit, which is the same from the image to noise and back.
 
     Args:
@@ -24,14 +24,14 @@ def editing_schedule(model: Any, steps: int, denoise: float) -> Schedule:
         ValueError: the MODEL is neither a flow nor a diffusion model, or denoise is too small for any step.
     """
     sampling = model.get_model_object("model_sampling")
-    path = path_of(sampling)
+    parameterization = parameterization_of(sampling)
     sidenet = applied_sidenet(model)
     sigmas = stretched_sigmas(sampling, steps - 1, denoise, sidenet.card.runs if sidenet else {})
     # Diffusion models have a smallest noise level.
-    smallest = float(path.times(torch.as_tensor(float(sampling.sigma_min), dtype=torch.float64)))
+    smallest = float(parameterization.times(torch.as_tensor(float(sampling.sigma_min), dtype=torch.float64)))
     start = max(START, smallest)
-    times = path.times(sigmas.double())
+    times = parameterization.times(sigmas.double())
     if times[0] <= start:
         raise ValueError(f"A denoise of {denoise:g} leaves nothing to edit. Set it higher; 0.6 to 1 is usual.")
     times = editing_grid(times, start).float()
-    return Schedule(path, path.sigmas(times.double()).float(), times)
+    return SigmaSchedule(parameterization, parameterization.sigmas(times.double()).float(), times)

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from ...bas_core.editing import SourcePath
 from ..models.attach import applied_sidenet
-from ..models.fit import facts_of
-from ..models.paths import Path, Schedule
-from .way import Way
+from ..models.compatibility import facts_of
+from ..models.parameterization import SigmaSchedule
 
 
 class SourceTrajectoryLink(NamedTuple):
@@ -21,19 +20,19 @@ class SourceTrajectoryLink(NamedTuple):
         source: on the CPU.
         latent: [B, C, *spatial] the image.
         schedule: its sigmas and times.
-        kind, fingerprint: of the MODEL (`fit.ModelFacts`).
+        kind, fingerprint: of the MODEL (`compatibility.ModelFacts`).
         sidenet: name and strength; None for the multistep method.
-        way: the source prompt's side, for the reconstruction.
+        guider: of the source prompt, for the reconstruction.
         straight: whether it is the straight line of inversion-free editing.
     """
 
     source: SourcePath
     latent: Tensor
-    schedule: Schedule
+    schedule: SigmaSchedule
     kind: str
     fingerprint: str
     sidenet: tuple[str, float] | None
-    way: Way
+    guider: Any
     straight: bool
 
 
@@ -89,9 +88,8 @@ class InvertedNoise:
 
     def __init__(self, model: Any, trajectory: SourceTrajectoryLink) -> None:
         sampling = model.get_model_object("model_sampling")
-        path: Path = trajectory.schedule.path
         sigma = trajectory.schedule.sigmas[0]
-        state = path.from_flow(trajectory.source.noise, sigma)
+        state = trajectory.schedule.parameterization.from_flow(trajectory.source.noise, sigma)
         max_denoise = bool(sigma >= float(sampling.sigma_max) * (1 - 1e-5))
 
         def scaled(noise: Tensor, image: Tensor) -> Tensor:

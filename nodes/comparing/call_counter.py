@@ -1,4 +1,4 @@
-"""How often a sampler calls the model: counted while it runs, and found out beforehand without the model."""
+"""How often a sampler calls the model: counted while it samples, or found out beforehand without the model."""
 
 from __future__ import annotations
 
@@ -14,48 +14,48 @@ from torch import Tensor
 
 
 class TooManyCallsError(ValueError):
-    """A sampler goes on beyond what it was given."""
+    """A sampler makes more model calls than its limit."""
 
 
 @dataclass
-class Count:
+class CallCounter:
     """Model calls so far.
 
     Attributes:
-        limit: above it the run is stopped.
-        told: sees 1 or 0.5 at each call.
-        calls: with CFG, one that leaves the negative out counts half.
+        limit: of `nfe`; the next call is an error.
+        on_call: is given the NFE of each call, 1 or 0.5.
+        nfe: with CFG, a call that leaves the negative out counts one half.
     """
 
     limit: float = math.inf
-    told: Callable[[float], Any] = field(default=lambda cost: None)
-    calls: float = 0.0
+    on_call: Callable[[float], Any] = field(default=lambda nfe: None)
+    nfe: float = 0.0
 
-    def add(self, cost: float) -> None:
-        self.calls += cost
-        self.told(cost)
-        if self.calls > self.limit:
+    def add(self, nfe: float) -> None:
+        self.nfe += nfe
+        self.on_call(nfe)
+        if self.nfe > self.limit:
             raise TooManyCallsError(f"It called the model more than {self.limit:g} times.")
 
 
 @contextmanager
-def counted(guider: Any, count: Count, predict: Callable[..., Tensor] | None = None) -> Iterator[None]:
-    """Count a guider's calls of its model.
+def counting(guider: Any, counter: CallCounter, predict: Callable[..., Tensor] | None = None) -> Iterator[None]:
+    """Count a guider's model calls.
 
     Args:
-        guider: ComfyUI's, in the midst of its sampling.
-        count: is added to.
-        predict: stands in for the model; None = the model itself.
+        guider: ComfyUI's, while it samples.
+        counter: is added to.
+        predict: is called in the model's place; None = the model itself.
     """
-    scale, made = guider.cfg, predict or guider.outer_predict_noise
+    cfg, call = guider.cfg, predict or guider.outer_predict_noise
 
     def outer_predict_noise(x: Tensor, timestep: Tensor, model_options: dict[str, Any], seed: Any = None) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        alone = math.isclose(guider.cfg, 1.0) and not model_options.get("disable_cfg1_optimization", False)
-        count.add(0.5 if alone and not math.isclose(scale, 1.0) else 1.0)
-        return made(x, timestep, model_options, seed)
+        conditional = math.isclose(guider.cfg, 1.0) and not model_options.get("disable_cfg1_optimization", False)
+        counter.add(0.5 if conditional and not math.isclose(cfg, 1.0) else 1.0)
+        return call(x, timestep, model_options, seed)
 
-    # On the object, so that its class stays what others ask for.
+    # On the object and not its class, which `is_comfyui_cfg` looks at.
     guider.outer_predict_noise = outer_predict_noise
     try:
         yield
@@ -66,26 +66,26 @@ def counted(guider: Any, count: Count, predict: Callable[..., Tensor] | None = N
 def rehearse(
     guider: Any, sampler: Any, sigmas: Tensor, noise: Tensor, limit: float, seed: int = 0
 ) -> tuple[float, Tensor]:
-    """Run a sampler on a corner of the noise with half of each state in the model's place.
+    """Run a sampler on a corner of the noise, with x / 2 in place of the model's answers.
 
     Returns:
-        How often it called, and where it ended.
+        Its NFE, and where it ended.
 
     Raises:
-        TooManyCallsError: more often than the limit.
+        TooManyCallsError: more model calls than the limit.
     """
     corner = noise[:1, ..., :2, :2].clone()
-    count = Count(limit)
-    with counted(guider, count, lambda x, timestep, model_options, seed: 0.5 * x):
+    counter = CallCounter(limit)
+    with counting(guider, counter, lambda x, timestep, model_options, seed: 0.5 * x):
         arguments = {"model_options": {}, "seed": seed}
         end = sampler.sample(guider, sigmas, arguments, None, corner, torch.zeros_like(corner), None, True)
-    return count.calls, end
+    return counter.nfe, end
 
 
 def steps_for(
     guider: Any, sampler: Any, sigmas_of: Callable[[int], Tensor], noise: Tensor, calls: int
 ) -> tuple[int, float]:
-    """The most steps that a sampler makes on so many calls, and the calls that it then makes.
+    """The most steps that a sampler makes with so many model calls, and their NFE.
 
     Raises:
         ValueError: it adds noise on its way, or needs more calls for a single step.
@@ -93,10 +93,10 @@ def steps_for(
     for steps in range(calls, 0, -1):
         sigmas = sigmas_of(steps)
         try:
-            made, end = rehearse(guider, sampler, sigmas, noise, calls)
+            nfe, end = rehearse(guider, sampler, sigmas, noise, calls)
         except TooManyCallsError:
             continue
         if not torch.equal(end, rehearse(guider, sampler, sigmas, noise, calls, seed=1)[1]):
             raise ValueError("It adds noise on its way, and so has no end that it could come near.")
-        return steps, made
+        return steps, nfe
     raise ValueError(f"It needs more than {calls} calls of the model for one step.")
