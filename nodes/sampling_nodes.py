@@ -7,6 +7,7 @@ from typing import Any
 import comfy.samplers
 import torch
 from comfy_api.v0_0_2 import io
+from comfy_extras.nodes_custom_sampler import BasicScheduler, KSamplerSelect
 
 from ..bas_core.quadrature import RULES
 from . import inputs
@@ -26,7 +27,7 @@ class BASampler(io.ComfyNode):
         return io.Schema(
             node_id="BASolverSampler",
             display_name="BA-Solver Sampler",
-            category="sampling/custom_sampling/samplers",
+            category=KSamplerSelect.GET_SCHEMA().category,  # beside ComfyUI's own, whose menu has moved before
             description="The sampler for SamplerCustom and SamplerCustomAdvanced. The MODEL needs a SideNet (Apply "
             "SideNet), except with the method 'multistep'.",
             search_aliases=["BA-solver", "bi-anchor", "few-step sampler", "fast sampler", "predictor-corrector"],
@@ -94,7 +95,7 @@ class BAScheduler(io.ComfyNode):
         return io.Schema(
             node_id="BASolverScheduler",
             display_name="BA-Solver Scheduler",
-            category="sampling/custom_sampling/schedulers",
+            category=BasicScheduler.GET_SCHEMA().category,
             description="The sigmas for a number of steps, out of the SideNet's file or from the model's default "
             "schedule.",
             search_aliases=["sigmas", "time grid", "NFE", "few steps", "steps", "model calls"],
