@@ -13,13 +13,13 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from ..bas_core.files import read_user_text
 from . import inputs
 from .comparing.compare import compare, jobs_for, total_calls
-from .comparing.table import best_lines, curves, picture_grid, table, write_csv
+from .comparing.table import curves, picture_grid, table, write_csv
 from .report import error_plot
 from .sampling.guider import guider_for
 
 SAMPLERS = "euler, heun, dpm_2, dpmpp_2m, uni_pc, ipndm"
 SCHEDULERS = "simple, beta"
-FOLDER = "ba_solver"
+CSV_NAME = "ba_solver/compare"
 
 
 class CompareSolvers(io.ComfyNode):
@@ -63,7 +63,7 @@ class CompareSolvers(io.ComfyNode):
     def execute(cls, **listed: Any) -> io.NodeOutput:
         one = {name: values[0] for name, values in listed.items() if values}
         model, vae = one["model"], one.get("vae")
-        latent = inputs.empty_latent(model, one["latent_image"], "Compare Solvers")
+        latent = inputs.latent_tensor(model, one["latent_image"], "Compare Solvers")
         calls, reference = numbers(one["model_calls"]), one.get("reference_steps", 60)
         jobs = jobs_for(model, names(one["samplers"]), names(one["schedulers"]))
         bar = comfy.utils.ProgressBar(10 * total_calls(jobs, calls, reference, len(listed["positive"])))
@@ -83,14 +83,14 @@ class CompareSolvers(io.ComfyNode):
         write_csv(path, comparisons)
         text = f"{table(comparisons)}\n\nEvery sampling: {path}"
         # Nothing behind the output runs without a VAE, and the rest of the graph does.
-        pictures = picture_grid(comparisons[0], best_lines(comparisons), vae) if vae else ExecutionBlocker(None)
+        pictures = picture_grid(comparisons, vae) if vae else ExecutionBlocker(None)
         shown = {**ui.PreviewText(text).as_dict(), **ui.PreviewImage(plot, cls=cls).as_dict()}
         return io.NodeOutput(text, plot, pictures, ui=shown)
 
 
 def _number_inputs() -> list[Any]:
     return [
-        inputs.cfg(),
+        inputs.sampling_cfg(),
         io.String.Input("model_calls", default="5, 7, 10", tooltip="The numbers of model calls, separated by commas."),
         io.Int.Input(
             "seed",
@@ -102,8 +102,7 @@ def _number_inputs() -> list[Any]:
             default=60,
             min=20,
             max=1000,
-            optional=True,
-            advanced=True,
+            **inputs.RARE,
             tooltip="The number of steps of the converged picture. Half as many again measure how exact it is.",
         ),
     ]
@@ -145,8 +144,7 @@ class PromptLines(io.ComfyNode):
                 io.String.Input(
                     "file",
                     default="",
-                    optional=True,
-                    advanced=True,
+                    **inputs.RARE,
                     tooltip="A text file in ComfyUI's input folder, such as prompts.txt. Its lines follow those of the "
                     "text box.",
                 ),
@@ -217,8 +215,6 @@ def numbers(text: str) -> list[int]:
 
 
 def csv_path() -> Path:
-    """A new file in ComfyUI's output folder."""
-    folder = Path(folder_paths.get_output_directory()) / FOLDER
-    taken = {path.name for path in folder.glob("compare_*.csv")} if folder.is_dir() else set()
-    number = next(n for n in range(1, len(taken) + 2) if f"compare_{n:04d}.csv" not in taken)
-    return folder / f"compare_{number:04d}.csv"
+    """A new file in ComfyUI's output folder, numbered as its images are."""
+    folder, name, number, *_ = folder_paths.get_save_image_path(CSV_NAME, folder_paths.get_output_directory())
+    return Path(folder) / f"{name}_{number:05}_.csv"

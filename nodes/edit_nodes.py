@@ -35,9 +35,7 @@ class BAInvert(io.ComfyNode):
                 inputs.model_with_sidenet(),
                 io.Conditioning.Input("source", tooltip="The prompt that describes the image."),
                 inputs.image_latent(),
-                inputs.steps(
-                    10, "The number of steps, each of one model call. BA-solver is made for 5 to 10.", least=2
-                ),
+                inputs.steps(10, 2, "The number of steps, each of one model call. BA-solver is made for 5 to 10."),
                 inputs.editing_denoise(),
                 inputs.source_cfg(),
                 inputs.negative("source_cfg"),
@@ -68,32 +66,31 @@ class BAInvert(io.ComfyNode):
         negative: Any = None,
         seed: int = 0,
     ) -> io.NodeOutput:
-        image = repeat_for_prompts(check_image(model, latent_image), source)
+        image = _image(model, latent_image, "BA Invert", source)
         guider = guider_for(model, source, negative, source_cfg)
         sigmas = editing_schedule(model, steps, denoise)
         trajectory, noisy = source_trajectory(guider, image, sigmas, seed, METHODS[0])
         return io.NodeOutput({**latent_image, "samples": noisy}, InvertedNoise(model, trajectory), trajectory)
 
 
+def _image(model: Any, latent: dict[str, Any], node: str, *prompts: Any) -> torch.Tensor:
+    image = inputs.latent_tensor(model, latent, node)
+    check_image(model, image)
+    return repeat_for_prompts(image, *prompts)
+
+
 def _eta_inputs() -> list[Any]:
-    """How strongly, and when, an edit is pulled to the source trajectory."""
+    where = "The layout is decided near 0, and the details near 1."
     return [
-        inputs.percent(
+        inputs.share(
             "eta",
             0.0,
             "How strongly each step is pulled back to the source trajectory. 0 does not pull at all, and 1 leaves the "
             "image as it is. Use it to keep more of the image than denoise alone does.",
+            **inputs.RARE,
         ),
-        inputs.percent(
-            "eta_start_percent",
-            0.0,
-            "eta begins at this share of the sampling. The layout is decided near 0, the details near 1.",
-        ),
-        inputs.percent(
-            "eta_end_percent",
-            1.0,
-            "eta ends at this share of the sampling. The layout is decided near 0, the details near 1.",
-        ),
+        inputs.share("eta_start_percent", 0.0, f"eta begins at this share of the sampling. {where}", **inputs.RARE),
+        inputs.share("eta_end_percent", 1.0, f"eta ends at this share of the sampling. {where}", **inputs.RARE),
     ]
 
 
@@ -117,18 +114,14 @@ class BAEdit(io.ComfyNode):
                 io.Conditioning.Input("negative", tooltip="The negative prompt. It is used when cfg is not 1."),
                 inputs.steps(
                     10,
+                    2,
                     "The number of steps from the image to noise, and again from noise to the edited image and to the "
                     "reconstruction. Each step is one model call. BA-solver is made for 5 to 10.",
-                    least=2,
                 ),
                 inputs.editing_denoise(),
-                io.Float.Input(
-                    "cfg",
+                inputs.cfg(
+                    "The CFG scale of the edit. Models with their own guidance input, such as FLUX, take 1.",
                     default=2.0,
-                    min=0.0,
-                    max=30.0,
-                    step=0.1,
-                    tooltip="The CFG scale of the edit. Models with their own guidance input, such as FLUX, take 1.",
                 ),
                 io.Combo.Input(
                     "method",
@@ -186,7 +179,7 @@ class BAEdit(io.ComfyNode):
                 f"eta_start_percent ({eta_start_percent:g}) must not be above eta_end_percent ({eta_end_percent:g})."
             )
         prompts = (source, positive, *([] if cfg == 1 else [negative]))
-        image = repeat_for_prompts(check_image(model, latent_image), *prompts)
+        image = _image(model, latent_image, "BA Edit", *prompts)
         edit_mask = check_mask(mask, latent_image, image)
         if trajectory is None:
             guider = guider_for(model, source, negative, source_cfg)

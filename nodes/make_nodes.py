@@ -60,7 +60,7 @@ class MakeSideNet(io.ComfyNode):
     def execute(cls, **given: Any) -> io.NodeOutput:
         one = {name: values[0] for name, values in given.items() if values}
         model = one["model"]
-        latent = inputs.empty_latent(model, one["latent_image"], "Make SideNet")
+        latent = inputs.latent_tensor(model, one["latent_image"], "Make SideNet")
         settings = settings_of(one)
         bar = comfy.utils.ProgressBar(BAR)
         reporter = ProgressReporter(
@@ -156,7 +156,7 @@ def cfg_scales(text: str) -> tuple[float, ...]:
 
 def _basic() -> list[Any]:
     return [
-        inputs.cfg(),
+        inputs.sampling_cfg(),
         io.String.Input(
             "steps",
             default="5, 7, 10",

@@ -48,23 +48,24 @@ class BASampler(io.ComfyNode):
                     "own rule with its own schedule, and otherwise lobatto4, or legendre3 for single_anchor. The "
                     "legendre rules leave out the ends of a step and work with single_anchor only.",
                 ),
-                inputs.percent(
+                inputs.share(
                     "start_percent",
                     0.0,
                     "CFG begins at this share of the sampling: 0 is the first step, 1 the end. Before it only the "
                     "positive prompt is evaluated. The paper samples SiT-XL/2 with CFG 1.5 from 0.3 on.",
+                    **inputs.RARE,
                 ),
-                inputs.percent(
+                inputs.share(
                     "end_percent",
                     1.0,
                     "CFG ends at this share of the sampling: 0 is the first step, 1 the end. After it only the "
                     "positive prompt is evaluated.",
+                    **inputs.RARE,
                 ),
                 io.Boolean.Input(
                     "analytic_first_step",
                     default=True,
-                    optional=True,
-                    advanced=True,
+                    **inputs.RARE,
                     tooltip="Compute the first step from the average of the model's images, without a model call, if "
                     "the SideNet holds that average and the first step is short. Turn this off for noise out of BA "
                     "Invert, because that noise leads to one image and not to the average.",
@@ -105,17 +106,15 @@ class BAScheduler(io.ComfyNode):
                 ),
                 inputs.steps(
                     7,
+                    1,
                     "The number of steps, each of one model call. BA-solver is made for 5 to 10. The SideNet's own "
                     "schedules split the same work into one or two more steps, because they compute the first step "
                     "without the model and leave the negative prompt out of two model calls.",
                 ),
-                io.Float.Input(
+                inputs.share(
                     "denoise",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="1 starts from pure noise. Lower values start from a partly noised latent (image to image) "
+                    1.0,
+                    "1 starts from pure noise. Lower values start from a partly noised latent (image to image) "
                     "and spend all steps on what is left to denoise.",
                 ),
                 inputs.choice(

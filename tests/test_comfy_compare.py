@@ -125,7 +125,7 @@ def test_node_shows_table_plot_pictures_and_csv(demo):
     rows = list(csv.DictReader(path.read_text().splitlines()))
     # Two prompts; two samplers and the multistep method on two schedulers, and BA-Solver.
     assert len(rows) == 2 * (2 * 2 + 2 + 1) and {row["prompt"] for row in rows} == {"0", "1"}
-    assert csv_path().name == "compare_0003.csv", "nothing is overwritten"
+    assert csv_path().name == "compare_00003_.csv", "nothing is overwritten"
 
 
 @pytest.mark.parametrize("name", ["flux", "sd3", "wan", "sdxl"])

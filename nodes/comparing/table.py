@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,65 +22,45 @@ COLUMNS = ("sampler", "scheduler", "asked", "calls", "error", "seconds", "prompt
 SIDE = 192  # height of a picture of the grid, pixels
 
 
-@dataclass(frozen=True)
-class Line:
-    """A sampler's best scheduler for a number of model calls, over all prompts.
+def best_rows(comparisons: Sequence[Comparison]) -> list[tuple[Row, float]]:
+    """Each sampler with its best scheduler for each number of model calls, ordered by that number and by error.
 
-    Attributes:
-        sampler, scheduler, asked: as in `Row`.
-        calls: model calls that were made.
-        error, spread: mean over the prompts, and its standard deviation.
-        seconds: of one picture.
+    A row holds the means over all prompts and the first prompt's end; beside it is the standard deviation of the error.
     """
-
-    sampler: str
-    scheduler: str
-    asked: int
-    calls: float
-    error: float
-    spread: float
-    seconds: float
-
-
-def best_lines(comparisons: Sequence[Comparison]) -> list[Line]:
-    """The scheduler of least error for each sampler and number of calls; by calls, then by error."""
     groups: dict[tuple[int, str, str], list[Row]] = {}
     for comparison in comparisons:
         for row in comparison.rows:
             groups.setdefault((row.asked, row.sampler, row.scheduler), []).append(row)
-    lines = []
-    for (asked, sampler, scheduler), rows in groups.items():
+    best: dict[tuple[int, str], tuple[Row, float]] = {}
+    for (asked, sampler, _), rows in groups.items():
         calls, error, seconds = np.mean([(row.calls, row.error, row.seconds) for row in rows], axis=0).tolist()
-        spread = float(np.std([row.error for row in rows]))
-        lines.append(Line(sampler, scheduler, asked, calls, error, spread, seconds))
-    best: dict[tuple[int, str], Line] = {}
-    for line in sorted(lines, key=lambda line: line.error):
-        best.setdefault((line.asked, line.sampler), line)
-    return sorted(best.values(), key=lambda line: (line.asked, line.error))
+        mean = replace(rows[0], calls=calls, error=error, seconds=seconds)
+        if (asked, sampler) not in best or error < best[asked, sampler][0].error:
+            best[asked, sampler] = mean, float(np.std([row.error for row in rows]))
+    return sorted(best.values(), key=lambda item: (item[0].asked, item[0].error))
 
 
 def table(comparisons: Sequence[Comparison]) -> str:
     """The text of the node: the samplers for each number of model calls, the least error first."""
-    lines = best_lines(comparisons)
     own_error = np.mean([comparison.own_error for comparison in comparisons])
     parts = [
         "Distance from the converged picture of the same noise (lower is better), each sampler on its best scheduler.",
         f"The error of the converged picture itself is about {own_error:.2g}.",
     ]
-    for asked in sorted({line.asked for line in lines}):
+    for asked, rows in groupby(best_rows(comparisons), lambda item: item[0].asked):
         parts.append(f"\n{asked} model calls")
-        for line in (line for line in lines if line.asked == asked):
-            spread = f" ± {line.spread:.2g}" if len(comparisons) > 1 else ""
-            calls = "" if line.calls == asked else f", {line.calls:g} calls"
-            parts.append(f"  {line.error:.4f}{spread}  {line.sampler} ({line.scheduler}{calls}), {line.seconds:.3g} s")
+        for row, deviation in rows:
+            spread = f" ± {deviation:.2g}" if len(comparisons) > 1 else ""
+            calls = "" if row.calls == asked else f", {row.calls:g} calls"
+            parts.append(f"  {row.error:.4f}{spread}  {row.sampler} ({row.scheduler}{calls}), {row.seconds:.3g} s")
     return "\n".join(parts)
 
 
 def curves(comparisons: Sequence[Comparison]) -> dict[str, dict[int, float]]:
     """Errors by sampler and number of model calls, for the plot."""
     by_sampler: dict[str, dict[int, float]] = {}
-    for line in best_lines(comparisons):
-        by_sampler.setdefault(line.sampler, {})[line.asked] = max(line.error, 1e-12)
+    for row, _ in best_rows(comparisons):
+        by_sampler.setdefault(row.sampler, {})[row.asked] = max(row.error, 1e-12)
     return by_sampler
 
 
@@ -94,20 +75,18 @@ def write_csv(path: Path, comparisons: Sequence[Comparison]) -> None:
     write_text(path, out.getvalue())
 
 
-def picture_grid(comparison: Comparison, lines: Sequence[Line], vae: Any) -> Tensor:
-    """Pictures of one prompt, an IMAGE [1, H, W, 3].
+def picture_grid(comparisons: Sequence[Comparison], vae: Any) -> Tensor:
+    """The first prompt's pictures, an IMAGE [1, H, W, 3].
 
     A row for each number of model calls: the converged picture, then the samplers in the order of the table.
     """
-    ends = {(row.asked, row.sampler, row.scheduler): row.end for row in comparison.rows}
-    converged = _picture(vae, comparison.reference)
-    rows = []
-    for asked in sorted({line.asked for line in lines}):
-        shown = [_picture(vae, ends[asked, x.sampler, x.scheduler]) for x in lines if x.asked == asked]
-        rows.append(torch.cat([converged, *shown], dim=3))
-    width = max(row.shape[3] for row in rows)
-    rows = [F.pad(row, (0, width - row.shape[3]), value=1.0) for row in rows]
-    return torch.cat(rows, dim=2).movedim(1, -1)
+    converged = _picture(vae, comparisons[0].reference)
+    lines = []
+    for _, rows in groupby(best_rows(comparisons), lambda item: item[0].asked):
+        lines.append(torch.cat([converged, *(_picture(vae, row.end) for row, _ in rows)], dim=3))
+    width = max(line.shape[3] for line in lines)
+    lines = [F.pad(line, (0, width - line.shape[3]), value=1.0) for line in lines]
+    return torch.cat(lines, dim=2).movedim(1, -1)
 
 
 def _picture(vae: Any, latent: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import comfy.sample
 import comfy.utils
 import torch
 from torch import Tensor
@@ -13,16 +12,12 @@ from ...bas_core.sit import SiT
 from ..models.labels import KEY
 
 
-def check_image(model: Any, latent: dict[str, Any]) -> Tensor:
-    """The image latent [B, C, *spatial] of a LATENT, in the MODEL's number of channels.
+def check_image(model: Any, samples: Tensor) -> None:
+    """Refuse an image latent [B, C, *spatial] that does not fit a MODEL.
 
     Raises:
-        ValueError: audio, other channels than the MODEL's, or a size that it cannot take.
+        ValueError: other channels than the MODEL's, or a size that it cannot take.
     """
-    samples = latent["samples"]
-    if samples.is_nested or samples.ndim not in (4, 5):
-        raise ValueError("BA Edit and BA Invert take images and videos; this latent holds audio. Connect an image's.")
-    samples = comfy.sample.fix_empty_latent_channels(model, samples)
     channels = model.get_model_object("latent_format").latent_channels
     if samples.shape[1] != channels:
         raise ValueError(
@@ -38,7 +33,6 @@ def check_image(model: Any, latent: dict[str, Any]) -> Tensor:
                 f"This SiT takes latents of {side}x{side}, which is an image of {pixels}x{pixels} pixels; got "
                 f"{samples.shape[3]}x{samples.shape[2]}. Scale the image to {pixels}x{pixels} (Upscale Image) first."
             )
-    return samples
 
 
 def repeat_for_prompts(image: Tensor, *conditionings: Any) -> Tensor:
