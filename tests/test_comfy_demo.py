@@ -36,7 +36,8 @@ from ba_solver.lab.classifier import load_classifier
 from ba_solver.lab.shapes import CLASS_NAMES
 from ba_solver.nodes.folders import DEMO, SIDENETS, SITS, WEIGHTS
 from ba_solver.nodes.models.classes import CLASSES, DEMO_CLASSES
-from ba_solver.nodes.models.fit import doubts, facts_of
+from ba_solver.nodes.models.compatibility import facts_of
+from ba_solver.nodes.models.compatibility import warnings as doubts
 from ba_solver.nodes.models.labels import labels_of
 from ba_solver.nodes.sampling_nodes import BASampler, BAScheduler
 from ba_solver.nodes.sidenet_nodes import ApplySideNet, LoadSideNet, SideNetInfo

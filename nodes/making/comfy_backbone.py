@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...bas_core.guidance import NO_GUIDANCE, Evaluate, Field, Guidance, Mode
-from ...training.backbones.base import Backbone
+from ...training.backbones.base import Backbone, Within
 from ..models.identity import Identity, identity_of
 from ..models.parameterization import AnySigma, parameterization_of
 from ..models.sit_model import find_sit_config
@@ -129,27 +129,6 @@ def open_model(
     opened: list[Prepared] = []
     weights = identity_of(model)
 
-    def within(work: Callable[[], Any], gradients: bool = False) -> Any:
-        if gradients:
-            raise RuntimeError("ComfyUI's models are called without gradients.")
-        if opened:
-            return work()
-        results: list[Any] = []
-
-        def run(prepared: Prepared) -> Tensor:
-            opened.append(prepared)
-            results.append(work())
-            return prepared.model.noise
-
-        sigmas = comfy.samplers.calculate_sigmas(model_sampling, "simple", 20)
-        noise = torch.randn(1, *latent.shape[1:], generator=torch.Generator().manual_seed(0))
-        with torch.inference_mode():
-            try:
-                guider.sample(noise, torch.zeros_like(noise), CallbackSampler(run), sigmas, disable_pbar=True, seed=0)
-            finally:
-                opened.clear()
-        return results[0]
-
     return ComfyBackbone(
         name=type(model.model).__name__,
         kind=type(model.model).__name__.lower(),
@@ -164,13 +143,40 @@ def open_model(
         start=float(parameterization.times(highest)) if parameterization.exploding else 1.0,
         device=comfy.model_management.get_torch_device(),
         conditions_digest=digest_of([*alone, *([negative] if cfg != 1 else [])]),
-        within=within,
+        within=_within(guider, opened, latent.shape[1:]),
         make_room=make_room,
         guider=guider,
         weights=weights,
         on_samples=on_samples,
         prepared=opened,
     )
+
+
+def _within(guider: PromptsGuider, opened: list[Prepared], shape: Sequence[int]) -> Within:
+    """Does work in the midst of ComfyUI's sampling of states [1, C, *spatial]; `opened` holds the model meanwhile."""
+
+    def within(work: Callable[[], Any], gradients: bool = False) -> Any:
+        if gradients:
+            raise RuntimeError("ComfyUI's models are called without gradients.")
+        if opened:
+            return work()
+        results: list[Any] = []
+
+        def run(prepared: Prepared) -> Tensor:
+            opened.append(prepared)
+            results.append(work())
+            return prepared.model.noise
+
+        sigmas = comfy.samplers.calculate_sigmas(guider.model_patcher.get_model_object("model_sampling"), "simple", 20)
+        noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            try:
+                guider.sample(noise, torch.zeros_like(noise), CallbackSampler(run), sigmas, disable_pbar=True, seed=0)
+            finally:
+                opened.clear()
+        return results[0]
+
+    return within
 
 
 def make_room() -> int:
