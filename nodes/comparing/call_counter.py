@@ -63,29 +63,20 @@ def counting(guider: Any, counter: CallCounter, predict: Callable[..., Tensor] |
         del guider.outer_predict_noise
 
 
-def rehearse(
-    guider: Any, sampler: Any, sigmas: Tensor, noise: Tensor, limit: float, seed: int = 0
-) -> tuple[float, Tensor]:
-    """Run a sampler on a corner of the noise, with x / 2 in place of the model's answers.
-
-    Returns:
-        Its NFE, and where it ended.
+def rehearse(guider: Any, sampler: Any, sigmas: Tensor, noise: Tensor, limit: float, seed: int = 0) -> Tensor:
+    """Run a sampler on a corner of the noise, with x / 2 in place of the model's answers; returns its end.
 
     Raises:
         TooManyCallsError: more model calls than the limit.
     """
     corner = noise[:1, ..., :2, :2].clone()
-    counter = CallCounter(limit)
-    with counting(guider, counter, lambda x, timestep, model_options, seed: 0.5 * x):
-        arguments = {"model_options": {}, "seed": seed}
-        end = sampler.sample(guider, sigmas, arguments, None, corner, torch.zeros_like(corner), None, True)
-    return counter.nfe, end
+    arguments = {"model_options": {}, "seed": seed}
+    with counting(guider, CallCounter(limit), lambda x, timestep, model_options, seed: 0.5 * x):
+        return sampler.sample(guider, sigmas, arguments, None, corner, torch.zeros_like(corner), None, True)
 
 
-def steps_for(
-    guider: Any, sampler: Any, sigmas_of: Callable[[int], Tensor], noise: Tensor, calls: int
-) -> tuple[int, float]:
-    """The most steps that a sampler makes with so many model calls, and their NFE.
+def steps_for(guider: Any, sampler: Any, sigmas_of: Callable[[int], Tensor], noise: Tensor, calls: int) -> int:
+    """The most steps that a sampler makes with so many model calls.
 
     Raises:
         ValueError: it adds noise on its way, or needs more calls for a single step.
@@ -93,10 +84,10 @@ def steps_for(
     for steps in range(calls, 0, -1):
         sigmas = sigmas_of(steps)
         try:
-            nfe, end = rehearse(guider, sampler, sigmas, noise, calls)
+            end = rehearse(guider, sampler, sigmas, noise, calls)
         except TooManyCallsError:
             continue
-        if not torch.equal(end, rehearse(guider, sampler, sigmas, noise, calls, seed=1)[1]):
+        if not torch.equal(end, rehearse(guider, sampler, sigmas, noise, calls, seed=1)):
             raise ValueError("It adds noise on its way, and so has no end that it could come near.")
-        return steps, nfe
+        return steps
     raise ValueError(f"It needs more than {calls} calls of the model for one step.")

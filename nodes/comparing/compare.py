@@ -174,7 +174,7 @@ def _row(job: Job, calls: int, prepared: Prepared, reference: Tensor, on_call: C
     model, options = prepared.model, prepared.extra_args
     guider, noise = model.inner_model, model.noise
     try:
-        steps = calls if job.fitted else steps_for(guider, job.sampler, job.sigmas_of, noise, calls)[0]
+        steps = calls if job.fitted else steps_for(guider, job.sampler, job.sigmas_of, noise, calls)
     except ValueError as error:
         warn(f"{job.name} is left out at {calls} calls. {error}")
         return None

@@ -12,12 +12,11 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ...bas_core.guidance import NO_GUIDANCE, Field, Guidance, Mode
-from ...bas_core.sit import SiTConfig
-from ...training.backbones.base import Backbone
+from ...bas_core.guidance import NO_GUIDANCE, Evaluate, Field, Guidance, Mode
+from ...training.backbones.base import Backbone, Within
 from ..models.identity import Identity, identity_of
 from ..models.parameterization import AnySigma, parameterization_of
-from ..models.sit_model import sit_config
+from ..models.sit_model import find_sit_config
 from ..sampling.callback_sampler import CallbackSampler, Prepared
 from ..sampling.field import WHOLE_RANGE
 from ..sampling.guider import sidenet_guidance
@@ -51,25 +50,15 @@ class ComfyBackbone(Backbone):
         """
         if tuple(interval) != WHOLE_RANGE:
             raise ValueError(f"ComfyUI's guider guides at all times; the interval {interval} is not possible here.")
-
-        def combined(x: Tensor, t: Tensor, count: int) -> Tensor:
-            return self._by_prompt(conditions, x, lambda caller, some: caller.combined(some, t[: len(some)])[None])
-
         labels = conditions if self.num_classes else None
+        combined = self._by_prompt(conditions, lambda caller, x, t, count: caller.combined(x, t)[None])
         return Field(combined, (labels,), NO_GUIDANCE, scale, self._branches(conditions))
 
     def _branches(self, conditions: Tensor) -> Field | None:
         caller = self._caller(())
         if caller.cfg == 1 or not caller.can_split:
             return None
-
-        def call(one: ModelCaller, some: Tensor, time: Tensor, count: int) -> Tensor:
-            return torch.stack(one.branches(some, time)) if count == 2 else one.conditional(some, time)[None]
-
-        def branches(x: Tensor, t: Tensor, count: int) -> Tensor:
-            return self._by_prompt(conditions, x, lambda one, some: call(one, some, t[: len(some)], count))
-
-        return Field(branches, (None, None), Guidance(caller.cfg))
+        return Field(self._by_prompt(conditions, ModelCaller.branches), (None, None), Guidance(caller.cfg))
 
     def _caller(self, shape: Sequence[int]) -> ModelCaller:
         """Calls the model with states of a shape.
@@ -84,17 +73,18 @@ class ComfyBackbone(Backbone):
         samples = shape[0] if shape else 0
         return ModelCaller(model, extra_args, sigmas, torch.Size(shape), lambda: self.on_samples(samples))
 
-    def _by_prompt(self, conditions: Tensor, x: Tensor, call: Callable[[ModelCaller, Tensor], Tensor]) -> Tensor:
-        """Call the model for each prompt with its samples: [K, B, C, *spatial]."""
-        found: list[Tensor] = [torch.empty(0)] * len(x)
-        for prompt in conditions.unique().tolist():
-            rows = (conditions == prompt).nonzero()[:, 0].tolist()
-            self.guider.conds = self.guider.prepared[prompt]
-            some = x[rows]
-            velocities = call(self._caller(some.shape), some)
-            for place, row in enumerate(rows):
-                found[row] = velocities[:, place]
-        return torch.stack(found, 1)
+    def _by_prompt(self, conditions: Tensor, call: Callable[[ModelCaller, Tensor, Tensor, int], Tensor]) -> Evaluate:
+        """Calls the model for each prompt with its samples, and puts their velocities [K, B, C, *spatial] together."""
+
+        def evaluate(x: Tensor, t: Tensor, count: int) -> Tensor:
+            found = x.new_empty(count, *x.shape)
+            for prompt in conditions.unique().tolist():
+                rows = (conditions == prompt).nonzero()[:, 0].to(x.device)
+                self.guider.conds = self.guider.prepared[prompt]
+                found[:, rows] = call(self._caller(x[rows].shape), x[rows], t[rows], count)
+            return found
+
+        return evaluate
 
     def sidenet_guidance(self) -> float:
         """The guidance that SideNets for this model are made for; see `guider.sidenet_guidance`."""
@@ -133,32 +123,11 @@ def open_model(
     model_sampling = model.get_model_object("model_sampling")
     parameterization = parameterization_of(model_sampling)
     highest = torch.as_tensor(float(model_sampling.sigma_max), dtype=torch.float64)
-    labels, sit = class_labels(alone), _sit_config(model)
+    labels, sit = class_labels(alone), find_sit_config(model)
     classes = sit.num_classes if sit else 0
     every_class = labels is not None and labels == list(range(classes))
     opened: list[Prepared] = []
     weights = identity_of(model)
-
-    def within(work: Callable[[], Any], gradients: bool = False) -> Any:
-        if gradients:
-            raise RuntimeError("ComfyUI's models are called without gradients.")
-        if opened:
-            return work()
-        results: list[Any] = []
-
-        def run(prepared: Prepared) -> Tensor:
-            opened.append(prepared)
-            results.append(work())
-            return prepared.model.noise
-
-        sigmas = comfy.samplers.calculate_sigmas(model_sampling, "simple", 20)
-        noise = torch.randn(1, *latent.shape[1:], generator=torch.Generator().manual_seed(0))
-        with torch.inference_mode():
-            try:
-                guider.sample(noise, torch.zeros_like(noise), CallbackSampler(run), sigmas, disable_pbar=True, seed=0)
-            finally:
-                opened.clear()
-        return results[0]
 
     return ComfyBackbone(
         name=type(model.model).__name__,
@@ -174,13 +143,40 @@ def open_model(
         start=float(parameterization.times(highest)) if parameterization.exploding else 1.0,
         device=comfy.model_management.get_torch_device(),
         conditions_digest=digest_of([*alone, *([negative] if cfg != 1 else [])]),
-        within=within,
+        within=_within(guider, opened, latent.shape[1:]),
         make_room=make_room,
         guider=guider,
         weights=weights,
         on_samples=on_samples,
         prepared=opened,
     )
+
+
+def _within(guider: PromptsGuider, opened: list[Prepared], shape: Sequence[int]) -> Within:
+    """Does work in the midst of ComfyUI's sampling of states [1, C, *spatial]; `opened` holds the model meanwhile."""
+
+    def within(work: Callable[[], Any], gradients: bool = False) -> Any:
+        if gradients:
+            raise RuntimeError("ComfyUI's models are called without gradients.")
+        if opened:
+            return work()
+        results: list[Any] = []
+
+        def run(prepared: Prepared) -> Tensor:
+            opened.append(prepared)
+            results.append(work())
+            return prepared.model.noise
+
+        sigmas = comfy.samplers.calculate_sigmas(guider.model_patcher.get_model_object("model_sampling"), "simple", 20)
+        noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            try:
+                guider.sample(noise, torch.zeros_like(noise), CallbackSampler(run), sigmas, disable_pbar=True, seed=0)
+            finally:
+                opened.clear()
+        return results[0]
+
+    return within
 
 
 def make_room() -> int:
@@ -192,10 +188,3 @@ def make_room() -> int:
 
 def _no_velocity(*_: Any) -> Tensor:
     raise RuntimeError("A MODEL is called through its guider: use `field`.")
-
-
-def _sit_config(model: Any) -> SiTConfig | None:
-    try:
-        return sit_config(model)
-    except ValueError:
-        return None

@@ -163,14 +163,11 @@ def make(
 
 
 def plan_text(settings: MakeSettings, calls: int, backbone: ComfyBackbone) -> str:
-    """The cost, before the work starts."""
-    points = settings.chains * settings.points + settings.starts * settings.start_points
-    size = shard_bytes(backbone.shape, points, 1, 2 if settings.storage == "float16" else 4)
-    batch = shard_bytes(backbone.shape, settings.points, 1) * settings.record_batch
-    preset = next(name for name, effort in PRESETS.items() if effort == settings.effort)
+    """The cost, before the work starts; the recording says what it needs on disk."""
+    memory = shard_bytes(backbone.shape, settings.points, 1) * settings.record_batch
     return (
-        f"Making {settings.out.stem!r} for {backbone.name}, preset {preset}: {calls:,} model calls in batches "
-        f"of {settings.record_batch}, {size / 1e6:.3g} MB on disk, and {batch / 1e6:.3g} MB of memory beside sampling."
+        f"Making {settings.out.stem!r} for {backbone.name}: {calls:,} model calls in batches of "
+        f"{settings.record_batch}, and {memory / 1e6:.3g} MB of memory beside sampling."
     )
 
 

@@ -109,16 +109,22 @@ def read_sit(
     return patcher
 
 
+def find_sit_config(model: Any) -> SiTConfig | None:
+    """The configuration of a SiT MODEL; None for other MODELs."""
+    network = getattr(model.model, "diffusion_model", None)
+    return network.config if isinstance(network, SiTNetwork) else None
+
+
 def sit_config(model: Any) -> SiTConfig:
     """The configuration of a SiT MODEL.
 
     Raises:
         ValueError: the MODEL is no SiT.
     """
-    network = getattr(model.model, "diffusion_model", None)
-    if not isinstance(network, SiTNetwork):
+    config = find_sit_config(model)
+    if config is None:
         raise ValueError(
             f"Class Label names classes of a SiT; this MODEL is a {type(model.model).__name__}. Use its own text "
             "encoder, or connect Load SiT."
         )
-    return network.config
+    return config

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ...bas_core.guidance import NO_GUIDANCE, Field, Guidance
@@ -37,18 +36,13 @@ def field_of(caller: ModelCaller, sidenet: LoadedSideNet | None, interval: tuple
     labels = [class_labels(caller, sidenet, side, x) for side in (sides if per_branch else sides[:1])]
     scale = sidenet_guidance(caller.guider)
 
-    def branches(state: Tensor, t: Tensor, count: int) -> Tensor:
-        if count == 1:
-            return caller.conditional(state, t)[None]
-        return torch.stack(caller.branches(state, t))
-
     def combined(state: Tensor, t: Tensor, count: int) -> Tensor:
         outside = limited and guidance.scale != 1 and not guidance.active(t[0])
         return (caller.conditional if outside else caller.combined)(state, t)[None]
 
     if per_branch:
-        return Field(branches, tuple(labels), guidance, scale)
-    pair = Field(branches, (None,) * len(sides), guidance) if caller.can_split else None
+        return Field(caller.branches, tuple(labels), guidance, scale)
+    pair = Field(caller.branches, (None,) * len(sides), guidance) if caller.can_split else None
     return Field(combined, tuple(labels), NO_GUIDANCE, scale, pair)
 
 

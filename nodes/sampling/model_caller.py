@@ -72,19 +72,20 @@ class ModelCaller:
         finally:
             self.guider.cfg = before
 
-    def branches(self, x: Tensor, time: Tensor) -> list[Tensor]:
-        """The velocities of the branches before CFG combines them, positive first; where `can_split`."""
+    def branches(self, x: Tensor, time: Tensor, count: int) -> Tensor:
+        """The velocities [K, B, C, *spatial] of the first K = `count` branches, positive first; where `can_split`."""
+        if count == 1:
+            return self.conditional(x, time)[None]
         branches: list[Tensor] = []
 
         def take(arguments: dict[str, Any]) -> list[Tensor]:
-            outs, conds = arguments["conds_out"], arguments["conds"]
-            branches[:] = [out for out, cond in zip(outs, conds, strict=False) if cond is not None]
-            return outs
+            branches[:] = arguments["conds_out"]
+            return branches
 
         self._call(x, time, {**self.options, "sampler_pre_cfg_function": [take]})
         sigma = self.sigmas.sigma_at(float(time[0])).to(x)
         kept = [self.keep_unmasked(denoised, sigma) for denoised in branches]
-        return [x0_to_velocity(x, denoised.to(x.dtype).reshape(x.shape), time) for denoised in kept]
+        return torch.stack([x0_to_velocity(x, denoised.to(x.dtype).reshape(x.shape), time) for denoised in kept])
 
     def _call(self, x: Tensor, time: Tensor, options: dict[str, Any]) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
