@@ -35,8 +35,8 @@ DRAWN = {
     "edit_demo": [("The images", "hearts", (0, 1)), ("Edited", "as stars", (0, 1))],
     "edit_masked": [("The images", "squares", (0, 1)), ("Edited on the right", "discs on the right", (0, 1))],
     "reconstruct": [
-        ("There and back: 7 calls each way", "there and back, 7 calls", (0, 1)),
-        ("With the path: exactly", "with the path: exact", (0, 1)),
+        ("There and back: 7 steps each way", "there and back, 7 steps", (0, 1)),
+        ("Along the trajectory: exact", "along the trajectory: exact", (0, 1)),
     ],
 }
 # Those that need a user's model files show their graph.

@@ -64,7 +64,7 @@ def kind_of(name):
 def with_ba_solver(prompt, sidenet):
     """A prompt with Apply SideNet in front of every sampler and `ba_solver` in its place."""
     changed = {key: {**part, "inputs": dict(part["inputs"])} for key, part in prompt.items()}
-    added = {"ba:load": {"class_type": "BASolverLoadSideNet", "inputs": {"name": sidenet}}}
+    added = {"ba:load": {"class_type": "BASolverLoadSideNet", "inputs": {"sidenet_name": sidenet}}}
 
     def applied(link):
         key = f"ba:apply:{link[0]}:{link[1]}"

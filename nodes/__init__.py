@@ -1,7 +1,7 @@
-"""The ComfyUI nodes: the only code that knows ComfyUI, and only once ComfyUI asks for it.
+"""The ComfyUI nodes: the only code that imports ComfyUI, and not before ComfyUI loads the pack.
 
-`models`, `sampling`, `editing`, `comparing` and `making` are what the nodes are made of, each of those before it;
-`*_nodes` are the nodes; `folders` and `ksampler` are what is registered with ComfyUI at load.
+The nodes are in `*_nodes`, built on `models`, `sampling`, `editing`, `comparing` and `making`; `folders` and `ksampler`
+register the pack's folders and its sampler. Start reading at `sampling/sampler.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ OLDEST_COMFYUI = (0, 14, 0)
 
 
 async def comfy_entrypoint() -> Any:
-    """The extension that ComfyUI registers. ComfyUI logs a failure without its traceback, so it is logged here."""
+    """The extension that ComfyUI registers. A failure is logged here, since ComfyUI logs it without the traceback."""
     try:
         return _extension()
     except Exception:

@@ -8,17 +8,18 @@ from typing import Any
 import comfy.utils
 import folder_paths
 from comfy_api.v0_0_2 import io, ui
+from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..bas_core.files import read_user_text
 from . import inputs
 from .comparing.compare import compare, jobs_for, total_calls
-from .comparing.show import best_lines, curves, sheet, table, write_csv
+from .comparing.table import curves, picture_grid, table, write_csv
 from .report import error_plot
 from .sampling.guider import guider_for
 
 SAMPLERS = "euler, heun, dpm_2, dpmpp_2m, uni_pc, ipndm"
 SCHEDULERS = "simple, beta"
-FOLDER = "ba_solver"
+CSV_NAME = "ba_solver/compare"
 
 
 class CompareSolvers(io.ComfyNode):
@@ -28,38 +29,45 @@ class CompareSolvers(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="BASolverCompare",
-            display_name="Compare Solvers",
+            display_name="Compare Solvers (BA-Solver)",
             category="BA-Solver",
-            description="Draw the same noise by several samplers with the same number of model calls, and see how far "
-            "each ends from the converged picture. BA-Solver takes part with the MODEL's SideNet, and without one.",
+            description="Draw the same noise by several samplers with the same number of model calls, and measure how "
+            "far each ends from the converged picture. BA-Solver takes part with the MODEL's SideNet and without it.",
             search_aliases=["benchmark", "compare samplers", "sampler comparison", "XY plot", "NFE"],
             is_input_list=True,  # all prompts of a list at once
             is_output_node=True,
             inputs=[
-                io.Model.Input("model", tooltip="The model, with its SideNet if it has one (Apply SideNet)."),
-                io.Conditioning.Input("positive", tooltip="One prompt, or several as a list (Prompt Lines)."),
-                io.Latent.Input("latent_image", tooltip="An empty latent: its size, and how many pictures a prompt."),
-                *_numbers(),
-                *_rivals(),
+                inputs.model_with_sidenet(),
+                io.Conditioning.Input("positive", tooltip="One prompt, or a list of prompts from Prompt Lines."),
+                io.Latent.Input(
+                    "latent_image",
+                    tooltip="An empty latent. It sets the size, and the number of pictures for each prompt.",
+                ),
+                *_number_inputs(),
+                *_sampler_inputs(),
                 inputs.negative(),
-                io.Vae.Input("vae", optional=True, tooltip="To see the pictures too."),
+                io.Vae.Input("vae", optional=True, tooltip="The VAE. It is only needed for the output pictures."),
             ],
             outputs=[
-                io.String.Output("table", tooltip="The samplers by their error, for each number of calls."),
-                io.Image.Output("plot", tooltip="Error over the number of calls."),
-                io.Image.Output("pictures", tooltip="The first prompt's, the nearest framed green, the farthest red."),
+                io.String.Output("table", tooltip="The samplers by their error, for each number of model calls."),
+                io.Image.Output("plot", tooltip="The error over the number of model calls."),
+                io.Image.Output(
+                    "pictures",
+                    tooltip="The first prompt's pictures, a row for each number of model calls: the converged picture, "
+                    "then the samplers in the order of the table. Needs the VAE.",
+                ),
             ],
         )
 
     @classmethod
-    def execute(cls, **given: Any) -> io.NodeOutput:
-        one = {name: values[0] for name, values in given.items() if values}
-        model = one["model"]
-        latent = inputs.empty_latent(model, one["latent_image"], "Compare Solvers")
-        calls, reference = numbers(one["calls"]), one.get("reference_calls", 60)
+    def execute(cls, **listed: Any) -> io.NodeOutput:
+        one = {name: values[0] for name, values in listed.items() if values}
+        model, vae = one["model"], one.get("vae")
+        latent = inputs.latent_tensor(model, one["latent_image"], "Compare Solvers")
+        calls, reference = numbers(one["model_calls"]), one.get("reference_steps", 60)
         jobs = jobs_for(model, names(one["samplers"]), names(one["schedulers"]))
-        bar = comfy.utils.ProgressBar(10 * total_calls(jobs, calls, reference, len(given["positive"])))
-        found = [
+        bar = comfy.utils.ProgressBar(10 * total_calls(jobs, calls, reference, len(listed["positive"])))
+        comparisons = [
             compare(
                 guider_for(model, positive, one.get("negative"), one["cfg"]),
                 latent,
@@ -67,80 +75,83 @@ class CompareSolvers(io.ComfyNode):
                 jobs,
                 calls,
                 reference,
-                lambda cost: bar.update(round(10 * cost)),
+                lambda nfe: bar.update(round(10 * nfe)),
             )
-            for number, positive in enumerate(given["positive"])
+            for number, positive in enumerate(listed["positive"])
         ]
-        text, plot = table(found), error_plot(curves(found))
-        pictures, path = sheet(found[0], best_lines(found), one.get("vae")), csv_path()
-        write_csv(path, found)
-        text = f"{text}\n\nEvery run: {path}"
+        plot, path = error_plot(curves(comparisons)), csv_path()
+        write_csv(path, comparisons)
+        text = f"{table(comparisons)}\n\nEvery sampling: {path}"
+        # Nothing behind the output runs without a VAE, and the rest of the graph does.
+        pictures = picture_grid(comparisons, vae) if vae else ExecutionBlocker(None)
         shown = {**ui.PreviewText(text).as_dict(), **ui.PreviewImage(plot, cls=cls).as_dict()}
         return io.NodeOutput(text, plot, pictures, ui=shown)
 
 
-def _numbers() -> list[Any]:
+def _number_inputs() -> list[Any]:
     return [
-        inputs.cfg(),
-        inputs.numbers_of_calls("Numbers of model calls, separated by commas."),
-        io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, tooltip="Of the noise; the next prompt has the "
-                     "next seed."),
+        inputs.sampling_cfg(),
+        io.String.Input("model_calls", default="5, 7, 10", tooltip="The numbers of model calls, separated by commas."),
         io.Int.Input(
-            "reference_calls",
+            "seed",
+            **inputs.SEEDS,
+            tooltip="The seed of the first prompt's noise. Each further prompt has the next one.",
+        ),
+        io.Int.Input(
+            "reference_steps",
             default=60,
             min=20,
             max=1000,
-            optional=True,
-            advanced=True,
-            tooltip="Model calls of the converged picture, and half as many again to learn how exact it is.",
+            **inputs.RARE,
+            tooltip="The number of steps of the converged picture. Half as many again measure how exact it is.",
         ),
-    ]  # fmt: skip
+    ]
 
 
-def _rivals() -> list[Any]:
+def _sampler_inputs() -> list[Any]:
     return [
         io.String.Input(
             "samplers",
             default=SAMPLERS,
-            tooltip="ComfyUI's samplers, by name, separated by commas. One that calls the model twice a step gets half "
-            "the steps. Those that add noise on their way have no end to come near, and are left out.",
+            tooltip="The names of ComfyUI's samplers, separated by commas. A sampler that calls the model twice a step "
+            "gets half the steps. Samplers that add noise in every step are left out, because they do not converge.",
         ),
         io.String.Input(
             "schedulers",
             default=SCHEDULERS,
-            tooltip="ComfyUI's schedulers, separated by commas. Each sampler is tried on all, and shown on its best.",
+            tooltip="The names of ComfyUI's schedulers, separated by commas. Each sampler is tried with all of them, "
+            "and shown with its best.",
         ),
     ]
 
 
 class PromptLines(io.ComfyNode):
-    """A prompt a line, as a list of conditionings."""
+    """Every line of a text as a prompt: a list of conditionings."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="BASolverPromptLines",
-            display_name="Prompt Lines",
+            display_name="Prompt Lines (BA-Solver)",
             category="BA-Solver",
-            description="A prompt a line, from a box or from a text file, as a list of conditionings.",
+            description="Encode every line of a text box or of a text file as a prompt: a list of conditionings.",
             search_aliases=["prompt list", "prompts from file", "batch prompts", "multiple prompts"],
             inputs=[
-                io.Clip.Input("clip", tooltip="The model's text encoder."),
+                io.Clip.Input("clip", tooltip="The text encoder of the model."),
                 io.String.Input(
-                    "text", multiline=True, default="", tooltip="A prompt a line; empty lines are skipped."
+                    "text", multiline=True, default="", tooltip="The prompts, one a line. Empty lines are skipped."
                 ),
                 io.String.Input(
                     "file",
                     default="",
-                    optional=True,
-                    advanced=True,
-                    tooltip="A text file in ComfyUI's input folder, such as prompts.txt; its lines come after the "
-                    "box's.",
+                    **inputs.RARE,
+                    tooltip="A text file in ComfyUI's input folder, such as prompts.txt. Its lines follow those of the "
+                    "text box.",
                 ),
             ],
             outputs=[
-                io.Conditioning.Output("conditioning", is_output_list=True, tooltip="One for each prompt."),
-                io.String.Output("prompts", is_output_list=True, tooltip="The prompts themselves."),
+                io.Conditioning.Output("conditioning", is_output_list=True, tooltip="A conditioning for each prompt."),
+                io.String.Output("prompts", is_output_list=True, tooltip="The prompts as text."),
             ],
         )
 
@@ -160,14 +171,14 @@ class PromptLines(io.ComfyNode):
 
 
 def prompt_lines(text: str) -> list[str]:
-    """The lines of a text that say something.
+    """The lines of a text without the empty ones.
 
     Raises:
-        ValueError: there is none.
+        ValueError: all are empty.
     """
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
-        raise ValueError("There is no prompt. Write one a line into the box, or name a text file.")
+        raise ValueError("There is no prompt. Write one a line into the text box, or name a text file.")
     return lines
 
 
@@ -190,20 +201,20 @@ def names(text: str) -> list[str]:
 
 
 def numbers(text: str) -> list[int]:
-    """'5, 7' as numbers of calls, the least first.
+    """'5, 7' as numbers of model calls, the least first.
 
     Raises:
-        ValueError: something else than whole numbers from 1 to 1000.
+        ValueError: a part is not a whole number from 1 to 1000.
     """
     parts = names(text)
     if not parts or not all(part.isdigit() and 1 <= int(part) <= 1000 for part in parts):
-        raise ValueError(f"calls must be whole numbers from 1 to 1000 with commas between, such as 5, 7; got {text!r}.")
+        raise ValueError(
+            f"model_calls must be whole numbers from 1 to 1000 with commas between, such as 5, 7; got {text!r}."
+        )
     return sorted({int(part) for part in parts})
 
 
 def csv_path() -> Path:
-    """A new file in ComfyUI's output folder."""
-    folder = Path(folder_paths.get_output_directory()) / FOLDER
-    taken = {path.name for path in folder.glob("compare_*.csv")} if folder.is_dir() else set()
-    number = next(n for n in range(1, len(taken) + 2) if f"compare_{n:04d}.csv" not in taken)
-    return folder / f"compare_{number:04d}.csv"
+    """A new file in ComfyUI's output folder, numbered as its images are."""
+    folder, name, number, *_ = folder_paths.get_save_image_path(CSV_NAME, folder_paths.get_output_directory())
+    return Path(folder) / f"{name}_{number:05}_.csv"

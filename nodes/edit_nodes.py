@@ -9,17 +9,18 @@ from comfy_api.v0_0_2 import io
 
 from ..bas_core.editing import FADE, Control
 from . import inputs
-from .editing.given import as_many_images_as_prompts, image_of, mask_of
-from .editing.held import HeldPath, InvertedNoise, check_path
+from .editing.edit import METHODS, edit, reconstruct, source_trajectory
 from .editing.schedule import editing_schedule
-from .editing.way import Way
-from .editing.work import METHODS, edited, make_path, reconstructed
+from .editing.source_trajectory import InvertedNoise, SourceTrajectoryLink, check_trajectory
+from .editing.validation import check_image, check_mask, repeat_for_prompts
+from .models.parameterization import flow_interval
+from .sampling.guider import guider_for
 
-SourcePathLink = io.Custom("BA_SOURCE_PATH")
+TrajectoryType = io.Custom("BA_SOURCE_TRAJECTORY")
 
 
 class BAInvert(io.ComfyNode):
-    """An image's latent to the noise that it comes from."""
+    """The noise that an image comes from."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -27,32 +28,29 @@ class BAInvert(io.ComfyNode):
             node_id="BASolverInvert",
             display_name="BA Invert",
             category="BA-Solver/Editing",
-            description="Find the noise that a model would have drawn an image from. With the path of the way there, "
-            "BA Edit changes the image as often as you like without inverting it again. Works with or without a "
-            "SideNet on the MODEL.",
+            description="Find the noise that a model draws an image from. BA Edit can then change the image as often "
+            "as you like without inverting it again. Works with or without a SideNet on the MODEL.",
             search_aliases=["inversion", "unsample", "unsampler", "RF inversion", "reverse sampling", "image to noise"],
             inputs=[
-                inputs.model_to_edit(),
-                io.Conditioning.Input("source", tooltip="What the image shows."),
+                inputs.model_with_sidenet(),
+                io.Conditioning.Input("source", tooltip="The prompt that describes the image."),
                 inputs.image_latent(),
-                inputs.calls(10, "How often the model is called. 5 to 10 is what BA-solver is for.", least=2),
-                inputs.strength(),
-                inputs.source_guidance(),
-                io.Conditioning.Input(
-                    "negative",
-                    optional=True,
-                    tooltip="Only for a source_guidance other than 1.",
-                ),
-                inputs.seed(),
+                inputs.steps(10, 2, "The number of steps, each of one model call. BA-solver is made for 5 to 10."),
+                inputs.editing_denoise(),
+                inputs.source_cfg(),
+                inputs.negative("source_cfg"),
+                inputs.editing_seed(),
             ],
             outputs=[
-                io.Latent.Output("inverted", tooltip="The noisy end of the path, to look at or to work with."),
+                io.Latent.Output("inverted", tooltip="The noisy latent that the inversion ends at."),
                 io.Noise.Output(
                     "noise",
-                    tooltip="For SamplerCustomAdvanced: with the same latent and sigmas of the same strength "
-                    "(BA-Solver Scheduler's denoise), any sampler starts where the inversion ended.",
+                    tooltip="The noise for SamplerCustomAdvanced. With the same latent and sigmas of the same denoise, "
+                    "any sampler starts where the inversion ends.",
                 ),
-                SourcePathLink.Output("path", tooltip="For BA Edit: an exact return, and no second inversion."),
+                TrajectoryType.Output(
+                    "trajectory", tooltip="The source trajectory for BA Edit, which then needs no second inversion."
+                ),
             ],
         )
 
@@ -61,43 +59,43 @@ class BAInvert(io.ComfyNode):
         cls,
         model: Any,
         source: Any,
-        latent: dict[str, Any],
-        calls: int,
-        strength: float = 0.8,
-        source_guidance: float = 1.0,
+        latent_image: dict[str, Any],
+        steps: int,
+        denoise: float = 0.8,
+        source_cfg: float = 1.0,
         negative: Any = None,
         seed: int = 0,
     ) -> io.NodeOutput:
-        image = as_many_images_as_prompts(image_of(model, latent), source)
-        way = Way(model, source, negative, source_guidance)
-        held, noisy = make_path(way, image, editing_schedule(model, calls, strength), seed, METHODS[0])
-        return io.NodeOutput({**latent, "samples": noisy}, InvertedNoise(model, held), held)
+        image = _image(model, latent_image, "BA Invert", source)
+        guider = guider_for(model, source, negative, source_cfg)
+        sigmas = editing_schedule(model, steps, denoise)
+        trajectory, noisy = source_trajectory(guider, image, sigmas, seed, METHODS[0])
+        return io.NodeOutput({**latent_image, "samples": noisy}, InvertedNoise(model, trajectory), trajectory)
 
 
-def _pull_back() -> list[Any]:
-    """How strongly, and when, an edit is held to the source image's path."""
+def _image(model: Any, latent: dict[str, Any], node: str, *prompts: Any) -> torch.Tensor:
+    image = inputs.latent_tensor(model, latent, node)
+    check_image(model, image)
+    return repeat_for_prompts(image, *prompts)
+
+
+def _eta_inputs() -> list[Any]:
+    where = "The layout is decided near 0, and the details near 1."
     return [
-        inputs.fraction(
+        inputs.share(
             "eta",
             0.0,
-            "How strongly each step is pulled back to the source image's path: 0 = not at all, 1 = the "
-            "image does not change. For more of the source than strength alone keeps.",
+            "How strongly each step is pulled back to the source trajectory. 0 does not pull at all, and 1 leaves the "
+            "image as it is. Use it to keep more of the image than denoise alone does.",
+            **inputs.RARE,
         ),
-        inputs.fraction(
-            "eta_from",
-            0.0,
-            "eta acts where the flow time t is at least this. t = 1 is noise (layout), t = 0 the image (detail).",
-        ),
-        inputs.fraction(
-            "eta_until",
-            1.0,
-            "eta acts where the flow time t is at most this.",
-        ),
+        inputs.share("eta_start_percent", 0.0, f"eta begins at this share of the sampling. {where}", **inputs.RARE),
+        inputs.share("eta_end_percent", 1.0, f"eta ends at this share of the sampling. {where}", **inputs.RARE),
     ]
 
 
 class BAEdit(io.ComfyNode):
-    """An image regenerated as something else."""
+    """An image regenerated under another prompt."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -105,57 +103,53 @@ class BAEdit(io.ComfyNode):
             node_id="BASolverEdit",
             display_name="BA Edit",
             category="BA-Solver/Editing",
-            description="Regenerate an image under another prompt, keeping what the two prompts share. The second "
-            "output shows what the inversion alone would have lost. Works with or without a SideNet on the MODEL.",
+            description="Regenerate an image under another prompt, and keep what the two prompts share. Works with or "
+            "without a SideNet on the MODEL.",
             search_aliases=["edit image", "inversion", "FlowEdit", "RF edit", "prompt to prompt", "change object"],
             inputs=[
-                inputs.model_to_edit(),
+                inputs.model_with_sidenet(),
                 inputs.image_latent(),
-                io.Conditioning.Input("source", tooltip="What the image shows now."),
-                io.Conditioning.Input("positive", tooltip="What it is to show."),
-                io.Conditioning.Input("negative", tooltip="What it is not to show. Not used where guidance is 1."),
-                inputs.calls(
+                io.Conditioning.Input("source", tooltip="The prompt that describes the image as it is."),
+                io.Conditioning.Input("positive", tooltip="The prompt that describes the edited image."),
+                io.Conditioning.Input("negative", tooltip="The negative prompt. It is used when cfg is not 1."),
+                inputs.steps(
                     10,
-                    "Model calls on the way to the source path, and again on the way to the edited image (and once "
-                    "more for the reconstruction). 5 to 10 is what BA-solver is for.",
-                    least=2,
+                    2,
+                    "The number of steps from the image to noise, and again from noise to the edited image and to the "
+                    "reconstruction. Each step is one model call. BA-solver is made for 5 to 10.",
                 ),
-                inputs.strength(),
-                io.Float.Input(
-                    "guidance",
+                inputs.editing_denoise(),
+                inputs.cfg(
+                    "The CFG scale of the edit. Models with their own guidance input, such as FLUX, take 1.",
                     default=2.0,
-                    min=0.0,
-                    max=30.0,
-                    step=0.1,
-                    tooltip="CFG toward the positive. Models with a guidance of their own, such as FLUX, take 1 here.",
                 ),
                 io.Combo.Input(
                     "method",
                     options=list(METHODS),
                     default=METHODS[0],
-                    tooltip="inversion: along the path that the image takes to noise. inversion-free: along the "
-                    "difference between the two prompts' velocities, from random noise (as FlowEdit); leaves less "
-                    "grain at few calls.",
+                    tooltip="inversion: edit along the trajectory that takes the image to noise. inversion-free: edit "
+                    "along the difference between the two prompts' velocities, from random noise, as FlowEdit does. It "
+                    "leaves less grain in few steps.",
                 ),
                 io.Mask.Input(
-                    "mask", optional=True, tooltip="Where the image may change; soft edges work. Of any size."
+                    "mask", optional=True, tooltip="Where the image may change. Soft edges and any size work."
                 ),
-                SourcePathLink.Input(
-                    "path",
+                TrajectoryType.Input(
+                    "trajectory",
                     optional=True,
-                    tooltip="From BA Invert, for the same MODEL and latent. Then calls, strength, source, "
-                    "source_guidance, method and seed are those of the path.",
+                    tooltip="The source trajectory from BA Invert, for the same MODEL and latent. It replaces steps, "
+                    "denoise, source, source_cfg, method and seed of this node.",
                 ),
-                inputs.source_guidance(),
-                *_pull_back(),
-                inputs.seed(),
+                inputs.source_cfg(),
+                *_eta_inputs(),
+                inputs.editing_seed(),
             ],
             outputs=[
-                io.Latent.Output("edited", tooltip="The image as the positive says."),
+                io.Latent.Output("edited", tooltip="The edited image."),
                 io.Latent.Output(
                     "reconstruction",
-                    tooltip="The image, inverted and brought back under the source's own prompt without correction: "
-                    "what an inversion with these calls loses. The edit does not lose it.",
+                    tooltip="The image inverted and sampled again under the source prompt. It shows what an inversion "
+                    "in these steps loses. The edit corrects this loss.",
                 ),
             ],
         )
@@ -164,31 +158,35 @@ class BAEdit(io.ComfyNode):
     def execute(  # noqa: PLR0913, one argument an input
         cls,
         model: Any,
-        latent: dict[str, Any],
+        latent_image: dict[str, Any],
         source: Any,
         positive: Any,
         negative: Any,
-        calls: int,
-        strength: float = 0.8,
-        guidance: float = 2.0,
+        steps: int,
+        denoise: float = 0.8,
+        cfg: float = 2.0,
         method: str = METHODS[0],
         mask: torch.Tensor | None = None,
-        path: HeldPath | None = None,
-        source_guidance: float = 1.0,
+        trajectory: SourceTrajectoryLink | None = None,
+        source_cfg: float = 1.0,
         eta: float = 0.0,
-        eta_from: float = 0.0,
-        eta_until: float = 1.0,
+        eta_start_percent: float = 0.0,
+        eta_end_percent: float = 1.0,
         seed: int = 0,
     ) -> io.NodeOutput:
-        if eta_from > eta_until:
-            raise ValueError(f"eta_from ({eta_from:g}) must not be above eta_until ({eta_until:g}); t = 1 is noise.")
-        prompts = (source, positive, *([] if guidance == 1 else [negative]))
-        image = as_many_images_as_prompts(image_of(model, latent), *prompts)
-        where = mask_of(mask, latent, image)
-        if path is None:
-            way = Way(model, source, negative, source_guidance)
-            path, _ = make_path(way, image, editing_schedule(model, calls, strength), seed, method)
-        check_path(path, model, image)
-        control = Control(eta, (eta_from, eta_until), None if path.straight else FADE)
-        out = edited(path, Way(model, positive, negative, guidance), image, control, where)
-        return io.NodeOutput({**latent, "samples": out}, {**latent, "samples": reconstructed(path, image)})
+        if eta_start_percent > eta_end_percent:
+            raise ValueError(
+                f"eta_start_percent ({eta_start_percent:g}) must not be above eta_end_percent ({eta_end_percent:g})."
+            )
+        prompts = (source, positive, *([] if cfg == 1 else [negative]))
+        image = _image(model, latent_image, "BA Edit", *prompts)
+        edit_mask = check_mask(mask, latent_image, image)
+        if trajectory is None:
+            guider = guider_for(model, source, negative, source_cfg)
+            trajectory, _ = source_trajectory(guider, image, editing_schedule(model, steps, denoise), seed, method)
+        check_trajectory(trajectory, model, image)
+        window = flow_interval(model.get_model_object("model_sampling"), eta_start_percent, eta_end_percent)
+        control = Control(eta, window, None if trajectory.straight else FADE)
+        edited = edit(trajectory, guider_for(model, positive, negative, cfg), image, control, edit_mask)
+        reconstruction = reconstruct(trajectory, image)
+        return io.NodeOutput({**latent_image, "samples": edited}, {**latent_image, "samples": reconstruction})

@@ -1,4 +1,4 @@
-"""Where SideNets and SiTs are looked for, and the shipped demo beside them."""
+"""The folders of SideNets and SiTs, and the shipped demo's files."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import folder_paths
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 DEMO = "demo (shipped)"
-# Folders of recordings and unfinished work, beside what is made of them.
-MAKING = (".trajectories", ".run", ".making")
+# Folders of recordings and unfinished training, beside the SideNet that is made of them.
+MAKING = (".trajectories", ".run")
 
 
 @dataclass(frozen=True)
@@ -22,20 +22,20 @@ class ModelFolder:
 
     Attributes:
         key: the folder's name under `models`, and in `extra_model_paths.yaml`.
-        extensions: what is listed.
+        extensions: of the files that are listed.
         demo: the file shipped with this pack.
-        what: what users call such a file.
-        from_output: whether files that nodes wrote under `output` are listed too.
+        label: of the kind, in messages.
+        from_output: also list files under `output`, where nodes write.
     """
 
     key: str
     extensions: frozenset[str]
     demo: Path
-    what: str
+    label: str
     from_output: bool = False
 
     def register(self) -> None:
-        """Add the folder to the user's own paths for this key, and list only the extensions."""
+        """Add the folder to the user's own paths for this key, and list files of the extensions only."""
         own = [os.path.join(folder_paths.models_dir, self.key)]
         if self.from_output:
             own.append(os.path.join(folder_paths.get_output_directory(), self.key))
@@ -47,18 +47,18 @@ class ModelFolder:
             os.makedirs(own[0], exist_ok=True)
 
     def names(self) -> list[str]:
-        """What the drop-down list shows; the demo first."""
+        """The entries of the drop-down list; the demo first."""
         try:
-            return [DEMO, *filter(_is_whole, folder_paths.get_filename_list(self.key))]
-        except OSError as error:  # a folder that may not be read, which must not take the nodes away
-            logging.warning(f"BA-solver: the {self.what} files cannot be listed: {error}")
+            return [DEMO, *filter(_is_finished, folder_paths.get_filename_list(self.key))]
+        except OSError as error:  # an unreadable folder, for which the nodes must not be missing
+            logging.warning(f"BA-solver: the {self.label} files cannot be listed: {error}")
             return [DEMO]
 
     def path(self, name: str) -> Path:
         """The file of a listed name.
 
         Raises:
-            FileNotFoundError: it is not there (any more).
+            FileNotFoundError: it was moved or deleted.
         """
         if name == DEMO:
             return self.demo
@@ -66,7 +66,7 @@ class ModelFolder:
         if found is None:
             places = ", ".join(folder_paths.get_folder_paths(self.key))
             raise FileNotFoundError(
-                f"The {self.what} file {name!r} is not there (any more). Looked in: {places}. Put it back, or press R "
+                f"The {self.label} file {name!r} is not there (any more). Looked in: {places}. Put it back, or press R "
                 "in ComfyUI to refresh the lists and choose another."
             )
         return Path(found)
@@ -80,8 +80,8 @@ class ModelFolder:
             return f"missing {name}"
 
 
-def _is_whole(name: str) -> bool:
-    """Whether a listed file is none of what lies beside a SideNet while it is made."""
+def _is_finished(name: str) -> bool:
+    """Whether a listed file is none of those that lie beside a SideNet while it is made."""
     return not any(part.endswith(MAKING) for part in Path(name).parent.parts)
 
 

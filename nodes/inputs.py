@@ -1,4 +1,4 @@
-"""Inputs that several nodes have, declared once, and what several inputs have in common."""
+"""Inputs that several nodes have, declared once."""
 
 from __future__ import annotations
 
@@ -9,98 +9,80 @@ import comfy.sample
 from comfy_api.v0_0_2 import io
 from torch import Tensor
 
-IMAGE_LATENT = "The image, from VAE Encode. A batch, or a video, works too."
+SEEDS = {"default": 0, "min": 0, "max": 0xFFFFFFFFFFFFFFFF}
+RARE = {"optional": True, "advanced": True}  # an input that few people change
 
 
-def calls(default: int, tooltip: str, least: int = 1) -> Any:
-    """How often the model may be called."""
-    return io.Int.Input("calls", default=default, min=least, max=1000, tooltip=tooltip)
+def model_with_sidenet() -> Any:
+    return io.Model.Input("model", tooltip="The model. If it has a SideNet, connect the output of Apply SideNet.")
 
 
-def fraction(name: str, default: float, tooltip: str, advanced: bool = True) -> Any:
-    """A number from 0 to 1, such as a flow time or a share."""
-    more = {"optional": True, "advanced": True} if advanced else {}
-    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, tooltip=tooltip, **more)
+def image_latent() -> Any:
+    return io.Latent.Input("latent_image", tooltip="The image, from VAE Encode. Batches and videos work too.")
+
+
+def steps(default: int, least: int, tooltip: str) -> Any:
+    return io.Int.Input("steps", default=default, min=least, max=1000, tooltip=tooltip)
+
+
+def share(name: str, default: float, tooltip: str, least: float = 0.0, **more: Any) -> Any:
+    """A number up to 1, such as a share of the sampling."""
+    return io.Float.Input(name, default=default, min=least, max=1.0, step=0.01, tooltip=tooltip, **more)
+
+
+def cfg(tooltip: str, name: str = "cfg", default: float = 1.0, **more: Any) -> Any:
+    """A CFG scale."""
+    return io.Float.Input(name, default=default, min=0.0, max=100.0, step=0.1, tooltip=tooltip, **more)
 
 
 def choice(name: str, options: Iterable[str], default: str, tooltip: str) -> Any:
     """A choice that few people change."""
-    listed = list(options)
-    return io.Combo.Input(name, options=listed, default=default, optional=True, advanced=True, tooltip=tooltip)
+    return io.Combo.Input(name, options=list(options), default=default, tooltip=tooltip, **RARE)
 
 
-def model_to_edit() -> Any:
-    return io.Model.Input("model", tooltip="The model, with its SideNet if it has one (Apply SideNet).")
+def sampling_cfg() -> Any:
+    return cfg("The CFG scale, as in KSampler. Models with their own guidance input, such as FLUX, take 1.")
 
 
-def image_latent() -> Any:
-    return io.Latent.Input("latent", tooltip=IMAGE_LATENT)
+def negative(scale: str = "cfg") -> Any:
+    tooltip = f"The negative prompt. It is used when {scale} is not 1."
+    return io.Conditioning.Input("negative", optional=True, tooltip=tooltip)
 
 
-def strength() -> Any:
-    """How much of the way to noise an edit takes."""
-    return io.Float.Input(
-        "strength",
-        default=0.8,
-        min=0.01,
-        max=1.0,
-        step=0.01,
-        tooltip="How far toward noise the image is taken, and so how much of it may change. 1 = to pure noise; less "
-        "keeps the layout more.",
+def editing_denoise() -> Any:
+    tooltip = "How much of the image may change. At 1 it is taken all the way to noise; lower values keep its layout."
+    return share("denoise", 0.8, tooltip, least=0.01)
+
+
+def source_cfg() -> Any:
+    return cfg(
+        "The CFG scale on the way from the image to noise. 1 is the safest. Above 1 the inversion is less accurate, "
+        "and at much higher values it diverges.",
+        name="source_cfg",
+        **RARE,
     )
 
 
-def source_guidance() -> Any:
-    """CFG of an inversion."""
-    return io.Float.Input(
-        "source_guidance",
-        default=1.0,
-        min=0.0,
-        max=30.0,
-        step=0.1,
-        optional=True,
-        advanced=True,
-        tooltip="CFG on the way to noise. 1 is the safest: at more the inversion is less accurate, and at much more it "
-        "diverges.",
-    )
-
-
-def seed() -> Any:
-    """Of an edit's noise."""
+def editing_seed() -> Any:
     return io.Int.Input(
         "seed",
-        default=0,
-        min=0,
-        max=0xFFFFFFFFFFFFFFFF,
-        optional=True,
-        advanced=True,
-        tooltip="Of the noise that the image is mixed with: very little of it where an inversion starts, all of it "
-        "with the method inversion-free.",
+        **SEEDS,
+        **RARE,
+        # ComfyUI randomises inputs of this name after each run, and every run would invert the image again.
+        control_after_generate=False,
+        tooltip="The seed of the noise that is mixed into the image. An inversion starts with a little of this noise; "
+        "the inversion-free method uses nothing else.",
     )
 
 
-def cfg() -> Any:
-    return io.Float.Input(
-        "cfg", default=1.0, min=0.0, max=100.0, step=0.1, tooltip="As in KSampler; FLUX takes 1 here."
-    )
-
-
-def numbers_of_calls(tooltip: str) -> Any:
-    return io.String.Input("calls", default="5, 7, 10", tooltip=tooltip)
-
-
-def negative() -> Any:
-    return io.Conditioning.Input("negative", optional=True, tooltip="Only for a cfg other than 1.")
-
-
-def empty_latent(model: Any, given: dict[str, Any], what: str) -> Tensor:
-    """The tensor of an empty LATENT, [B, C, *spatial] as the model takes it.
+def latent_tensor(model: Any, latent: dict[str, Any], node: str) -> Tensor:
+    """The tensor of a LATENT, [B, C, *spatial]; an empty one in the model's own number of channels.
 
     Raises:
-        ValueError: it is for audio, which `what` does not take.
+        ValueError: the latent holds audio, which the node of this name does not take.
     """
-    told = given.get("downscale_ratio_spacial")  # by what the VAE of the node's mind shrinks pictures
-    latent: Any = comfy.sample.fix_empty_latent_channels(model, given["samples"], *([told] if told else []))
-    if latent.is_nested or latent.ndim not in (4, 5):
-        raise ValueError(f"{what} takes images and videos; this latent holds audio.")
-    return latent
+    samples: Any = latent["samples"]
+    if samples.is_nested or samples.ndim not in (4, 5):
+        raise ValueError(f"{node} takes images and videos; this latent holds audio.")
+    ratio = latent.get("downscale_ratio_spacial")  # set by newer ComfyUI's nodes for latents of any channels
+    return comfy.sample.fix_empty_latent_channels(model, samples, *([ratio] if ratio else []))

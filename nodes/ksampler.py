@@ -1,7 +1,6 @@
-"""`ba_solver` in the sampler list of KSampler: the only place that changes anything of ComfyUI's.
+"""`ba_solver` in KSampler's list of samplers: the only file that changes anything in ComfyUI.
 
-The list is appended to in place, never replaced, so that other packs' samplers stay; ComfyUI finds the function by its
-name in k-diffusion's module.
+ComfyUI finds a sampler's function by its name in the k-diffusion module.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ NAME = "ba_solver"
 
 
 def register() -> None:
-    """Add the sampler's name and function, once."""
+    """Add the sampler's function, and its name once; the list stays the same object, with other packs' samplers."""
     setattr(comfy.k_diffusion.sampling, f"sample_{NAME}", sample_ba_solver)
     if NAME not in comfy.samplers.KSampler.SAMPLERS:
         comfy.samplers.KSampler.SAMPLERS.append(NAME)

@@ -14,20 +14,20 @@ from PIL import Image
 from torch import Tensor
 
 from ..training.make import MakeSettings
-from ..training.presets import PRESETS, QUICK
+from ..training.presets import PRESETS
 from . import inputs
 from .folders import SIDENETS
-from .making.make import Told, check_name, in_words, make
+from .making.make import ProgressReporter, check_name, error_message, make
 from .models.attach import read_sidenet
+from .notify import inform
 from .report import error_curves, error_plot, report, training_curves
-from .say import tell
 from .sidenet_nodes import SideNetLink
 
 BAR = 1000
 
 
 class MakeSideNet(io.ComfyNode):
-    """A SideNet for the very MODEL that is in the graph."""
+    """A SideNet for the MODEL in the graph."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -36,24 +36,24 @@ class MakeSideNet(io.ComfyNode):
             display_name="Make SideNet",
             category="BA-Solver",
             description="Make a SideNet for the MODEL as it is in the graph, with its LoRAs and everything else on it. "
-            "It is kept under its name, and found by Load SideNet. Stopped, or cut off, it goes on when run again.",
+            "It is saved under its name, where Load SideNet finds it. Interrupted work is resumed on the next run.",
             search_aliases=["train SideNet", "calibrate", "speed up", "fewer steps", "few-step", "distill"],
             is_input_list=True,  # all prompts of a list at once
             is_output_node=True,
             inputs=[
-                io.Model.Input("model", tooltip="The model that is to be sampled in fewer calls."),
+                io.Model.Input("model", tooltip="The model that is to be sampled in fewer steps."),
                 io.Conditioning.Input(
-                    "positive", tooltip="One prompt, or better a dozen as a list (Prompt Lines): they take turns."
+                    "positive", tooltip="One prompt, or better a dozen as a list (Prompt Lines), used in turn."
                 ),
-                io.Latent.Input("latent_image", tooltip="An empty latent: the size of the pictures or of the video."),
-                *_wanted(),
+                io.Latent.Input("latent_image", tooltip="An empty latent of the size of the images or the video."),
+                *_basic(),
                 inputs.negative(),
                 *_advanced(),
             ],
             outputs=[
                 SideNetLink.Output("sidenet", display_name="SIDENET", tooltip="For Apply SideNet."),
-                io.Image.Output("report", tooltip="Errors over the number of calls, ours and other samplers'."),
-                io.String.Output("text", tooltip="What was made, how, and how good it is."),
+                io.Image.Output("report", tooltip="Errors of BA-Solver and other samplers by number of model calls."),
+                io.String.Output("text", tooltip="How the SideNet was made, and how good it is."),
             ],
         )
 
@@ -61,20 +61,24 @@ class MakeSideNet(io.ComfyNode):
     def execute(cls, **given: Any) -> io.NodeOutput:
         one = {name: values[0] for name, values in given.items() if values}
         model = one["model"]
-        latent = inputs.empty_latent(model, one["latent_image"], "Make SideNet")
+        latent = inputs.latent_tensor(model, one["latent_image"], "Make SideNet")
         settings = settings_of(one)
         bar = comfy.utils.ProgressBar(BAR)
-        where = Told(tell, lambda share: bar.update_absolute(round(BAR * share)), lambda history: preview(bar, history))
+        reporter = ProgressReporter(
+            inform,
+            lambda share: bar.update_absolute(round(BAR * share)),
+            lambda history: preview(bar, history),
+        )
         try:
-            chains = Path(one["folder"]) / settings.out.stem if one.get("folder") else None
-            card = make(model, (given["positive"], one.get("negative")), latent, settings, where, chains)
+            cache = Path(one["cache_dir"]) / settings.out.stem if one.get("cache_dir") else None
+            card = make(model, (given["positive"], one.get("negative")), latent, settings, reporter, cache)
         except Exception as error:
-            words = in_words(error)
-            if words is None:
+            message = error_message(error)
+            if message is None:
                 raise
-            raise ValueError(words) from error
+            raise ValueError(message) from error
         bar.update_absolute(BAR)
-        tell(summary(card.evaluation))
+        inform(summary(card.evaluation))
         sidenet = read_sidenet(settings.out, settings.out.name)
         plot = plots(settings.out, card.evaluation)
         text = report(settings.out.name, sidenet.network.config, card)
@@ -83,19 +87,19 @@ class MakeSideNet(io.ComfyNode):
 
 
 def preview(bar: Any, history: list[dict[str, float]]) -> None:
-    """Show on the node how a training goes."""
+    """Plot a training on the node while it runs."""
     pixels = training_plot(history)[0]
     picture = Image.fromarray((pixels * 255).round().to(torch.uint8).numpy())
     bar.update_absolute(bar.current, preview=("JPEG", picture, max(picture.size)))
 
 
 def training_plot(history: list[dict[str, float]]) -> Tensor:
-    """An IMAGE of loss and held-out residual variance."""
-    return error_plot(training_curves(history), "step", "loss, and residual variance left (1 = a straight line)")
+    """An IMAGE of loss and validation error."""
+    return error_plot(training_curves(history), "step", "loss, and fraction of variance unexplained")
 
 
 def plots(path: Path, evaluation: dict[str, Any]) -> Tensor:
-    """An IMAGE of the errors, and one of the training where there was one."""
+    """An IMAGE of the errors, and one of the training if a network was trained."""
     found = [error_plot(error_curves(evaluation))]
     log = path.with_suffix(".run") / "all_pairs_log.json"
     if log.exists():
@@ -104,62 +108,74 @@ def plots(path: Path, evaluation: dict[str, Any]) -> Tensor:
 
 
 def summary(evaluation: dict[str, Any]) -> str:
-    """What has been gained, in a line for each number of calls."""
+    """The errors beside the best other sampler's, by number of model calls."""
     curves = error_curves(evaluation)
     ours = curves.pop("BA-solver", {})
     lines = [
-        f"{calls} calls: {error:.3g}, other samplers {min(curve[calls] for curve in curves.values()):.3g}"
+        f"{calls} model calls: {error:.3g}, other samplers {min(curve[calls] for curve in curves.values()):.3g}"
         for calls, error in sorted(ours.items())
     ]
-    return "Distance from the converged picture. " + "; ".join(lines)
+    return "Distance from the converged image. " + "; ".join(lines)
 
 
 def settings_of(one: dict[str, Any]) -> MakeSettings:
-    """The trainer's settings of the node's inputs; what is 0 is left to the effort."""
-    given = {"trajectories": "runs", "points": "points", "steps": "training_steps", "learning_rate": "learning_rate"}
-    changed = {name: one[entry] for name, entry in given.items() if one.get(entry)}
-    if one["effort"] == QUICK:
+    """The trainer's settings from the node's inputs; inputs that are 0 are left to the preset."""
+    fields = {
+        "trajectories": "trajectories",
+        "points": "steps_per_trajectory",
+        "steps": "training_steps",
+        "learning_rate": "learning_rate",
+    }
+    changed = {field: one[name] for field, name in fields.items() if one.get(name)}
+    if one["preset"] == "quick":
         changed.pop("steps", None)
-    path = Path(folder_paths.get_output_directory()) / SIDENETS.key / f"{check_name(one['name'])}.safetensors"
+    folder = Path(folder_paths.get_output_directory()) / SIDENETS.key
     own = {
         "guidance": (float(one["cfg"]),),
-        "nfe": one["calls"],
-        "preset": one["effort"],
+        "nfe": one["steps"],
+        "preset": one["preset"],
         "seed": one.get("recording_seed", 1),
-        "record_batch": one.get("batch", 4),
-        "extra_guidance": more_scales(one.get("more_cfg", "")),
+        "record_batch": one.get("batch_size", 4),
+        "extra_guidance": cfg_scales(one.get("extra_cfg", "")),
         **changed,
     }
-    return MakeSettings(backbone="comfyui:model", out=path, **{**PRESETS[one["effort"]], **own})
+    out = folder / f"{check_name(one['output_name'])}.safetensors"
+    return MakeSettings(backbone="comfyui:model", out=out, **{**PRESETS[one["preset"]], **own})
 
 
-def more_scales(text: str) -> tuple[float, ...]:
-    """CFG scales of a text such as "4, 6".
+def cfg_scales(text: str) -> tuple[float, ...]:
+    """The CFG scales in a text such as "4, 6".
 
     Raises:
-        ValueError: something in it is no number.
+        ValueError: a part of it is no number.
     """
     try:
         return tuple(float(part) for part in text.replace(";", ",").split(",") if part.strip())
     except ValueError:
-        raise ValueError(f"more_cfg must be numbers separated by commas, such as 4, 6; got {text!r}.") from None
+        raise ValueError(f"extra_cfg must be numbers separated by commas, such as 4, 6; got {text!r}.") from None
 
 
-def _wanted() -> list[Any]:
+def _basic() -> list[Any]:
     return [
-        inputs.cfg(),
-        inputs.numbers_of_calls(
-            "For which numbers of model calls, separated by commas. BA-Solver Scheduler is asked for the same."
+        inputs.sampling_cfg(),
+        io.String.Input(
+            "steps",
+            default="5, 7, 10",
+            tooltip="The numbers of steps that the SideNet is made for, separated by commas. A step is one model call.",
         ),
         io.Combo.Input(
-            "effort",
+            "preset",
             options=list(PRESETS),
-            default=QUICK,
-            tooltip="quick: the times of the calls and how their results are weighed, without a network; about 1,500 "
-            "model calls. full: a network too, for when you keep a scheduler of ComfyUI's; about 20,000 model "
-            "calls, and its training.",
+            default="quick",
+            tooltip="quick finds schedules (times and coefficients) without a network, in about 1,500 model calls. "
+            "full trains a network too, which also helps with other numbers of steps and with ComfyUI's schedulers; "
+            "it needs about 20,000 model calls and the training.",
         ),
-        io.String.Input("name", default="my_sidenet", tooltip="Of the file in output/sidenets."),
+        io.String.Input(
+            "output_name",
+            default="my_sidenet",
+            tooltip="The name of the SideNet's file, in the folder output/sidenets.",
+        ),
     ]
 
 
@@ -167,20 +183,19 @@ def _advanced() -> list[Any]:
     def number(name: str, default: int, most: int, tooltip: str) -> Any:
         return io.Int.Input(name, default=default, min=0, max=most, optional=True, advanced=True, tooltip=tooltip)
 
+    def text(name: str, tooltip: str) -> Any:
+        return io.String.Input(name, default="", optional=True, advanced=True, tooltip=tooltip)
+
     return [
-        # Not "seed": ComfyUI would change that after each run, and the next could not go on with the last.
-        number("recording_seed", 1, 1_000_000, "Of the noises."),
-        io.String.Input(
-            "folder",
-            default="",
-            optional=True,
-            advanced=True,
-            tooltip="Where the recordings go, such as a disk with room; empty = beside the SideNet.",
-        ),
-        number("batch", 4, 256, "How many samples go through the model at once, as for a batch of pictures."),
-        number("runs", 0, 100_000, "How many runs are recorded; 0 = what the effort says."),
-        number("points", 0, 1000, "Model calls of a recorded run, 0 or at least 8; 0 = what the effort says."),
-        number("training_steps", 0, 1_000_000, "Of the network; 0 = what the effort says. Unused by quick."),
+        # Not "seed": ComfyUI would change that after each run, and interrupted work could not be resumed.
+        number("recording_seed", 1, 1_000_000, "The seed of the noise that trajectories are recorded from."),
+        text("cache_dir", "The folder for the recordings, if the disk with the SideNet has no room for them."),
+        number("batch_size", 4, 256, "How many samples go through the model at once."),
+        number("trajectories", 0, 100_000, "How many trajectories are recorded. 0 leaves it to the preset."),
+        number("steps_per_trajectory", 0, 1000, "Model calls of a recorded trajectory, at least 8. 0 leaves it to the "
+               "preset."),
+        number("training_steps", 0, 1_000_000, "Training steps of the network. 0 leaves it to the preset; quick trains "
+               "no network."),
         io.Float.Input(
             "learning_rate",
             default=0.003,
@@ -189,16 +204,11 @@ def _advanced() -> list[Any]:
             step=0.0001,
             optional=True,
             advanced=True,
-            tooltip="Of the network. Unused by quick.",
+            tooltip="The learning rate of the network. quick trains no network.",
         ),
-        # Behind the others, for graphs keep the values of inputs by their order.
-        io.String.Input(
-            "more_cfg",
-            default="",
-            optional=True,
-            advanced=True,
-            tooltip="Other CFG scales to find times and weights for, separated by commas; a quick SideNet's work each. "
-            "Those for one scale serve from half to one and a half times of it: cfg 2 and more_cfg 4 are good for 1 "
-            "to 6.",
+        text(
+            "extra_cfg",
+            "Other CFG scales to find schedules for, separated by commas. Each costs as much as a quick SideNet, and "
+            "serves from half to one and a half times its scale: cfg 2 with extra_cfg 4 serves 1 to 6.",
         ),
-    ]
+    ]  # fmt: skip

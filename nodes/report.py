@@ -1,4 +1,4 @@
-"""A SideNet's card as text and as a plot."""
+"""A SideNet's metadata as text, and errors as a plot."""
 
 from __future__ import annotations
 
@@ -17,102 +17,96 @@ from ..bas_core.sidenet import SideNetConfig
 
 Curves = dict[str, dict[int, float]]
 
-WIDTH, HEIGHT = 720, 440
-LEFT, RIGHT, TOP, BOTTOM = 70, 200, 30, 50
-COLOURS = ("#d1495b", "#00798c", "#edae49", "#66a182", "#2e4057", "#8d96a3", "#9b5de5", "#f15bb5")
+WIDTH, HEIGHT, FONT = 960, 540, 26  # capital letters are a thirtieth of the height
+PLOT = (110, 50, 620, 450)  # left, top, right, bottom of the axes; the legend is on their right
+COLOURS = ("#d1495b", "#00798c", "#b8860b", "#3d8b5f", "#2e4057", "#6c757d", "#9b5de5", "#d6249f")
 
 
 def report(name: str, config: SideNetConfig, card: SideNetCard) -> str:
-    """A few lines on what the SideNet is for, how it was made, and how good it is."""
-    trained = card.training
+    """A few lines on the SideNet's model, its making and its errors."""
+    model, kind = (card.backbone.get(key) or "not stated" for key in ("name", "kind"))
+    making = {key.replace("_", " "): value for key, value in card.training.items() if not _nested(value)}
     lines = [
         f"SideNet: {name}",
-        f"Made for: {card.backbone.get('name') or 'not stated'} (kind: {card.backbone.get('kind') or 'not stated'})",
+        f"Made for: {model} (kind: {kind})",
         f"Latents: {config.in_channels} channels; classes: {config.num_classes or 'none'}",
-        f"Predicts: {'each branch of CFG' if card.cfg_mode == 'branch' else 'the guided velocity'}, "
+        f"Predicts: {'each branch of CFG' if card.cfg_mode == 'per_branch' else 'the guided velocity'}, "
         f"CFG {card.describe_cfg()}; anchors: {config.anchors}",
-        f"Fitted runs: {describe_schedules(card.schedules_for(card.cfg))}",
-        *(f"Training {key.replace('_', ' ')}: {_short(trained[key])}" for key in trained if key != "settings"),
-        *(f"{series} error: {_row(errors)}" for series, errors in error_curves(card.evaluation).items()),
-        f"Licence: {card.license or 'not stated'}",
+        f"Schedules: {describe_schedules(card.schedules_for(card.cfg))}",
+        *(f"Training {key}: {value if isinstance(value, str) else json.dumps(value)}" for key, value in making.items()),
     ]
-    return "\n".join(lines)
+    for solver, errors in error_curves(card.evaluation).items():
+        values = ", ".join(f"{errors[calls]:.4g} at {calls} model calls" for calls in sorted(errors))
+        lines.append(f"{solver} error: {values}")
+    return "\n".join([*lines, f"License: {card.license or 'not stated'}"])
 
 
-def _short(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _row(errors: dict[int, float]) -> str:
-    return ", ".join(f"{errors[calls]:.4g} at {calls} calls" for calls in sorted(errors))
+def _nested(value: Any) -> bool:
+    return isinstance(value, dict) and not all(isinstance(part, int | float) for part in value.values())
 
 
 def error_curves(evaluation: dict[str, Any]) -> Curves:
-    """Endpoint errors by solver and number of calls, each on the grid where it is best.
+    """Endpoint errors by solver and number of model calls, each solver on its best grid.
 
-    Reads the rows {label, grid, calls, error} that the trainer writes; what does not look like one is left out.
+    Reads the rows {label, grid, nfe, error} that the trainer writes; other entries are left out.
     """
-    tables: dict[tuple[str, str], dict[int, float]] = {}
+    by_grid: dict[tuple[str, str], dict[int, float]] = {}
     rows = evaluation.get("endpoint_error", [])
     for row in rows if isinstance(rows, list) else []:
         match row:
-            case {"label": str(label), "grid": str(grid), "calls": int(calls), "error": float(error)}:
-                if 1e-30 < error < 1e30 and 0 < calls < 1e6:  # what the plot can show
-                    tables.setdefault((label, grid), {})[calls] = error
+            case {"label": str(label), "grid": str(grid), "nfe": int(calls), "error": float(error)}:
+                if 1e-30 < error < 1e30 and 0 < calls < 1e6:
+                    by_grid.setdefault((label, grid), {})[calls] = error
     curves: Curves = {}
-    # The grid with the most numbers of calls, and of those the one with the least error on average.
-    for (label, _), errors in sorted(tables.items(), key=lambda item: (-len(item[1]), sum(item[1].values()))):
+    # The best grid has the most numbers of calls, and of those the least error on average.
+    for (label, _), errors in sorted(by_grid.items(), key=lambda item: (-len(item[1]), sum(item[1].values()))):
         curves.setdefault(label, errors)
     return curves
 
 
 def training_curves(history: list[dict[str, float]]) -> Curves:
-    """Loss and held-out residual variance of a training, by step."""
-    names = {"loss": "loss", "score": "held out"}
-    found: Curves = {label: {} for label in names.values()}
-    for row in history:
-        for name, label in names.items():
-            if row.get(name, 0) > 0:
-                found[label][int(row["step"])] = row[name]
-    return {label: curve for label, curve in found.items() if curve}
+    """Loss and validation score of a training by step, as far as they are above 0."""
+    series = {"loss": "loss", "validation": "score"}
+    curves = {
+        label: {int(row["step"]): row[key] for row in history if row.get(key, 0) > 0} for label, key in series.items()
+    }
+    return {label: curve for label, curve in curves.items() if curve}
 
 
-def error_plot(curves: Curves, across: str = "backbone calls", up: str = "endpoint error") -> Tensor:
-    """A plot of errors (logarithmic) over numbers of calls: an IMAGE [1, height, width, 3]."""
+def error_plot(curves: Curves, across: str = "model calls", up: str = "error") -> Tensor:
+    """Curves with a logarithmic ordinate, and numbers at equal distances: an IMAGE [1, HEIGHT, WIDTH, 3].
+
+    Args:
+        curves: by label, values above 0 by number.
+        across, up: what the axes show.
+    """
     image = Image.new("RGB", (WIDTH, HEIGHT), "white")
     draw = ImageDraw.Draw(image)
-    font = ImageFont.load_default(14)
-    if curves:
-        _draw_curves(draw, font, curves, (across, up))
-    else:
-        draw.text((LEFT, HEIGHT // 2), "This SideNet's file holds no error table.", fill="black", font=font)
-    return torch.from_numpy(np.asarray(image).astype(np.float32) / 255)[None]
+    draw.font = ImageFont.load_default(FONT)
+    left, top, right, bottom = PLOT
+    draw.rectangle(PLOT, outline="#888888")
+    draw.text((16, 8), up if curves else "no errors in this file", fill="black")
+    draw.text(((left + right) / 2, HEIGHT - 8), across, fill="black", anchor="mb")
+    numbers = sorted({n for curve in curves.values() for n in curve})
+    logs = [math.log10(value) for curve in curves.values() for value in curve.values()] or [0.0]
+    low, high = math.floor(min(logs) * 4) / 4, math.ceil(max(logs) * 4) / 4 + 0.01
 
+    def y(log: float) -> float:
+        return bottom - (log - low) / (high - low) * (bottom - top)
 
-def _draw_curves(draw: Any, font: Any, curves: Curves, words: tuple[str, str]) -> None:
-    calls = sorted({n for errors in curves.values() for n in errors})
-    logs = [math.log10(e) for errors in curves.values() for e in errors.values()]
-    bottom, top = math.floor(min(logs) * 4) / 4, math.ceil(max(logs) * 4) / 4 + 0.01
+    def x(number: int) -> float:
+        return left + numbers.index(number) / max(1, len(numbers) - 1) * (right - left)
 
-    def place(n: int, error: float) -> tuple[float, float]:
-        across = (n - calls[0]) / max(1, calls[-1] - calls[0])
-        up = (math.log10(error) - bottom) / (top - bottom)
-        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
-
-    frame = (*place(calls[0], 10**top), *place(calls[-1], 10**bottom))
-    draw.rectangle(frame, outline="#888888")
-    for n in calls[:: -(-len(calls) // 12)]:
-        draw.text((place(n, 10**bottom)[0] - 5, frame[3] + 6), str(n), fill="black", font=font)
-    for level in np.linspace(bottom, top, 5):
-        height = place(calls[0], 10**level)[1]
-        draw.line((frame[0], height, frame[2], height), fill="#dddddd")
-        draw.text((8, height - 8), f"{10**level:.3g}", fill="black", font=font)
-    draw.text(((frame[0] + frame[2]) / 2 - 60, HEIGHT - 24), words[0], fill="black", font=font)
-    draw.text((8, 6), words[1], fill="black", font=font)
-    for row, (name, errors) in enumerate(curves.items()):
+    for level in np.linspace(low, high, 5 if curves else 0):
+        draw.line((left, y(level), right, y(level)), fill="#dddddd")
+        draw.text((left - 8, y(level)), f"{10**level:.2g}", fill="black", anchor="rm")
+    for number in numbers[:: -(-len(numbers) // 6) or 1]:
+        draw.text((x(number), bottom + 6), str(number), fill="black", anchor="mt")
+    for row, (label, curve) in enumerate(curves.items()):
         colour = COLOURS[row % len(COLOURS)]
-        points = [place(n, errors[n]) for n in sorted(errors)]
-        draw.line(points, fill=colour, width=3)
-        for x, y in points:
-            draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour)
-        draw.text((WIDTH - RIGHT + 12, TOP + 20 * row), name[:26], fill=colour, font=font)
+        points = [(x(number), y(math.log10(curve[number]))) for number in sorted(curve)]
+        draw.line(points, fill=colour, width=4)
+        for px, py in points:
+            draw.ellipse((px - 5, py - 5, px + 5, py + 5), fill=colour)
+        draw.text((right + 16, top + 36 * row), label[:22], fill=colour)
+    return torch.from_numpy(np.asarray(image).astype(np.float32) / 255)[None]

@@ -7,14 +7,16 @@ from typing import Any
 import comfy.samplers
 import torch
 from comfy_api.v0_0_2 import io
+from comfy_extras.nodes_custom_sampler import BasicScheduler, KSamplerSelect
 
 from ..bas_core.quadrature import RULES
 from . import inputs
 from .models.attach import applied_sidenet
 from .sampling.sampler import METHODS, Options, sample_ba_solver
-from .sampling.schedule import GRIDS, sigmas_for
+from .sampling.schedule import sigmas_for
 
 AUTO = "auto"
+SIDENET, MODEL_DEFAULT = SCHEDULES = ("sidenet", "model default")
 
 
 class BASampler(io.ComfyNode):
@@ -25,7 +27,7 @@ class BASampler(io.ComfyNode):
         return io.Schema(
             node_id="BASolverSampler",
             display_name="BA-Solver Sampler",
-            category="BA-Solver",
+            category=KSamplerSelect.GET_SCHEMA().category,  # beside ComfyUI's own, whose menu has moved before
             description="The sampler for SamplerCustom and SamplerCustomAdvanced. The MODEL needs a SideNet (Apply "
             "SideNet), except with the method 'multistep'.",
             search_aliases=["BA-solver", "bi-anchor", "few-step sampler", "fast sampler", "predictor-corrector"],
@@ -34,42 +36,42 @@ class BASampler(io.ComfyNode):
                     "method",
                     options=list(METHODS),
                     default=METHODS[0],
-                    tooltip="bi_anchor: the SideNet predicts the velocities between two backbone calls from both "
-                    "ends. single_anchor: from the start alone; a baseline. multistep: no SideNet, the best that "
-                    "two calls on a straight line give. Each costs one backbone call a step, or one fewer in all "
-                    "(skip_first_call).",
+                    tooltip="bi_anchor: the SideNet predicts the velocities inside a step from the model calls at both "
+                    "of its ends. single_anchor: it predicts them from the start of the step alone, which is a "
+                    "baseline. multistep: no SideNet is needed. Every method makes one model call a step.",
                 ),
                 inputs.choice(
                     "quadrature",
                     [AUTO, *RULES],
                     AUTO,
-                    "Where in each step velocities are predicted, and how they are added up. auto = the SideNet's own "
-                    "rule on a grid of its own; else lobatto4 for bi_anchor and multistep, legendre3 for "
-                    "single_anchor. The legendre rules do not hold both ends and go with single_anchor only.",
+                    "Where inside a step velocities are predicted, and how they are added up. auto uses the SideNet's "
+                    "own rule with its own schedule, and otherwise lobatto4, or legendre3 for single_anchor. The "
+                    "legendre rules leave out the ends of a step and work with single_anchor only.",
                 ),
-                inputs.fraction(
-                    "cfg_from",
+                inputs.share(
+                    "start_percent",
                     0.0,
-                    "CFG applies where the flow time t is above this. t = 1 is noise, t = 0 the image; for "
-                    "diffusion models t = sigma / (1 + sigma).",
+                    "CFG begins at this share of the sampling: 0 is the first step, 1 the end. Before it only the "
+                    "positive prompt is evaluated. The paper samples SiT-XL/2 with CFG 1.5 from 0.3 on.",
+                    **inputs.RARE,
                 ),
-                inputs.fraction(
-                    "cfg_until",
+                inputs.share(
+                    "end_percent",
                     1.0,
-                    "CFG applies where the flow time t is at most this; above, the positive alone is "
-                    "evaluated. The paper samples SiT-XL/2 with CFG 1.5 until 0.7.",
+                    "CFG ends at this share of the sampling: 0 is the first step, 1 the end. After it only the "
+                    "positive prompt is evaluated.",
+                    **inputs.RARE,
                 ),
                 io.Boolean.Input(
-                    "skip_first_call",
+                    "analytic_first_step",
                     default=True,
-                    optional=True,
-                    advanced=True,
-                    tooltip="A SideNet that knows the mean of the model's images stands in for the first call, which "
-                    "sees pure noise and says little else; where the first step is short, that call is saved. Turn "
-                    "it off for noise that BA Invert made: it leads to one image, not to the mean.",
+                    **inputs.RARE,
+                    tooltip="Compute the first step from the average of the model's images, without a model call, if "
+                    "the SideNet holds that average and the first step is short. Turn this off for noise out of BA "
+                    "Invert, because that noise leads to one image and not to the average.",
                 ),
             ],
-            outputs=[io.Sampler.Output(tooltip="For SamplerCustom and SamplerCustomAdvanced.")],
+            outputs=[io.Sampler.Output(tooltip="The sampler, for SamplerCustom and SamplerCustomAdvanced.")],
         )
 
     @classmethod
@@ -77,61 +79,62 @@ class BASampler(io.ComfyNode):
         cls,
         method: str,
         quadrature: str = AUTO,
-        cfg_from: float = 0.0,
-        cfg_until: float = 1.0,
-        skip_first_call: bool = True,
+        start_percent: float = 0.0,
+        end_percent: float = 1.0,
+        analytic_first_step: bool = True,
     ) -> io.NodeOutput:
         rule = None if quadrature == AUTO else quadrature
-        options = Options(method, rule, (cfg_from, cfg_until), skip_first_call)
+        options = Options(method, rule, start_percent, end_percent, analytic_first_step)
         return io.NodeOutput(comfy.samplers.KSAMPLER(sample_ba_solver, {"options": options}))
 
 
 class BAScheduler(io.ComfyNode):
-    """SIGMAS for a number of backbone calls."""
+    """SIGMAS for a number of steps."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="BASolverScheduler",
             display_name="BA-Solver Scheduler",
-            category="BA-Solver",
-            description="The sigmas for a number of backbone calls: the grid that the SideNet's file holds for it, "
-            "or, where it holds none, the model's own.",
-            search_aliases=["sigmas", "time grid", "NFE", "few steps", "steps"],
+            category=BasicScheduler.GET_SCHEMA().category,
+            description="The sigmas for a number of steps, out of the SideNet's file or from the model's default "
+            "schedule.",
+            search_aliases=["sigmas", "time grid", "NFE", "few steps", "steps", "model calls"],
             inputs=[
-                io.Model.Input("model", tooltip="With its SideNet, whose grid is used: connect Apply SideNet."),
-                inputs.calls(
-                    7,
-                    "How much the model works: a call evaluates the positive and, with CFG, the negative; 5 "
-                    "to 10 is what BA-solver is for. There are as many steps, one more where the SideNet saves the "
-                    "first call, and with CFG another, for two calls leave the negative out.",
+                io.Model.Input(
+                    "model", tooltip="The output of Apply SideNet, because the schedules are in the SideNet's file."
                 ),
-                inputs.fraction(
+                inputs.steps(
+                    7,
+                    1,
+                    "The number of steps, each of one model call. BA-solver is made for 5 to 10. The SideNet's own "
+                    "schedules split the same work into one or two more steps, because they compute the first step "
+                    "without the model and leave the negative prompt out of two model calls.",
+                ),
+                inputs.share(
                     "denoise",
                     1.0,
-                    "1 = from pure noise. Less starts from a partly noised latent (image to image) and "
-                    "spends all calls on the part that is left.",
-                    advanced=False,
+                    "1 starts from pure noise. Lower values start from a partly noised latent (image to image) "
+                    "and spend all steps on what is left to denoise.",
                 ),
                 inputs.choice(
-                    "grid",
-                    GRIDS,
-                    GRIDS[0],
-                    "auto: the SideNet's learned grid, stretched to this number of calls where it holds "
-                    "other numbers only. model: the model's own shift, as the scheduler 'simple' makes it.",
+                    "schedule",
+                    SCHEDULES,
+                    SIDENET,
+                    "sidenet: the schedule in the SideNet's file, or the nearest one stretched where the file has "
+                    "none for this number of steps. model default: the same sigmas as the scheduler 'simple'.",
                 ),
             ],
-            outputs=[io.Sigmas.Output(tooltip="For SamplerCustom and SamplerCustomAdvanced.")],
+            outputs=[io.Sigmas.Output(tooltip="The sigmas, for SamplerCustom and SamplerCustomAdvanced.")],
         )
 
     @classmethod
-    def execute(cls, model: Any, calls: int, denoise: float = 1.0, grid: str = GRIDS[0]) -> io.NodeOutput:
+    def execute(cls, model: Any, steps: int, denoise: float = 1.0, schedule: str = SIDENET) -> io.NodeOutput:
         if denoise <= 0:
-            return io.NodeOutput(torch.FloatTensor([]))  # ComfyUI's sign for: leave the latent as it is
+            return io.NodeOutput(torch.FloatTensor([]))  # for ComfyUI's samplers this means: leave the latent as it is
         sidenet = applied_sidenet(model)
         sampling = model.get_model_object("model_sampling")
-        if sidenet is None or sidenet.strength == 0 or grid != GRIDS[0]:
-            return io.NodeOutput(sigmas_for(sampling, calls, denoise, {}))
-        return io.NodeOutput(
-            sigmas_for(sampling, calls, denoise, sidenet.card.schedules_for(sidenet.card.cfg), sidenet.has_data_mean)
-        )
+        if sidenet is None or sidenet.strength == 0 or schedule == MODEL_DEFAULT:
+            return io.NodeOutput(sigmas_for(sampling, steps, denoise, {}))
+        schedules = sidenet.card.schedules_for(sidenet.card.cfg)
+        return io.NodeOutput(sigmas_for(sampling, steps, denoise, schedules, sidenet.has_data_mean))

@@ -9,10 +9,10 @@ from comfy_api.v0_0_2 import io, ui
 
 from . import inputs
 from .folders import DEMO, SIDENETS
+from .models import compatibility
 from .models.attach import LoadedSideNet, apply_sidenet, read_sidenet
-from .models.fit import doubts, facts_of, misfits
+from .notify import warn
 from .report import error_curves, error_plot, report
-from .say import warn
 
 SideNetLink = io.Custom("SIDENET")
 DTYPES = {"as stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -27,34 +27,31 @@ class LoadSideNet(io.ComfyNode):
             node_id="BASolverLoadSideNet",
             display_name="Load SideNet",
             category="BA-Solver",
-            description="Load a SideNet, the small network that predicts how a model's velocity changes between its "
-            "calls. It belongs to one model: use the one that was made for yours.",
+            description="Load a SideNet, the small network that predicts how a model's velocity changes between two "
+            "model calls. A SideNet belongs to one model: use the one that was made for yours.",
             search_aliases=["SideNet", "BA-solver model", "side network"],
             inputs=[
                 io.Combo.Input(
-                    "name",
+                    "sidenet_name",
                     options=SIDENETS.names(),
                     default=DEMO,
-                    tooltip="A .safetensors file in models/sidenets (or output/sidenets, where the trainer writes), "
-                    "or the demo's, which comes with this pack.",
+                    tooltip="A .safetensors file in models/sidenets or output/sidenets, where Make SideNet writes. The "
+                    "demo's SideNet comes with this pack.",
                 ),
                 inputs.choice(
-                    "weight_dtype",
-                    DTYPES,
-                    "as stored",
-                    "Precision of the SideNet's weights and of its computation.",
+                    "weight_dtype", DTYPES, "as stored", "The precision that the SideNet is kept and computed in."
                 ),
             ],
-            outputs=[SideNetLink.Output("sidenet", display_name="SIDENET", tooltip="For Apply SideNet.")],
+            outputs=[SideNetLink.Output("sidenet", display_name="SIDENET", tooltip="The SideNet, for Apply SideNet.")],
         )
 
     @classmethod
-    def execute(cls, name: str, weight_dtype: str = "as stored") -> io.NodeOutput:
-        return io.NodeOutput(read_sidenet(SIDENETS.path(name), name, DTYPES[weight_dtype]))
+    def execute(cls, sidenet_name: str, weight_dtype: str = "as stored") -> io.NodeOutput:
+        return io.NodeOutput(read_sidenet(SIDENETS.path(sidenet_name), sidenet_name, DTYPES[weight_dtype]))
 
     @classmethod
-    def fingerprint_inputs(cls, name: str, weight_dtype: str = "as stored") -> str:
-        return f"{SIDENETS.fingerprint(name)} {weight_dtype}"
+    def fingerprint_inputs(cls, sidenet_name: str, weight_dtype: str = "as stored") -> str:
+        return f"{SIDENETS.fingerprint(sidenet_name)} {weight_dtype}"
 
 
 class ApplySideNet(io.ComfyNode):
@@ -67,19 +64,19 @@ class ApplySideNet(io.ComfyNode):
             display_name="Apply SideNet",
             category="BA-Solver",
             description="Put a SideNet on a MODEL, for BA-Solver Sampler and for the sampler 'ba_solver' of KSampler. "
-            "Other samplers do not see it. Before or after LoRA makes no difference.",
+            "Other samplers do not use it. It may come before or after LoRA loaders.",
             search_aliases=["SideNet", "BA-solver", "speed up", "fewer steps", "attach SideNet"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that the SideNet was made for."),
-                SideNetLink.Input("sidenet", tooltip="From Load SideNet."),
+                SideNetLink.Input("sidenet", tooltip="The SideNet, from Load SideNet or Make SideNet."),
                 io.Float.Input(
                     "strength",
                     default=1.0,
                     min=0.0,
                     max=2.0,
                     step=0.01,
-                    tooltip="How much of the SideNet's prediction is used: 1 = as trained, 0 = none of it, which is "
-                    "the multistep baseline. Less than 1 can help where a LoRA has changed the model much.",
+                    tooltip="How much of the SideNet's prediction is used. 1 uses it as trained, and 0 samples by the "
+                    "multistep method. Less than 1 can help where a LoRA has changed the model much.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The MODEL with its SideNet.")],
@@ -87,19 +84,19 @@ class ApplySideNet(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, sidenet: LoadedSideNet, strength: float = 1.0) -> io.NodeOutput:
-        facts = facts_of(model)
-        reasons = misfits(sidenet, facts)
+        facts = compatibility.facts_of(model)
+        reasons = compatibility.errors(sidenet, facts)
         if reasons:
             raise ValueError(
                 f"This SideNet does not fit this MODEL: {' '.join(reasons)} Choose the SideNet made for it."
             )
-        for doubt in doubts(sidenet, facts):
+        for doubt in compatibility.warnings(sidenet, facts):
             warn(doubt)
         return io.NodeOutput(apply_sidenet(model, sidenet, strength))
 
 
 class SideNetInfo(io.ComfyNode):
-    """What a SideNet's file says of itself, as text and as a plot."""
+    """The metadata of a SideNet's file, as text and as a plot."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -107,13 +104,13 @@ class SideNetInfo(io.ComfyNode):
             node_id="BASolverSideNetInfo",
             display_name="SideNet Info",
             category="BA-Solver",
-            description="What a SideNet is for, how it was made and how good it is: as text, and as a plot of its "
-            "error over the number of calls, beside other solvers' where its file holds them.",
+            description="Show which model a SideNet is for, how it was made and how good it is: as text, and as a plot "
+            "of its error over the number of model calls beside other samplers.",
             search_aliases=["SideNet metadata", "error plot", "model card"],
-            inputs=[SideNetLink.Input("sidenet", tooltip="From Load SideNet.")],
+            inputs=[SideNetLink.Input("sidenet", tooltip="The SideNet, from Load SideNet or Make SideNet.")],
             outputs=[
-                io.String.Output("text", tooltip="What the file says of itself."),
-                io.Image.Output("plot", tooltip="Endpoint error over the number of backbone calls."),
+                io.String.Output("text", tooltip="The metadata in the SideNet's file."),
+                io.Image.Output("plot", tooltip="The error over the number of model calls."),
             ],
             is_output_node=True,
         )

@@ -32,40 +32,38 @@ class LoadSiT(io.ComfyNode):
             search_aliases=["SiT", "REPA", "class-conditional", "ImageNet model", "BA-Solver demo"],
             inputs=[
                 io.Combo.Input(
-                    "name",
+                    "sit_name",
                     options=SITS.names(),
                     default=DEMO,
-                    tooltip="A file in models/sit (.safetensors, or .pt, which is read without running anything in "
-                    "it), or the demo that comes with this pack.",
+                    tooltip="A .safetensors or .pt file in models/sit, or the demo that comes with this pack. No code "
+                    "in a .pt file is run.",
                 ),
                 inputs.choice(
                     "convention",
                     [AUTO, *CONVENTIONS],
                     AUTO,
-                    "Which end of time is noise in a public file. Auto takes the original SiT's way "
-                    "(data at one) where the file predicts sigma too, else REPA's (noise at one). Change it if "
-                    "images are pure noise.",
+                    "Whether time 1 is noise or data in a public file. auto assumes data_at_one, as the original SiT "
+                    "has it, if the file predicts sigma too, and otherwise noise_at_one, as REPA has it. Change this "
+                    "if images are pure noise.",
                 ),
                 inputs.choice(
                     "weight_dtype",
                     DTYPES,
                     "float32",
-                    "Precision of the weights and of the computation. bfloat16 needs half the memory.",
+                    "The precision that the model is kept and computed in. bfloat16 needs half the memory.",
                 ),
             ],
-            outputs=[
-                io.Model.Output(tooltip="The SiT; for KSampler, LoRA loaders and everything else that takes one.")
-            ],
+            outputs=[io.Model.Output(tooltip="The SiT, for KSampler, LoRA loaders and all other nodes.")],
         )
 
     @classmethod
-    def execute(cls, name: str, convention: str = AUTO, weight_dtype: str = "float32") -> io.NodeOutput:
-        model = read_sit(SITS.path(name), None if convention == AUTO else convention, DTYPES[weight_dtype])
+    def execute(cls, sit_name: str, convention: str = AUTO, weight_dtype: str = "float32") -> io.NodeOutput:
+        model = read_sit(SITS.path(sit_name), None if convention == AUTO else convention, DTYPES[weight_dtype])
         return io.NodeOutput(model)
 
     @classmethod
-    def fingerprint_inputs(cls, name: str, **rest: Any) -> str:
-        return f"{SITS.fingerprint(name)} {sorted(rest.items())}"
+    def fingerprint_inputs(cls, sit_name: str, **rest: Any) -> str:
+        return f"{SITS.fingerprint(sit_name)} {sorted(rest.items())}"
 
 
 class ClassLabel(io.ComfyNode):
@@ -75,37 +73,36 @@ class ClassLabel(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="BASolverClassLabel",
-            display_name="Class Label",
+            display_name="Class Label (BA-Solver)",
             category="BA-Solver/SiT",
-            description="What a SiT is to draw. Positive is the class, negative the null class (no class at all), "
-            "which guidance pushes away from.",
+            description="Choose the class that a SiT draws. The positive is the class, and the negative is the null "
+            "class, which stands for no class at all.",
             search_aliases=["ImageNet class", "class index", "SiT prompt", "null class"],
             inputs=[
-                io.Model.Input("model", tooltip="The SiT, from Load SiT; it says how many classes there are."),
+                io.Model.Input("model", tooltip="The SiT, from Load SiT. It determines how many classes there are."),
                 io.Combo.Input(
                     "class_name",
                     options=[*CLASSES, ALL],
-                    tooltip="Type to search. 'demo' classes go with the shipped demo, 'ImageNet' classes with public "
-                    "SiT and REPA models. The last entry gives each picture of a batch the next class.",
+                    tooltip="Type to search. The 'demo' classes are the shipped demo's, and the 'ImageNet' classes are "
+                    "those of public SiT and REPA models. The last entry gives each image of a batch the next class.",
                 ),
                 io.Int.Input(
                     "index",
                     default=-1,
                     min=-1,
                     max=1_000_000,
-                    optional=True,
-                    advanced=True,
-                    tooltip="A class by number, for models with other classes than these lists. -1 uses class_name.",
+                    **inputs.RARE,
+                    tooltip="The number of a class, for models with other classes than these. -1 uses class_name.",
                 ),
             ],
             outputs=[
-                io.Conditioning.Output("positive", tooltip="The class."),
-                io.Conditioning.Output("negative", tooltip="The null class."),
+                io.Conditioning.Output("positive", tooltip="The class, as a positive prompt."),
+                io.Conditioning.Output("negative", tooltip="The null class, as a negative prompt."),
             ],
         )
 
     @classmethod
     def execute(cls, model: Any, class_name: str, index: int = -1) -> io.NodeOutput:
-        known = sit_config(model).num_classes
-        chosen = class_indices(class_name, index, known)
-        return io.NodeOutput(*(conditioning_of(torch.tensor(labels)) for labels in (chosen, [known])))
+        null_class = sit_config(model).num_classes
+        chosen = class_indices(class_name, index, null_class)
+        return io.NodeOutput(*(conditioning_of(torch.tensor(labels)) for labels in (chosen, [null_class])))

@@ -53,9 +53,9 @@ class Server:
 
     def submit(self, graph):
         """Put an API workflow into the queue; returns its id."""
-        told = json.loads(self.post("/prompt", {"prompt": graph}))
-        assert not told["node_errors"], told["node_errors"]  # ComfyUI runs the outputs that it finds valid
-        return told["prompt_id"]
+        answer = json.loads(self.post("/prompt", {"prompt": graph}))
+        assert not answer["node_errors"], answer["node_errors"]  # ComfyUI runs the outputs that it finds valid
+        return answer["prompt_id"]
 
     def queue(self, graph, limit=600):
         """Run an API workflow; returns its history entry."""

@@ -1,10 +1,14 @@
-"""ComfyUI for the tests that need it: found, started on the CPU inside this process, and helped along."""
+"""ComfyUI for the tests that need it: found, and started on the CPU inside this process.
+
+As a command, prints the folder of ComfyUI and its Python, a line each; .ci/run asks for them.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import configparser
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,8 +49,32 @@ def require() -> Path:
     return folder
 
 
+def python_of(folder: Path) -> str | None:
+    """The Python beside a ComfyUI, or else `python3`, if it has ComfyUI's requirements; None where neither is there."""
+    for environment in (".venv", "venv"):
+        beside = folder / environment / "bin" / "python"
+        if beside.is_file():
+            return str(beside)
+    code = "from comfy.cli_args import args; args.cpu = True; import comfy.samplers, nodes"
+    python = shutil.which("python3")
+    able = python and subprocess.run([python, "-c", code], cwd=folder, capture_output=True, check=False).returncode == 0
+    return python if able else None
+
+
+def main() -> int:
+    """Print folder and Python; the exit code is 1 where there is no ComfyUI."""
+    folder = find()
+    python = folder and python_of(folder)
+    if not python:
+        found = f"ComfyUI is in {folder}, without a Python" if folder else "ComfyUI was not found"
+        print(f"\n{'=' * 80}\nComfyUI TESTS NOT RUN. {found}: {HOW}.\n{'=' * 80}", file=sys.stderr)
+        return 1
+    print(folder, python, sep="\n")
+    return 0
+
+
 def _load_pack() -> None:
-    """What ComfyUI does with the pack at start."""
+    """Do with the pack what ComfyUI does at start."""
     import ba_solver
 
     extension = asyncio.run(ba_solver.comfy_entrypoint())
@@ -61,3 +89,7 @@ def packed_files(root: Path) -> set[str]:
         return set(found.stdout.decode().split("\0")) - {""}
 
     return listed() - listed("--cached", "--ignored", "--exclude-from=.comfyignore")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

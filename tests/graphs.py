@@ -15,11 +15,12 @@ def widget_names(info: dict[str, Any]) -> list[str]:
     for group in ("required", "optional"):
         for name in info["input_order"].get(group, []):
             kind, *settings = info["input"][group][name]
-            given = settings[0] if settings else {}
-            if not (isinstance(kind, list) or kind in WIDGETS) or given.get("forceInput"):
+            options = settings[0] if settings else {}
+            if not (isinstance(kind, list) or kind in WIDGETS) or options.get("forceInput"):
                 continue
             names.append(name)
-            if given.get("control_after_generate") or (kind == "INT" and name in ("seed", "noise_seed")):
+            # The frontend adds a control to inputs of these names unless the node forbids it.
+            if options.get("control_after_generate", kind == "INT" and name in ("seed", "noise_seed")):
                 names.append("")
     return names
 

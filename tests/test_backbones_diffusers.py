@@ -8,9 +8,9 @@ import pipelines
 import pytest
 import torch
 from ba_solver.bas_core import load_sidenet
-from ba_solver.training.baselines import run_baseline
 from ba_solver.training.backbones import open_backbone, pipeline_watch
 from ba_solver.training.backbones.base import BackboneChoice
+from ba_solver.training.baselines import run_baseline
 from ba_solver.training.cli import main
 from ba_solver.training.recording.trajectories import open_trajectories
 

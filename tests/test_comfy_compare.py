@@ -22,6 +22,7 @@ from ba_solver.nodes.sampling.guider import guider_for
 from ba_solver.nodes.sidenet_nodes import ApplySideNet, LoadSideNet
 from ba_solver.nodes.sit_nodes import ClassLabel, LoadSiT
 from ba_solver.training.baselines import run_baseline
+from comfy_execution.graph_utils import ExecutionBlocker
 
 pytestmark = pytest.mark.comfyui
 
@@ -109,21 +110,25 @@ def test_node_shows_table_plot_pictures_and_csv(demo):
             return ((latent + 1) / 2).clamp(0, 1).movedim(1, -1)
 
     given = {"model": [demo], "positive": [star, heart], "negative": [null], "vae": [Vae()], "cfg": [2.0], "seed": [7]}
-    given |= {"latent_image": [{"samples": torch.zeros(1, 3, 32, 32)}], "calls": ["5"], "reference_calls": [40]}
+    given |= {"latent_image": [{"samples": torch.zeros(1, 3, 32, 32)}], "model_calls": ["5"], "reference_steps": [40]}
     given |= {"samplers": ["euler, dpmpp_2m"], "schedulers": ["simple, beta"]}
     text, plot, pictures = CompareSolvers.execute(**given).result
     ours, euler = (next(line for line in text.splitlines() if name in line) for name in ("BA-Solver (", "euler ("))
     assert float(ours.split()[0]) < float(euler.split()[0]) and "±" in ours
     assert text.index("BA-Solver (own") < text.index("euler ("), "the nearest first"
     assert plot.shape[0] == 1 and plot.std() > 0.05
-    green, red = (torch.tensor(c) / 255 for c in ((0x2E, 0x9E, 0x5B), (0xC0, 0x39, 0x2B)))
-    for colour in (green, red):
-        assert ((pictures[0] - colour).abs().sum(-1) < 0.02).any()
-    path = Path(text.split("Every run: ")[1])
+    # The converged picture, then as many samplers as the table has, from the nearest to the farthest.
+    assert pictures.shape == (1, 192, 5 * 192, 3)
+    converged, *others = pictures[0].split(192, dim=1)
+    distances = [float((picture - converged).square().mean()) for picture in others]
+    assert 0 < distances[0] < distances[-1]
+    without = CompareSolvers.execute(**{**given, "vae": [None], "positive": [star]}).result
+    assert isinstance(without[2], ExecutionBlocker) and without[2].message is None
+    path = Path(text.split("Every sampling: ")[1])
     rows = list(csv.DictReader(path.read_text().splitlines()))
     # Two prompts; two samplers and the multistep method on two schedulers, and BA-Solver.
     assert len(rows) == 2 * (2 * 2 + 2 + 1) and {row["prompt"] for row in rows} == {"0", "1"}
-    assert csv_path().name == "compare_0002.csv", "nothing is overwritten"
+    assert csv_path().name == "compare_00003_.csv", "nothing is overwritten"
 
 
 @pytest.mark.parametrize("name", ["flux", "sd3", "wan", "sdxl"])
@@ -165,14 +170,15 @@ def test_interruption_leaves_the_next_run_clean(demo, monkeypatch):
         ({"samplers": ["euler, eulr"]}, "ComfyUI has no sampler 'eulr'. It has: euler"),
         ({"schedulers": ["smple"]}, "ComfyUI has no scheduler 'smple'"),
         ({"samplers": ["ba_solver"]}, "BA-Solver is always compared"),
-        ({"calls": ["5; 7"]}, "calls must be whole numbers"),
+        ({"model_calls": ["5; 7"]}, "model_calls must be whole numbers"),
         ({"negative": [None]}, "A CFG of 2 needs a negative conditioning"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_in_words(changes, said, demo):
     star, null = ClassLabel.execute(demo, "demo 4: star").result
-    given = {"model": [demo], "positive": [star], "negative": [null], "cfg": [2.0], "seed": [0], "calls": ["5"]}
+    given = {"model": [demo], "positive": [star], "negative": [null], "cfg": [2.0], "seed": [0]}
     given |= {"latent_image": [{"samples": torch.zeros(1, 3, 32, 32)}], "samplers": ["euler"], "schedulers": ["simple"]}
+    given |= {"model_calls": ["5"]}
     with pytest.raises(ValueError, match=said.replace("(", r"\(")):
         CompareSolvers.execute(**{**given, **changes})
 

@@ -35,8 +35,8 @@ from ba_solver.bas_core import (
 from ba_solver.lab.classifier import load_classifier
 from ba_solver.lab.shapes import CLASS_NAMES
 from ba_solver.nodes.folders import DEMO, SIDENETS, SITS, WEIGHTS
+from ba_solver.nodes.models import compatibility
 from ba_solver.nodes.models.classes import CLASSES, DEMO_CLASSES
-from ba_solver.nodes.models.fit import doubts, facts_of
 from ba_solver.nodes.models.labels import labels_of
 from ba_solver.nodes.sampling_nodes import BASampler, BAScheduler
 from ba_solver.nodes.sidenet_nodes import ApplySideNet, LoadSideNet, SideNetInfo
@@ -198,7 +198,7 @@ def test_public_sit_checkpoints(tmp_path):
     assert model.model.latent_format.scale_factor == 0.18215
     positive, negative = label(model, "ImageNet 207: golden retriever")
     z, labels = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([207])
-    ours = sample(model, (positive, negative), z, cfg=1.5, options={"method": "multistep", "cfg_until": 0.7})
+    ours = sample(model, (positive, negative), z, cfg=1.5, options={"method": "multistep", "start_percent": 0.3})
     field = model_field(plain, labels, torch.tensor([1000]), Guidance(1.5, (0.0, 0.7)), mode="combined")
     theirs = solve(field, None, z, BAScheduler.execute(model, 5).result[0])
     torch.testing.assert_close(ours * 0.18215, theirs, **CLOSE)
@@ -211,7 +211,7 @@ def test_other_weights_of_the_same_kind_are_pointed_out(demo, tmp_path, caplog):
     from ba_solver.nodes.models.sit_model import read_sit
 
     model, sidenet, _ = demo
-    assert doubts(sidenet, facts_of(model)) == []
+    assert compatibility.warnings(sidenet, compatibility.facts_of(model)) == []
     sit = load_sit(SITS.demo)
     state = {name: value.clone() for name, value in sit.state_dict().items()}
     state["final_layer.linear.bias"] += 0.1
@@ -224,7 +224,7 @@ def test_other_weights_of_the_same_kind_are_pointed_out(demo, tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    ("backbone", "said"),
+    ("backbone", "message"),
     [
         ({"name": "demo SiT", "kind": "sit"}, None),
         ({"name": "tuned", "kind": "sit", "fingerprint": "ab"}, "made for tuned, and this MODEL has other weights"),
@@ -233,12 +233,12 @@ def test_other_weights_of_the_same_kind_are_pointed_out(demo, tmp_path, caplog):
         ({}, "does not say which model it was made for"),
     ],
 )
-def test_every_kind_of_backbone_that_the_trainer_writes_is_spoken_of(backbone, said, demo, tmp_path):
+def test_every_kind_of_backbone_that_the_trainer_writes_is_spoken_of(backbone, message, demo, tmp_path):
     """`training/backbones`: sit, diffusers and python; a fingerprint counts where the same code made both."""
     model, _, _ = demo
     sidenet = models.make_sidenet(tmp_path / "any.safetensors", 3, SideNetCard(backbone=backbone))
-    found = doubts(sidenet, facts_of(model))
-    assert len(found) == (said is not None) and all(re.search(said, doubt) for doubt in found), found
+    found = compatibility.warnings(sidenet, compatibility.facts_of(model))
+    assert len(found) == (message is not None) and all(re.search(message, warning) for warning in found), found
 
 
 def test_bfloat16_sit(demo):
@@ -342,7 +342,7 @@ def test_removed_and_replaced_files(sidenet_folder):
 def test_info_says_what_the_file_says(demo, tmp_path):
     _, sidenet, _ = demo
     text, plot = SideNetInfo.execute(sidenet).result
-    run = "5 model calls (7 steps, the first one analytic, 2 conditional-only calls, multistep coefficients)"
+    run = "5 calls (7 steps, the first call saved, 2 half calls, step weights)"
     for part in ("demo SiT", "3 channels", "the guided velocity, CFG 2", "anchors: 2", run, "MIT"):
         assert part in text
     assert plot.shape[0] == 1 and plot.shape[3] == 3
@@ -350,7 +350,7 @@ def test_info_says_what_the_file_says(demo, tmp_path):
     card = SideNetCard(evaluation={"endpoint_error": rows, "other": {"a": 1}})
     known = models.make_sidenet(tmp_path / "known.safetensors", 3, card)
     text, plotted = SideNetInfo.execute(known).result
-    assert "BA-solver error: 0.08 at 5 calls, 0.04 at 7 calls" in text
+    assert "BA-solver error: 0.08 at 5 model calls, 0.04 at 7 model calls" in text
     empty = models.make_sidenet(tmp_path / "empty.safetensors", 3)
     assert (plotted - SideNetInfo.execute(empty).result[1]).abs().max() > 0.5
 
@@ -409,7 +409,8 @@ def test_every_input_has_a_tooltip_every_node_an_alias_a_help_page_and_a_locale_
     assert len(listed) == 12
     for node in listed:
         schema = node.GET_SCHEMA()
-        assert schema.category.startswith("BA-Solver") and schema.search_aliases and schema.description
+        assert re.match("BA-Solver|.*sampl.*/(samplers|schedulers)$", schema.category), schema.category
+        assert schema.search_aliases and schema.description
         assert all(i.tooltip for i in (*schema.inputs, *schema.outputs)), schema.node_id
         help_page = (root / "web/docs" / f"{schema.node_id}.md").read_text()
         entry = locale[schema.node_id]

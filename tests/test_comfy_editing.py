@@ -28,6 +28,7 @@ from ba_solver.lab.shapes import draw_shapes
 from ba_solver.nodes.edit_nodes import BAEdit, BAInvert
 from ba_solver.nodes.editing.schedule import editing_schedule
 from ba_solver.nodes.folders import DEMO, SIDENETS, SITS
+from ba_solver.nodes.models.parameterization import flow_interval
 from ba_solver.nodes.sidenet_nodes import ApplySideNet, LoadSideNet
 from ba_solver.nodes.sit_nodes import ClassLabel, LoadSiT
 from comfy_extras.nodes_custom_sampler import Guider_Basic, SamplerCustomAdvanced
@@ -35,7 +36,7 @@ from comfy_extras.nodes_custom_sampler import Guider_Basic, SamplerCustomAdvance
 pytestmark = pytest.mark.comfyui
 CLOSE = {"rtol": 2e-4, "atol": 2e-4}
 NAMES = ("flux", "sd3", "wan", "sdxl")
-CALLS = 4
+STEPS = 4
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +87,7 @@ def edited(model, image, source, positive, negative, **more):
     return [
         out["samples"]
         for out in BAEdit.execute(
-            model, {"samples": image}, source, positive, negative, **{"calls": CALLS, **more}
+            model, {"samples": image}, source, positive, negative, **{"steps": STEPS, **more}
         ).result
     ]
 
@@ -103,11 +104,13 @@ def tiny_case(tiny, name, batch=1):
 def test_demo_equals_the_core_on_plain_torch(method, demo):
     batch = shapes()
     source, target = label(demo, int(batch.labels[0])), label(demo, 4)
-    ours, back = edited(demo, batch.images, source[0], target[0], target[1], method=method, eta=0.2, eta_from=0.5)
+    ours, back = edited(
+        demo, batch.images, source[0], target[0], target[1], method=method, eta=0.2, eta_end_percent=0.5
+    )
     noise_ = comfy.sample.prepare_noise(batch.images, 0)
     sit, (net, _) = load_sit(SITS.demo), load_sidenet(SIDENETS.demo)
     classes = torch.full((2,), int(batch.labels[0]))
-    null, times = torch.full((2,), sit.null_class), editing_schedule(demo, CALLS, 0.8).times
+    null, times = torch.full((2,), sit.null_class), editing_schedule(demo, STEPS, 0.8).times
     own = model_field(sit, classes, mode="combined")
     other = model_field(sit, torch.full((2,), 4), null, Guidance(2.0), mode="combined")
     if method == "inversion":
@@ -126,7 +129,7 @@ def test_demo_equals_the_core_on_plain_torch(method, demo):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_same_prompt_gives_the_image_back(name, method, tiny):
     model, image, source, _, negative = tiny_case(tiny, name)
-    guided = {"guidance": 1.0, "source_guidance": 1.0, "method": method}
+    guided = {"cfg": 1.0, "source_cfg": 1.0, "method": method}
     same, back = edited(model, image, source, source, negative, **guided)
     assert psnr(same, image) > 60
     if method == "inversion":
@@ -138,8 +141,8 @@ def test_the_same_prompt_gives_the_image_back(name, method, tiny):
 def test_exact_return_of_the_demo_at_five_calls_and_with_guidance(demo):
     batch = shapes()
     positive, negative = label(demo, int(batch.labels[0]))
-    for guidance in (1.0, 2.0):
-        more = {"calls": 5, "guidance": guidance, "source_guidance": guidance}
+    for cfg in (1.0, 2.0):
+        more = {"steps": 5, "cfg": cfg, "source_cfg": cfg}
         assert psnr(edited(demo, batch.images, positive, positive, negative, **more)[0], batch.images) > 60
 
 
@@ -160,7 +163,7 @@ def test_the_latents_own_mask_is_used(tiny):
     mask = torch.zeros(1, 1, 8, 8)
     mask[..., :4] = 1
     latent = {"samples": image, "noise_mask": mask}
-    out = BAEdit.execute(model, latent, source, target, negative, CALLS).result[0]["samples"]
+    out = BAEdit.execute(model, latent, source, target, negative, STEPS).result[0]["samples"]
     assert (out - image)[..., 4:].abs().max() < 1e-5 < (out - image)[..., :4].abs().mean()
 
 
@@ -198,7 +201,7 @@ def test_without_a_sidenet_the_multistep_method_edits(demo):
     model = LoadSiT.execute(DEMO).result[0]
     batch = shapes()
     source, target = label(model, int(batch.labels[0])), label(model, 4)
-    same, _ = edited(model, batch.images, source[0], source[0], source[1], guidance=1.0)
+    same, _ = edited(model, batch.images, source[0], source[0], source[1], cfg=1.0)
     assert psnr(same, batch.images) > 60
     ours, _ = edited(model, batch.images, source[0], *target)
     assert (ours - edited(demo, batch.images, source[0], *target)[0]).abs().max() > 1e-3
@@ -219,20 +222,20 @@ def test_lora_acts(tiny):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_edit_along_a_path_is_the_edit(name, tiny):
+def test_edit_along_a_trajectory_is_the_edit(name, tiny):
     model, image, source, target, negative = tiny_case(tiny, name)
-    _, _, path = BAInvert.execute(model, source, {"samples": image}, CALLS).result
-    along = edited(model, image, source, target, negative, path=path)
+    _, _, trajectory = BAInvert.execute(model, source, {"samples": image}, STEPS).result
+    along = edited(model, image, source, target, negative, trajectory=trajectory)
     for ours, theirs in zip(along, edited(model, image, source, target, negative), strict=True):
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("strength", [1.0, 0.7])
+@pytest.mark.parametrize("denoise", [1.0, 0.7])
 @pytest.mark.parametrize("name", NAMES)
-def test_stock_samplers_start_where_the_inversion_ended(name, strength, tiny):
-    """The first state that a stock sampler sees, from the NOISE and the image, is the path's noisy end."""
+def test_stock_samplers_start_where_the_inversion_ended(name, denoise, tiny):
+    """The first state of a stock sampler, from the NOISE and the image, is the trajectory's noisy end."""
     model, image, source, _, _ = tiny_case(tiny, name)
-    inverted, noise_, path = BAInvert.execute(model, source, {"samples": image}, CALLS, strength).result
+    inverted, noise_, trajectory = BAInvert.execute(model, source, {"samples": image}, STEPS, denoise).result
     guider, seen = Guider_Basic(model), []
     guider.set_conds(source)
 
@@ -241,9 +244,9 @@ def test_stock_samplers_start_where_the_inversion_ended(name, strength, tiny):
         return x
 
     SamplerCustomAdvanced.execute(
-        noise_, guider, comfy.samplers.KSAMPLER(note), path.schedule.sigmas, {"samples": image}
+        noise_, guider, comfy.samplers.KSAMPLER(note), trajectory.schedule.sigmas, {"samples": image}
     )
-    state = path.schedule.path.from_flow(path.source.noise, path.schedule.sigmas[0])
+    state = trajectory.schedule.parameterization.from_flow(trajectory.source.noise, trajectory.schedule.sigmas[0])
     torch.testing.assert_close(seen[0], state, **CLOSE)
     torch.testing.assert_close(model.model.process_latent_in(inverted["samples"]), state, **CLOSE)
     assert inverted["samples"].isfinite().all()
@@ -280,7 +283,7 @@ def test_previews_are_called_back(demo, monkeypatch):
     positive, negative = label(demo, 3)
     edited(demo, batch.images, positive, positive, negative)
     assert [i for i, _, _ in seen] == [0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 3]
-    assert {(n, shape) for _, n, shape in seen} == {(CALLS, torch.Size([1, 3, 32, 32]))}
+    assert {(n, shape) for _, n, shape in seen} == {(STEPS, torch.Size([1, 3, 32, 32]))}
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------
@@ -306,55 +309,80 @@ def test_empty_masks_and_missing_negatives_are_refused_in_words(tiny):
         edited(model, image, source, target, negative, mask=tiny_spot)
     with pytest.raises(ValueError, match="1 images and 3 masks"):
         edited(model, image, source, target, negative, mask=torch.ones(3, 8, 8))
-    with pytest.raises(ValueError, match="guidance of 3 needs a negative"):
-        BAInvert.execute(model, source, {"samples": image}, CALLS, source_guidance=3.0)
+    with pytest.raises(ValueError, match="CFG of 3 needs a negative"):
+        BAInvert.execute(model, source, {"samples": image}, STEPS, source_cfg=3.0)
 
 
-def test_foreign_paths_are_refused_in_words(tiny):
+def test_foreign_trajectories_are_refused_in_words(tiny):
     model, image, source, target, negative = tiny_case(tiny, "flux")
-    _, noise_, path = BAInvert.execute(model, source, {"samples": image}, CALLS).result
+    _, noise_, trajectory = BAInvert.execute(model, source, {"samples": image}, STEPS).result
     other = tiny_case(tiny, "sd3")
     with pytest.raises(ValueError, match=r"made with another model \(kind 'flux'\); this MODEL is of kind 'sd3'"):
-        edited(other[0], other[1], *other[2:], path=path)
-    with pytest.raises(ValueError, match=r"path belongs to latents of \(1, 16, 8, 8\)"):
-        edited(model, image[..., :6], source, target, negative, path=path)
+        edited(other[0], other[1], *other[2:], trajectory=trajectory)
+    with pytest.raises(ValueError, match=r"trajectory belongs to latents of \(1, 16, 8, 8\)"):
+        edited(model, image[..., :6], source, target, negative, trajectory=trajectory)
     with pytest.raises(ValueError, match="another image of this size"):
-        edited(model, image.flip(-1), source, target, negative, path=path)
-    assert edited(model, image + 1e-4, source, target, negative, path=path)[0].isfinite().all()
+        edited(model, image.flip(-1), source, target, negative, trajectory=trajectory)
+    assert edited(model, image + 1e-4, source, target, negative, trajectory=trajectory)[0].isfinite().all()
     bare = model.clone()
     bare.set_additional_models("sidenet", [])
     with pytest.raises(
         ValueError, match=r"made with the SideNet 'flux.safetensors' at strength 1, and this MODEL has no"
     ):
-        edited(bare, image, source, target, negative, path=path)
+        edited(bare, image, source, target, negative, trajectory=trajectory)
     with pytest.raises(ValueError, match="inverted noise belongs to latents of"):
         noise_.generate_noise({"samples": image[..., :6]})
 
 
 def test_an_empty_window_is_refused_in_words(tiny):
     model, image, source, target, negative = tiny_case(tiny, "flux")
-    with pytest.raises(ValueError, match=r"eta_from \(0.8\) must not be above eta_until \(0.2\)"):
-        edited(model, image, source, target, negative, eta=0.5, eta_from=0.8, eta_until=0.2)
+    with pytest.raises(ValueError, match=r"eta_start_percent \(0.8\) must not be above eta_end_percent \(0.2\)"):
+        edited(model, image, source, target, negative, eta=0.5, eta_start_percent=0.8, eta_end_percent=0.2)
 
 
 def test_guidance_that_makes_the_inversion_diverge_is_said(demo):
     batch = shapes(1)
     positive, negative = label(demo, 3)
     with pytest.raises(DivergedError, match="Lower the source guidance, which is 30"):
-        edited(demo, batch.images, positive, positive, negative, source_guidance=30.0)
+        edited(demo, batch.images, positive, positive, negative, source_cfg=30.0)
 
 
-def test_guidance_is_doubted_where_it_matters(demo, caplog):
-    """The demo's SideNet was made for CFG 2; a way to noise at CFG 1, which every edit takes, is no doubt."""
+def test_cfg_outside_the_sidenets_range_is_warned_of(demo, caplog):
+    """The demo's SideNet was made for CFG 2 and serves half to one and a half times of it. A way to noise at CFG 1,
+    which every edit takes, is never warned of."""
     image, source, target = shapes(1).images, label(demo, 0), label(demo, 4)
-    cases = (
-        ({}, []),
-        ({"guidance": 5.0}, ["at 5"]),
-        ({"source_guidance": 1.5}, []),
-        ({"source_guidance": 0.5}, ["at 0.5"] * 2),
-    )
-    for given, said in cases:
+    cases = (({}, []), ({"cfg": 5.0}, ["at 5"]), ({"source_cfg": 1.5}, []), ({"source_cfg": 4.0}, ["at 4"] * 2))
+    for inputs, expected in cases:
         caplog.clear()
-        edited(demo, image, source[0], target[0], target[1], **given)
+        edited(demo, image, source[0], target[0], target[1], **inputs)
         warned = [record.getMessage() for record in caplog.records if "less accurate" in record.getMessage()]
-        assert len(warned) == len(said) and all(part in text for part, text in zip(said, warned, strict=True)), warned
+        assert len(warned) == len(expected), warned
+        assert all(part in text for part, text in zip(expected, warned, strict=True)), warned
+
+
+def test_eta_acts_between_its_percents(demo):
+    """At 1 over the whole sampling the image stays; over the first half the rest of it changes, and without more."""
+    image, source, target = shapes(1).images, label(demo, 0), label(demo, 4)
+    whole, first_half, never = (
+        (edited(demo, image, source[0], *target, **inputs)[0] - image).abs().mean()
+        for inputs in ({"eta": 1.0}, {"eta": 1.0, "eta_end_percent": 0.5}, {})
+    )
+    assert whole < 1e-5 < 0.01 < first_half < 0.9 * never
+
+
+def test_percents_are_comfyuis(tiny):
+    """The flow times between two shares of a sampling are those that ComfyUI's own ranges of percents have."""
+    for name in NAMES:
+        sampling = tiny(name).get_model_object("model_sampling")
+        assert flow_interval(sampling, 0.0, 1.0) == (0.0, 1.0)
+        low, high = flow_interval(sampling, 0.25, 0.75)
+        sigmas = [sampling.percent_to_sigma(percent) for percent in (0.75, 0.25)]
+        expected = [sigma / (1 + sigma) if name == "sdxl" else sigma for sigma in sigmas]
+        assert [low, high] == pytest.approx([float(time) for time in expected])
+
+
+def test_the_seed_of_an_inversion_stays():
+    """Else every run would invert the image again."""
+    for node in (BAInvert, BAEdit):
+        (seed,) = (entry for entry in node.GET_SCHEMA().inputs if entry.id == "seed")
+        assert seed.as_dict()["control_after_generate"] is False

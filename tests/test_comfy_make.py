@@ -1,4 +1,4 @@
-"""Make SideNet in real ComfyUI: all efforts, what rides on a MODEL, interruption, and what it leaves behind."""
+"""Make SideNet in real ComfyUI: both presets, what is on a MODEL, interruption, and what it leaves behind."""
 
 import errno
 from pathlib import Path
@@ -18,9 +18,10 @@ import folder_paths
 from ba_solver.bas_core import Guidance, load_sidenet, load_sit, model_field, solve
 from ba_solver.nodes.folders import DEMO, SIDENETS, SITS
 from ba_solver.nodes.make_nodes import MakeSideNet
-from ba_solver.nodes.making.make import check_name
+from ba_solver.nodes.making.make import PRESETS, check_name
 from ba_solver.nodes.making.prompts import digest_of, each_alone
-from ba_solver.nodes.models.fit import doubts, facts_of, misfits
+from ba_solver.nodes.models import compatibility
+from ba_solver.nodes.models.compatibility import facts_of
 from ba_solver.nodes.models.identity import identity_of
 from ba_solver.nodes.models.labels import conditioning_of
 from ba_solver.nodes.sidenet_nodes import ApplySideNet, LoadSideNet
@@ -34,7 +35,7 @@ from ba_solver.training.schedules import solvers, surrogate_search
 
 pytestmark = pytest.mark.comfyui
 
-CALLS = "4"
+STEPS = "4"
 
 
 @pytest.fixture(autouse=True)
@@ -51,14 +52,15 @@ def as_in_comfyui(tmp_path, monkeypatch):
         (solvers, "SEARCH_REFINEMENTS", 1),
     ):
         monkeypatch.setattr(module, name, fewer)
-    monkeypatch.setitem(PRESETS, "full", {**PRESETS["full"], "prefixes": 4, "batch": 8})
+    monkeypatch.setitem(PRESETS, "standard", {**PRESETS["standard"], "starts": 4, "batch": 8})
     with torch.inference_mode():
         yield
 
 
 def made(model, positive, latent, **changes):
     """The node's outputs."""
-    given = {"cfg": 1.0, "calls": CALLS, "effort": "quick", "name": "mine", "batch": 3, "runs": 6, "points": 9}
+    given = {"cfg": 1.0, "steps": STEPS, "preset": "quick", "output_name": "mine", "batch_size": 3}
+    given |= {"trajectories": 6, "steps_per_trajectory": 9}
     given |= {"training_steps": 2, "learning_rate": 1e-3, "recording_seed": 1, **changes}
     one = {name: [value] for name, value in given.items()}
     return MakeSideNet.execute(model=[model], positive=positive, latent_image=[{"samples": latent}], **one).result
@@ -97,15 +99,15 @@ def test_it_makes_what_the_command_line_makes(demo, tmp_path):
     """The same recording, times and weights: one way to them, whether ComfyUI or the trainer calls the model."""
     sidenet, report, text = made_on_demo(demo)
     settings = MakeSettings(
-        backbone=f"sit:{SITS.demo}", guidance=(2.0,), out=tmp_path / "x.safetensors", preset="quick", nfe=CALLS,
-        trajectories=6, points=9, record_batch=3,
+        backbone=f"sit:{SITS.demo}", guidance=(2.0,), out=tmp_path / "x.safetensors", preset="quick", nfe=STEPS,
+        chains=6, points=9, record_batch=3,
     )  # fmt: skip
     with torch.inference_mode(False):
         run_make(settings)
     ours, theirs = load_sidenet(sidenet_file())[1], load_sidenet(settings.out)[1]
     assert ours.backbone["fingerprint"] == theirs.backbone["fingerprint"]
     assert ours.training["backbone_calls"] == theirs.training["backbone_calls"]
-    assert ours.schedules_for(ours.cfg)[4].times == pytest.approx(theirs.schedules_for(2.0)[4].times, abs=1e-6)
+    assert ours.schedules_for(ours.cfg)[4].times == pytest.approx(theirs.schedules_for(theirs.cfg)[4].times, abs=1e-6)
     errors = [[row["error"] for row in card.evaluation["endpoint_error"]] for card in (ours, theirs)]
     assert errors[0] == pytest.approx(errors[1], rel=0.01)
     assert report.shape[0] == 1 and report.max() == 1 and "no network" in text and "BA-solver error" in text
@@ -114,7 +116,7 @@ def test_it_makes_what_the_command_line_makes(demo, tmp_path):
 
 def test_its_sidenet_samples_nearer_than_multistep(demo):
     """With more runs than the other tests ask for, on noises that it has not seen."""
-    sidenet = made_on_demo(demo, runs=14, points=20, calls="5")[0]
+    sidenet = made_on_demo(demo, trajectories=14, steps_per_trajectory=20, steps="5")[0]
     positive, null = classes(demo)
     model, latent = ApplySideNet.execute(demo, sidenet).result[0], torch.zeros(10, 3, 32, 32)
     from ba_solver.nodes.sampling_nodes import BAScheduler
@@ -131,7 +133,7 @@ def test_runs_for_another_cfg_are_made_and_taken(demo):
     """The scheduler knows no CFG: its sigmas are those of the SideNet's own, and the sampler takes the nearer run."""
     from ba_solver.nodes.sampling_nodes import BAScheduler
 
-    sidenet = made_on_demo(demo, more_cfg="6")[0]
+    sidenet = made_on_demo(demo, extra_cfg="6")[0]
     assert 6.0 in sidenet.card.schedules
     positive, null = classes(demo)
     model = ApplySideNet.execute(demo, sidenet).result[0]
@@ -154,19 +156,19 @@ def test_runs_for_another_cfg_are_made_and_taken(demo):
 def test_a_cfg_that_was_forgotten_is_added_by_the_same_name(demo):
     first = made_on_demo(demo)[0]
     with pytest.raises(ValueError, match="made with other settings"):
-        made_on_demo(demo, runs=7)
+        made_on_demo(demo, trajectories=7)
     assert 6.0 not in first.card.schedules
-    more = made_on_demo(demo, more_cfg="6")[0]
+    more = made_on_demo(demo, extra_cfg="6")[0]
     assert (
         more.card.schedules_for(more.card.cfg) == first.card.schedules_for(first.card.cfg)
         and 6.0 in more.card.schedules
     )
-    with pytest.raises(ValueError, match="more_cfg must be numbers"):
-        made_on_demo(demo, more_cfg="six")
+    with pytest.raises(ValueError, match="extra_cfg must be numbers"):
+        made_on_demo(demo, extra_cfg="six")
 
 
 def test_recordings_are_not_listed_as_sidenets(demo, monkeypatch):
-    made_on_demo(demo, more_cfg="4")
+    made_on_demo(demo, extra_cfg="4")
     monkeypatch.setitem(
         folder_paths.folder_names_and_paths, "sidenets", ([str(sidenet_file().parent)], {".safetensors"})
     )
@@ -178,9 +180,9 @@ def test_recordings_are_not_listed_as_sidenets(demo, monkeypatch):
 # --- every kind of model ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("effort", list(PRESETS))
+@pytest.mark.parametrize("preset", list(PRESETS))
 @pytest.mark.parametrize("name", [*models.NAMES, "one frame"])
-def test_every_kind_of_model_gets_a_sidenet(name, effort):
+def test_every_kind_of_model_gets_a_sidenet(name, preset):
     """Two prompts, guided as that kind is; then it samples with what it got."""
     kind = "wan" if name == "one frame" else name
     shape = (16, 1, 8, 8) if name == "one frame" else models.TINY[kind].latent
@@ -189,13 +191,13 @@ def test_every_kind_of_model_gets_a_sidenet(name, effort):
     for positive in positives if kind == "flux" else ():
         positive[0][1]["guidance"] = 2.5
     negative = models.text(kind, 2)
-    sidenet, report, _ = made(model, positives, torch.zeros(1, *shape), negative=negative, cfg=cfg, effort=effort)
+    sidenet, report, _ = made(model, positives, torch.zeros(1, *shape), negative=negative, cfg=cfg, preset=preset)
     assert sidenet.card.cfg_range == ((2.5, 2.5) if kind == "flux" else (cfg, cfg))
     assert sidenet.card.backbone["kind"] == type(model.model).__name__.lower()
-    assert bool(sidenet.network.output_conv.weight.any()) == (effort != "quick")
-    assert len(report) == (1 if effort == "quick" else 2), "errors, and the training where there was one"
+    assert bool(sidenet.network.output_conv.weight.any()) == (preset != "quick")
+    assert len(report) == (1 if preset == "quick" else 2), "errors, and the training where there was one"
     applied = ApplySideNet.execute(model, sidenet).result[0]
-    assert not doubts(sidenet, facts_of(model))
+    assert not compatibility.warnings(sidenet, facts_of(model))
     from ba_solver.nodes.sampling_nodes import BAScheduler
 
     grid = BAScheduler.execute(applied, 4, 1.0).result[0]
@@ -265,8 +267,8 @@ def test_what_is_recorded_is_what_comfyui_samples_by(rider, demo):
     plain = models.make_model("sd3")
     model, positives = RIDERS[rider](plain, [models.text("sd3", seed) for seed in (0, 1)])
     negative = models.text("sd3", 2)
-    made(model, positives, torch.zeros(1, 16, 8, 8), negative=negative, cfg=3.0, batch=6)
-    chains, about = open_trajectories((sidenet_file().with_suffix(".trajectories"),))
+    made(model, positives, torch.zeros(1, 16, 8, 8), negative=negative, cfg=3.0, batch_size=6)
+    chains, about = open_trajectories((sidenet_file().with_suffix(".chains"),))
     assert (about["shift"] == pytest.approx(5.0)) == (rider == "shift")
     others = []
     for run in range(4):
@@ -283,9 +285,9 @@ def test_what_is_recorded_is_what_comfyui_samples_by(rider, demo):
     assert min(others) > 0.1
 
 
-@pytest.mark.parametrize("effort", ["quick", "full"])
-def test_a_compiled_model_makes_what_the_model_makes(effort):
-    """`torch.compile` as ComfyUI's node lays it on a MODEL; with gradients through it too."""
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_a_compiled_model_makes_what_the_model_makes(preset):
+    """`torch.compile` as ComfyUI's node lays it on a MODEL."""
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 
     compiled, graphs = models.make_model("sd3"), []
@@ -293,7 +295,7 @@ def test_a_compiled_model_makes_what_the_model_makes(effort):
     texts = [models.text("sd3", seed) for seed in (0, 1)]
     cards = []
     for name, model in (("plain", models.make_model("sd3")), ("compiled", compiled)):
-        given = {"negative": models.text("sd3", 2), "cfg": 3.0, "effort": effort, "name": name}
+        given = {"negative": models.text("sd3", 2), "cfg": 3.0, "preset": preset, "output_name": name}
         cards.append(made(model, texts, torch.zeros(1, 16, 8, 8), **given)[0].card)
         assert bool(graphs) == (name == "compiled")
     plain, compiled = (card.schedules_for(card.cfg)[4] for card in cards)
@@ -335,13 +337,11 @@ def as_packed(network):
 
 @pytest.mark.parametrize("change", [as_fp8, as_packed])
 def test_weights_of_few_bits(change):
-    """All that sampling does with them, recording does; and gradients pass through."""
+    """All that sampling does with them, recording does."""
     model = models.make_model("sd3")
     change(model.model.diffusion_model)
     before = {name: value.dtype for name, value in model.model.state_dict().items()}
-    for effort in ("quick", "full"):
-        sidenet = made(model, [models.text("sd3", 0)], torch.zeros(1, 16, 8, 8), effort=effort, name=effort)[0]
-        assert sidenet.card.schedules_for(sidenet.card.cfg)
+    assert made(model, [models.text("sd3", 0)], torch.zeros(1, 16, 8, 8))[0].card.schedules
     assert {name: value.dtype for name, value in model.model.state_dict().items()} == before
 
 
@@ -355,17 +355,17 @@ def test_full_memory_is_said_in_a_sentence(demo):
         raise comfy.model_management.OOM_EXCEPTION("CUDA out of memory")
 
     full.set_model_unet_function_wrapper(refuse)
-    with pytest.raises(ValueError, match=r"not enough memory .* Lower 'batch'\. What was recorded stays"):
+    with pytest.raises(ValueError, match=r"not enough memory .* Lower batch_size\. Recordings are kept"):
         made_on_demo(full)
 
 
 def test_recordings_can_lie_elsewhere(demo, tmp_path):
-    made_on_demo(demo, folder=str(tmp_path / "elsewhere"))
+    made_on_demo(demo, cache_dir=str(tmp_path / "elsewhere"))
     assert len(list((tmp_path / "elsewhere" / "mine").glob("*.safetensors"))) == 2
-    assert not sidenet_file().with_suffix(".trajectories").exists()
+    assert not sidenet_file().with_suffix(".chains").exists()
     (tmp_path / "output" / "taken").write_text("a file where a folder should be")
     with pytest.raises(ValueError, match="taken"):
-        made_on_demo(demo, name="other", folder=str(tmp_path / "output" / "taken"))
+        made_on_demo(demo, output_name="other", cache_dir=str(tmp_path / "output" / "taken"))
 
 
 def test_a_controlnet_of_one_prompt_acts_on_that_prompt_alone():
@@ -376,8 +376,8 @@ def test_a_controlnet_of_one_prompt_acts_on_that_prompt_alone():
     controlled = [[c, {**d, "control": ControlStub(), "control_apply_to_uncond": True}] for c, d in other]
     found = {}
     for name, positives in (("with", [plain, controlled]), ("without", [plain, other])):
-        made(model, positives, latent, negative=negative, cfg=3.0, name=name)
-        chains = open_trajectories((sidenet_file(name).with_suffix(".trajectories"),))[0]
+        made(model, positives, latent, negative=negative, cfg=3.0, output_name=name)
+        chains = open_trajectories((sidenet_file(name).with_suffix(".chains"),))[0]
         found[name] = [chains.velocities[run][0] for run in range(6)]
         assert chains.labels.tolist() == [0, 1] * 3
     apart = [(one - two).abs().max() for one, two in zip(found["with"], found["without"], strict=True)]
@@ -397,32 +397,41 @@ def interrupt_after(monkeypatch, calls):
     return lambda: monkeypatch.setattr(comfy.model_management, "throw_exception_if_processing_interrupted", intact)
 
 
-@pytest.mark.parametrize("effort", list(PRESETS))
-def test_cancelled_and_gone_on_with_it_is_the_same_to_the_bit(demo, effort, monkeypatch):
-    whole = made_on_demo(demo, effort=effort, name="whole")[0]
-    points = (15, 40, 70) if effort == "quick" else (40, 110, 150)
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_cancelled_and_resumed_it_makes_the_same_sidenet(demo, preset, monkeypatch):
+    whole = made_on_demo(demo, preset=preset, output_name="whole")[0]
+    points = (15, 40, 70) if preset == "quick" else (40, 110, 150)
     for calls in points:
         undo = interrupt_after(monkeypatch, calls)
         with pytest.raises(comfy.model_management.InterruptProcessingException):
-            made_on_demo(demo, effort=effort)
+            made_on_demo(demo, preset=preset)
         undo()
-    again = made_on_demo(demo, effort=effort)[0]
-    assert again.card.schedules_for(again.card.cfg) == whole.card.schedules_for(whole.card.cfg)
+    again = made_on_demo(demo, preset=preset)[0]
+    # The same noises, in the same order; states to rounding.
+    recorded = [open_trajectories((sidenet_file(name).with_suffix(".chains"),))[0] for name in ("whole", "mine")]
+    assert torch.equal(*(chains.states[:, 0] for chains in recorded))
+    assert torch.equal(*(chains.labels for chains in recorded))
+    torch.testing.assert_close(*(chains.states[:, -1] for chains in recorded), atol=1e-5, rtol=1e-5)
+    one, other = again.card.schedules_for(again.card.cfg)[4], whole.card.schedules_for(whole.card.cfg)[4]
+    assert one.times == pytest.approx(other.times, abs=1e-4)
+    for rows, others in ((one.coefficients, other.coefficients), (one.cfg_coefficients, other.cfg_coefficients)):
+        assert [len(row) for row in rows] == [len(row) for row in others]
+        torch.testing.assert_close(torch.tensor(sum(rows, ())), torch.tensor(sum(others, ())), atol=1e-3, rtol=1e-3)
     for one, other in zip(again.network.state_dict().values(), whole.network.state_dict().values(), strict=True):
-        assert torch.equal(one, other)
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
     # A second time in one session: it is there already.
     monkeypatch.setattr(recording, "record_shard", None)
-    assert made_on_demo(demo, effort=effort)[0].card.schedules == whole.card.schedules
+    assert made_on_demo(demo, preset=preset)[0].card.schedules == again.card.schedules_for(again.card.cfg)
 
 
 def test_what_cannot_be_done_is_said_in_a_sentence(demo, monkeypatch):
     positive, null = classes(demo)
     latent = torch.zeros(1, 3, 32, 32)
     for changes, words in (
-        ({"name": "../mine"}, "without folders"),
-        ({"name": " "}, "that of a file"),
-        ({"calls": "five"}, "whole numbers"),
-        ({"points": 3}, "points must be at least 8"),
+        ({"output_name": "../mine"}, "without folders"),
+        ({"output_name": " "}, "the name of a file"),
+        ({"steps": "five"}, "whole numbers"),
+        ({"steps_per_trajectory": 3}, "points must be at least 8"),
         ({"negative": None}, "needs a negative"),
     ):
         given = {"negative": null, "cfg": 2.0, **changes}
@@ -431,34 +440,32 @@ def test_what_cannot_be_done_is_said_in_a_sentence(demo, monkeypatch):
             made(demo, [positive], latent, **given)
     made_on_demo(demo)
     with pytest.raises(ValueError, match=r"already, made with other settings .nfe was '4', now '5'"):
-        made_on_demo(demo, calls="5")
+        made_on_demo(demo, steps="5")
 
     def full(*given):
         raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
 
     with monkeypatch.context() as patch:
         patch.setattr(recording, "save_shard", full)
-        with pytest.raises(
-            ValueError, match=r"No space left on device: somewhere. Make room .*What was recorded stays"
-        ):
-            made_on_demo(demo, name="other")
-    assert made_on_demo(demo, name="other")[0].card.schedules
+        with pytest.raises(ValueError, match=r"No space left on device: somewhere. Make room .*Recordings are kept"):
+            made_on_demo(demo, output_name="other")
+    assert made_on_demo(demo, output_name="other")[0].card.schedules
     assert check_name("a.safetensors") == "a"
 
 
 def test_a_model_that_returns_nan_says_so_and_leaves_nothing_broken(demo):
     broken = demo.clone()
     broken.set_model_unet_function_wrapper(lambda apply, a: apply(a["input"], a["timestep"], **a["c"]) / 0)
-    with pytest.raises(ValueError, match=r"NaN or infinity.*What was recorded stays"):
+    with pytest.raises(ValueError, match=r"NaN or infinity.*Recordings are kept"):
         made_on_demo(broken)
     assert not sidenet_file().exists()
 
 
-def test_no_gradient_state_is_left_behind(demo):
-    """The weights are what they were, object for object, and ComfyUI's inference mode is back."""
+def test_the_model_is_left_as_it_was(demo):
+    """Weights are the same objects, and ComfyUI's inference mode is back."""
     network = demo.model.diffusion_model
     before = {name: (id(value), value.requires_grad) for name, value in network.named_parameters()}
-    made_on_demo(demo, effort="full")
+    made_on_demo(demo, preset="full")
     assert {name: (id(value), value.requires_grad) for name, value in network.named_parameters()} == before
     assert all(value.grad is None for value in network.parameters()) and torch.is_inference_mode_enabled()
 
@@ -467,12 +474,18 @@ def test_models_are_known_by_their_weights():
     """This very model, a relative, another."""
     model = models.make_model("sd3")
     sidenet = made(model, [models.text("sd3", 0)], torch.zeros(1, 16, 8, 8))[0]
-    assert doubts(sidenet, facts_of(model)) == doubts(sidenet, facts_of(models.make_model("sd3"))) == []
-    (lora,) = doubts(sidenet, facts_of(with_lora(model)))
+    assert (
+        compatibility.warnings(sidenet, facts_of(model))
+        == compatibility.warnings(sidenet, facts_of(models.make_model("sd3")))
+        == []
+    )
+    (lora,) = compatibility.warnings(sidenet, facts_of(with_lora(model)))
     assert "this very model, but with other things on it" in lora
-    (other,) = doubts(sidenet, facts_of(models.make_model("sd3", seed=1)))
+    (other,) = compatibility.warnings(sidenet, facts_of(models.make_model("sd3", seed=1)))
     assert "has other weights" in other
-    assert any("was made for SD3" in reason for reason in misfits(sidenet, facts_of(models.make_model("flux"))))
+    assert any(
+        "was made for SD3" in reason for reason in compatibility.errors(sidenet, facts_of(models.make_model("flux")))
+    )
     assert identity_of(with_lora(model)) == identity_of(with_lora(model)) != identity_of(with_lora(model, 0.5))
 
 

@@ -50,9 +50,9 @@ def test_names_of_comfyui_are_there(tmp_path):
 @pytest.mark.parametrize(
     ("file", "name"),
     [
-        ("say.py", "get_executing_context"),
+        ("notify.py", "get_executing_context"),
         ("sampling/sidenet.py", "get_free_memory"),
-        ("sampling/backbone.py", "CALC_COND_BATCH"),
+        ("sampling/guider.py", "CALC_COND_BATCH"),
         ("inputs.py", "io.Combo"),
     ],
 )

@@ -27,12 +27,15 @@ from ba_solver.bas_core import (
 from ba_solver.bas_core.flow import ve_sigma_to_time, ve_to_flow, x0_to_velocity
 from ba_solver.bas_core.guidance import NO_GUIDANCE
 from ba_solver.bas_core.schedule import Schedule, match_schedule
+from ba_solver.nodes.models import compatibility
 from ba_solver.nodes.models.attach import applied_sidenet
-from ba_solver.nodes.models.fit import doubts, facts_of, misfits
+from ba_solver.nodes.models.compatibility import facts_of
+from ba_solver.nodes.models.parameterization import flow_interval
 from ba_solver.nodes.sampling.sampler import METHODS, Options, sample_ba_solver
 from ba_solver.nodes.sampling_nodes import BASampler, BAScheduler
 from ba_solver.nodes.sidenet_nodes import ApplySideNet, LoadSideNet
 from comfy.patcher_extension import WrappersMP
+from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_apg import APG
 from comfy_extras.nodes_custom_sampler import Guider_Basic, Guider_DualCFG
 
@@ -153,10 +156,10 @@ def test_a_sidenet_that_knows_the_mean_saves_the_first_call(name, velocity, mode
     net = sidenet(CHANNELS[name], velocity, anchors=2, data_mean_size=4)
     applied, branches = models.with_sidenet(model(name), net), velocity == "per_branch"
     guidance = Guidance(3.0) if branches else None
-    for first, analytic_first_step, expected in ((0.9, True, 3), (0.9, False, 4), (0.85, True, 4)):
+    for first, analytic, expected in ((0.9, True, 3), (0.9, False, 4), (0.85, True, 4)):
         sigmas, calls = torch.tensor([1.0, first, 0.6, 0.3, 0.0]), []
-        ours = run(applied, name, sampler(analytic_first_step=analytic_first_step), sigmas)
-        over = partial(match_schedule, has_data_mean=analytic_first_step)
+        ours = run(applied, name, sampler(analytic_first_step=analytic), sigmas)
+        over = partial(match_schedule, has_data_mean=analytic)
         solver = reference(sidenet.path, 1.0, branches, guidance, calls=calls, over=over)
         torch.testing.assert_close(ours, run(model(name), name, solver, sigmas), **CLOSE)
         assert len(calls) == expected
@@ -164,7 +167,7 @@ def test_a_sidenet_that_knows_the_mean_saves_the_first_call(name, velocity, mode
 
 @pytest.mark.parametrize("velocity", ["combined", "per_branch"])
 @pytest.mark.parametrize("name", ["sd3", "wan", "sdxl"])
-def test_half_calls_leave_the_negative_out(name, velocity, model, tmp_path, caplog):
+def test_conditional_only_calls_leave_the_negative_out(name, velocity, model, tmp_path, caplog):
     """As in the core; with CFG changed by another node both branches are evaluated, and the user is told."""
     grid, path = [1.0, 0.8, 0.5, 0.25, 0.0], tmp_path / "halves.safetensors"
     rows = [[], [0.7, -0.2], [], [0.4, 0.3, 0.1, -0.2, 0.2]]
@@ -189,7 +192,7 @@ def test_half_calls_leave_the_negative_out(name, velocity, model, tmp_path, capl
         changed = applied.clone()
         changed.set_model_sampler_post_cfg_function(lambda arguments: arguments["denoised"])
         run(changed, name, sampler(), sigmas)
-        assert sum(evaluated) == 8 and "2 of the 4 calls could leave the negative out" in caplog.text
+        assert sum(evaluated) == 8 and WHOLE_CALLS in caplog.text
     finally:
         hook.remove()
 
@@ -232,66 +235,131 @@ def with_patch_that_asks(model):
     return changed
 
 
-def between_hooks(path, velocity, guidance):
-    """A sampler of the core's on branches that ComfyUI evaluates, always both, and that pre-CFG hooks act on, always;
-    outside the guidance's interval they do it in vain."""
+def with_post_cfg(model):
+    changed = model.clone()
+    changed.set_model_sampler_post_cfg_function(lambda arguments: arguments["denoised"] * 0.9)
+    return changed
+
+
+def with_attention_patch(model):
+    changed = model.clone()
+    changed.set_model_patch(lambda *arguments: arguments[0], "attn1_patch")
+    return changed
+
+
+def reference_within(path, interval):
+    """A sampler of the core's on what ComfyUI's model function returns, and on the positive alone outside."""
 
     def sample(model, x, sigmas, extra_args=None, **_):
         guider, options = model.inner_model, extra_args["model_options"]
-        conds = [guider.conds["positive"], guider.conds["negative"]]
 
-        def branches(y, t, count):
-            sigma = t[0].expand(len(y))
-            found = comfy.samplers.calc_cond_batch(guider.inner_model, conds, y, sigma, options)
-            acted = found
-            for hook in options.get("sampler_pre_cfg_function", []):
-                acted = hook({"conds_out": acted, "conds": conds, "cond_scale": 3.0, "sigma": sigma, "input": y})
-            chosen = acted if guidance.active(t[0]) else found
-            return torch.stack([x0_to_velocity(y, denoised, t) for denoised in chosen])[:count]
+        def velocities(y, t, count):
+            sigma, (lo, hi) = t[0].expand(len(y)), interval
+            if lo < t[0] <= hi:
+                out = model(y, sigma, **extra_args)
+            else:
+                out = comfy.samplers.calc_cond_batch(guider.inner_model, [guider.conds["positive"]], y, sigma, options)[
+                    0
+                ]
+            return x0_to_velocity(y, out, t)[None]
 
-        whole = Field(branches, (None, None), guidance)
-        guided = Field(lambda y, t, count: guidance.combine(branches(y, t, 2), t[0])[None])
-        return solve(whole if velocity == "per_branch" else guided, load_sidenet(path)[0], x, sigmas)
+        return solve(Field(velocities), load_sidenet(path)[0], x, sigmas)
 
     return comfy.samplers.KSAMPLER(sample)
 
 
-SEE_BOTH = {
+HOOKS = {
     "APG": with_apg,
     "own evaluation": with_own_evaluation,
+    "post-CFG function": with_post_cfg,
+    "attention patch": with_attention_patch,
     "PREDICT_NOISE wrapper": with_wrapper(WrappersMP.PREDICT_NOISE),
     "CALC_COND_BATCH wrapper": with_wrapper(WrappersMP.CALC_COND_BATCH),
-    "patch": with_patch_that_asks,
+    "APPLY_MODEL wrapper": with_wrapper(WrappersMP.APPLY_MODEL),
+    "DIFFUSION_MODEL wrapper": with_wrapper(WrappersMP.DIFFUSION_MODEL),
+    "model function wrapper": with_patch_that_asks,
 }
+CONDITIONAL_CALLS = [1.0, 0.8, 0.5, 0.25, 0.0], [[], [0.7, -0.2], [], [0.4, 0.3, 0.1, -0.2, 0.2]]
+WHOLE_CALLS = "Positive and negative are evaluated at every call"
+
+
+def sidenet_with_conditional_calls(path, velocity):
+    """A SideNet with a schedule of four calls, two of them conditional-only; and its schedule."""
+    fitted = Schedule(CONDITIONAL_CALLS[0], cfg_coefficients=CONDITIONAL_CALLS[1])
+    card = SideNetCard(velocity, (1.0, 10.0), schedules={3.0: {3: fitted}})
+    return models.make_sidenet(path, 16, card, anchors=2), fitted
 
 
 @pytest.mark.parametrize("velocity", ["combined", "per_branch"])
-@pytest.mark.parametrize("change", SEE_BOTH.values(), ids=SEE_BOTH)
-def test_what_sees_both_branches_has_them_at_every_call(change, velocity, model, tmp_path, caplog):
-    """The run's half calls become whole ones, and the user is told."""
-    grid, path = [1.0, 0.8, 0.5, 0.25, 0.0], tmp_path / "halves.safetensors"
-    fitted = Schedule(grid, cfg_coefficients=[[], [0.7, -0.2], [], [0.4, 0.3, 0.1, -0.2, 0.2]])
-    card = SideNetCard(velocity, (1.0, 10.0), schedules={3.0: {3: fitted}})
-    net = models.make_sidenet(path, 16, card, anchors=2)
+@pytest.mark.parametrize("change", HOOKS.values(), ids=HOOKS)
+def test_hooks_have_whole_calls_and_the_combined_velocity(change, velocity, model, tmp_path, caplog):
+    path = tmp_path / "conditional.safetensors"
+    net, _ = sidenet_with_conditional_calls(path, velocity)
     sigmas = BAScheduler.execute(models.with_sidenet(model("sd3"), net), 3).result[0]
     ours = run(models.with_sidenet(change(model("sd3")), net), "sd3", sampler(), sigmas)
-    assert "2 of the 4 calls could leave the negative out" in caplog.text
-    solver = between_hooks(path, velocity, Guidance(3.0))
-    theirs = run(change(model("sd3")), "sd3", solver, sigmas)
+    assert caplog.text.count(WHOLE_CALLS) == 1
+    theirs = run(change(model("sd3")), "sd3", reference(path), sigmas)
     torch.testing.assert_close(ours, theirs, **CLOSE)
-    if change in (with_apg, with_patch_that_asks):  # the power of this test: they do act
-        assert (theirs - run(model("sd3"), "sd3", solver, sigmas)).abs().max() > 100 * CLOSE["atol"]
+    if change in (with_apg, with_patch_that_asks, with_post_cfg):  # the power of this test: they do act
+        plain = run(model("sd3"), "sd3", reference(path), sigmas)
+        assert (theirs - plain).abs().max() > 100 * CLOSE["atol"]
+
+
+def with_lora(model):
+    changed = model.clone()
+    changed.add_patches(some_patch(changed))
+    return changed
+
+
+def with_compilation(model):
+    changed = model.clone()
+    set_torch_compile_wrapper(changed, backend="eager")
+    return changed
+
+
+def with_context_windows(model):
+    return with_wrapper(WrappersMP.PREPARE_SAMPLING)(model)
+
+
+@pytest.mark.parametrize("change", [with_lora, with_compilation, with_context_windows])
+def test_weights_compilation_and_preparation_are_no_hooks(change, model, tmp_path, caplog):
+    path = tmp_path / "conditional.safetensors"
+    net, fitted = sidenet_with_conditional_calls(path, "combined")
+    applied = models.with_sidenet(change(model("sd3")), net)
+    sigmas = BAScheduler.execute(applied, 3).result[0]
+    ours = run(applied, "sd3", sampler(), sigmas)
+    assert WHOLE_CALLS not in caplog.text
+    theirs = run(change(model("sd3")), "sd3", reference(path, guidance=Guidance(3.0), over=fitted.with_times), sigmas)
+    torch.testing.assert_close(ours, theirs, **CLOSE)
 
 
 @pytest.mark.parametrize("velocity", ["combined", "per_branch"])
 @pytest.mark.parametrize("change", [with_apg, with_patch_that_asks])
-def test_cfg_interval_leaves_what_acts_before_cfg_no_zeros(change, velocity, model, sidenet):
-    """Outside the interval the positive is taken as it was before such a node acted."""
+def test_cfg_range_leaves_what_acts_before_cfg_no_zeros(change, velocity, model, sidenet):
+    """Outside the range the positive is taken as the model gives it."""
     applied = models.with_sidenet(change(model("sd3")), sidenet(16, velocity))
-    sigmas, interval = sigmas_of(applied), (0.0, 0.8)
-    ours = run(applied, "sd3", sampler(interval=interval), sigmas)
-    solver = between_hooks(sidenet.path, velocity, Guidance(3.0, interval))
+    sigmas, interval = sigmas_of(applied), (0.0, top_of_cfg(applied, 0.4))
+    ours = run(applied, "sd3", sampler(start_percent=0.4), sigmas)
+    solver = reference_within(sidenet.path, interval)
     torch.testing.assert_close(ours, run(change(model("sd3")), "sd3", solver, sigmas), **CLOSE)
+
+
+def top_of_cfg(model, percent):
+    """The flow time up to which CFG applies from a share of the sampling on."""
+    model_sampling = model.get_model_object("model_sampling")
+    sigma = model_sampling.percent_to_sigma(percent)
+    return sigma if float(model_sampling.sigma_max) <= 1 else sigma / (1 + sigma)
+
+
+@pytest.mark.parametrize("name", models.NAMES)
+def test_cfg_range_is_comfyuis_percent(name, model):
+    model_sampling = model(name).get_model_object("model_sampling")
+    assert flow_interval(model_sampling, 0.0, 1.0) == (0.0, 1.0)
+    lo, hi = flow_interval(model_sampling, 0.3, 0.6)
+    assert (lo, hi) == pytest.approx((top_of_cfg(model(name), 0.6), top_of_cfg(model(name), 0.3))) and 0 < lo < hi < 1
+    for start, end in ((-0.1, 1.0), (0.6, 0.3), (0.0, 1.1)):
+        with pytest.raises(ValueError, match="start_percent and end_percent must lie between 0 and 1"):
+            Options(start_percent=start, end_percent=end)
 
 
 @pytest.mark.parametrize("velocity", ["combined", "per_branch"])
@@ -326,9 +394,8 @@ def test_step_weights_act_on_the_grid_that_they_were_fitted_on(name, velocity, m
 def test_branch_sidenets_see_the_branches(name, cfg, model, sidenet):
     applied = models.with_sidenet(model(name), sidenet(CHANNELS[name], "per_branch"))
     sigmas = sigmas_of(applied)
-    options = {"interval": (0.0, 0.8)}
-    ours = run(applied, name, sampler(**options), sigmas, cfg)
-    guidance = Guidance(cfg, **options)
+    ours = run(applied, name, sampler(start_percent=0.4), sigmas, cfg)
+    guidance = Guidance(cfg, (0.0, top_of_cfg(applied, 0.4)))
     theirs = run(applied, name, reference(sidenet.path, branches=True, guidance=guidance), sigmas, cfg)
     torch.testing.assert_close(ours, theirs, **CLOSE)
     if cfg > 1:
@@ -377,11 +444,11 @@ def test_dual_guider_is_sampled_on_its_guided_velocity(velocity, nested, model, 
     sigmas = sigmas_of(applied)
     with caplog.at_level(logging.WARNING):
         ours = run(applied, "sd3", sampler(), sigmas, guider=dual(applied, nested))
-    assert ("given the guided velocity instead" in caplog.text) == (velocity == "per_branch")
+    assert (WHOLE_CALLS in caplog.text) == (velocity == "per_branch")
     theirs = run(applied, "sd3", reference(sidenet.path), sigmas, guider=dual(applied, nested))
     torch.testing.assert_close(ours, theirs, **CLOSE)
-    with pytest.raises(ValueError, match="CFG interval works with"):
-        run(applied, "sd3", sampler(interval=(0.0, 0.7)), sigmas, guider=dual(applied, nested))
+    with pytest.raises(ValueError, match="start_percent and end_percent work with"):
+        run(applied, "sd3", sampler(start_percent=0.4), sigmas, guider=dual(applied, nested))
 
 
 def test_basic_guider_with_flux_guidance(model, sidenet):
@@ -416,27 +483,17 @@ def test_sidenets_that_take_the_guidance_are_told_it(name, given, told, model, s
     assert (ours - other).abs().max() > 10 * CLOSE["atol"], "the SideNet must heed what it is told"
 
 
-def test_cfg_interval_leaves_the_negative_out_outside_it(model, sidenet):
+def test_cfg_range_leaves_the_negative_out_outside_it(model, sidenet):
     applied = models.with_sidenet(model("sd3"), sidenet(16))
     sigmas, evaluated = sigmas_of(applied), []
     network = applied.model.diffusion_model
     hook = network.register_forward_hook(lambda module, inputs, output: evaluated.append(len(inputs[0])))
     try:
-        run(applied, "sd3", sampler(interval=(0.0, 0.8)), sigmas)
+        run(applied, "sd3", sampler(start_percent=0.4, end_percent=0.7), sigmas)
     finally:
         hook.remove()
-    assert evaluated == [2 if sigma <= 0.8 else 1 for sigma in sigmas[:-1]]
-
-
-def test_rescaling_nodes_are_kept(model, sidenet, caplog):
-    """A node that changes how branches are combined acts, also where the SideNet would take the branches apart."""
-    applied = models.with_sidenet(model("sd3"), sidenet(16, "per_branch"))
-    applied.set_model_sampler_post_cfg_function(lambda arguments: arguments["denoised"] * 0.9)
-    sigmas = sigmas_of(applied)
-    with caplog.at_level(logging.WARNING):
-        ours = run(applied, "sd3", sampler(), sigmas)
-    assert "given the guided velocity instead" in caplog.text
-    torch.testing.assert_close(ours, run(applied, "sd3", reference(sidenet.path), sigmas), **CLOSE)
+    top, low = (top_of_cfg(applied, percent) for percent in (0.4, 0.7))
+    assert evaluated == [2 if low < sigma <= top else 1 for sigma in sigmas[:-1]] == [1, 1, 2, 1]
 
 
 # --- what people do with samplers -----------------------------------------------------------------------------------
@@ -475,7 +532,7 @@ def test_mask_keeps_the_rest_of_the_image(name, velocity, soft, model, sidenet):
 def test_unblended_sidenet_predictions_would_spoil_the_kept_part(model, sidenet, monkeypatch):
     """The power of the test above: without blending, the kept part changes."""
     applied = models.with_sidenet(model("flux"), sidenet(16))
-    monkeypatch.setattr("ba_solver.nodes.sampling.sampler.predictor_of", lambda backbone, sidenet: sidenet.network)
+    monkeypatch.setattr("ba_solver.nodes.sampling.sampler.predictor_of", lambda caller, sidenet: sidenet.network)
     z, latent = models.noise("flux"), models.noise("flux", seed=9)
     mask = torch.zeros(1, 1, 8, 8)
     ours = run(applied, "flux", sampler(), sigmas_of(applied), z=z, latent=latent, noise_mask=mask)
@@ -635,18 +692,18 @@ def test_callback_sees_every_step_as_of_other_samplers(name, model, sidenet):
 def test_interruption_leaves_the_next_run_clean(model, sidenet):
     applied = models.with_sidenet(model("flux"), sidenet(16, "per_branch"))
     sigmas = sigmas_of(applied)
-    expected = run(applied, "flux", sampler(interval=(0.0, 0.8)), sigmas)
+    expected = run(applied, "flux", sampler(start_percent=0.4), sigmas)
 
     def stop(step, x0, x, total):
         if step == 1:
             raise comfy.model_management.InterruptProcessingException
 
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        run(applied, "flux", sampler(interval=(0.0, 0.8)), sigmas, callback=stop)
+        run(applied, "flux", sampler(start_percent=0.4), sigmas, callback=stop)
     comfy.model_management.interrupt_current_processing(True)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         run(applied, "flux", sampler(), sigmas)
-    assert torch.equal(run(applied, "flux", sampler(interval=(0.0, 0.8)), sigmas), expected)
+    assert torch.equal(run(applied, "flux", sampler(start_percent=0.4), sigmas), expected)
 
 
 def test_same_graph_twice_and_in_another_resolution(model, sidenet):
@@ -682,7 +739,7 @@ def test_applying_and_sampling_leave_no_trace(model, sidenet):
     euler = run(bare, "sd3", comfy.samplers.ksampler("euler"), sigmas)
     applied = models.with_sidenet(bare, sidenet(16, "per_branch"))
     kept = traces(applied)
-    run(applied, "sd3", sampler(interval=(0.0, 0.8)), sigmas)
+    run(applied, "sd3", sampler(start_percent=0.4), sigmas)
     assert traces(bare) == before and applied_sidenet(bare) is None
     assert traces(applied) == kept
     assert torch.equal(run(bare, "sd3", comfy.samplers.ksampler("euler"), sigmas), euler)
@@ -802,17 +859,21 @@ def test_sidenet_of_another_model_is_refused_in_words(model, sidenet, tmp_path, 
     flux = models.make_sidenet(tmp_path / "flux.safetensors", 16, card)
     with pytest.raises(ValueError, match=r"made for FLUX.1-dev, and this MODEL is of kind 'sd3'"):
         ApplySideNet.execute(model("sd3"), flux)
-    assert misfits(flux, facts_of(model("flux"))) == doubts(flux, facts_of(model("flux"))) == []
+    assert (
+        compatibility.errors(flux, facts_of(model("flux")))
+        == compatibility.warnings(flux, facts_of(model("flux")))
+        == []
+    )
     with caplog.at_level(logging.WARNING):
         ApplySideNet.execute(model("sd3"), sidenet(16))
     assert "does not say which model it was made for" in caplog.text
     # The trainer reaches a pipeline through diffusers, and cannot know what ComfyUI calls the model.
     card = SideNetCard(backbone={"name": "FLUX.1-dev", "kind": "diffusers"})
     foreign = models.make_sidenet(tmp_path / "foreign.safetensors", 16, card)
-    assert misfits(foreign, facts_of(model("flux"))) == []
-    assert misfits(foreign, facts_of(model("sd3"))) == [], "16 channels too, and nothing else to compare"
+    assert compatibility.errors(foreign, facts_of(model("flux"))) == []
+    assert compatibility.errors(foreign, facts_of(model("sd3"))) == [], "16 channels too, and nothing else to compare"
     for name in ("flux", "sd3"):
-        doubt = doubts(foreign, facts_of(model(name)))[0]
+        doubt = compatibility.warnings(foreign, facts_of(model(name)))[0]
         assert "made for FLUX.1-dev outside ComfyUI" in doubt and f"of kind '{name}'" in doubt
 
 

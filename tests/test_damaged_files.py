@@ -226,7 +226,16 @@ NUMBERS += [
     "[1.0, 0.0]",
 ]
 PLACES = {
-    "config": ["in_channels", "num_heads", "num_layers", "patch_size", "cfg_input", "architecture", "data_mean_size", "colour"],
+    "config": [
+        "in_channels",
+        "num_heads",
+        "num_layers",
+        "patch_size",
+        "cfg_input",
+        "architecture",
+        "data_mean_size",
+        "colour",
+    ],
     "cfg_range": [0, 1],
     "schedules": ["2.0", "0", "-1", "x", "1e0"],
     "backbone": ["name", "kind", "fingerprint", "new"],
@@ -289,7 +298,12 @@ def test_strange_values_in_the_metadata_are_refused_or_harmless(key, stored, tmp
         ("config", ("num_layers",), "1000000000", "must have 1000000000 blocks; got 3"),
         ("config", ("cfg_input",), '"no"', "cfg_input must be bool; got 'no'"),
         ("config", ("in_channels",), "9" * 40, "net.safetensors"),
-        ("schedules", ("2.0", "1", "analytic_first_step"), "0", "analytic_first_step of a schedule must be true or false"),
+        (
+            "schedules",
+            ("2.0", "1", "analytic_first_step"),
+            "0",
+            "analytic_first_step of a schedule must be true or false",
+        ),
         ("schedules", ("2.0", "1", "times"), "[1.0, 1e400]", "net.safetensors"),
         ("schedules", ("2.0", "1", "times"), f"[{'9' * 400}, 0]", "net.safetensors"),
         ("backbone", ("kind",), "5", "backbone must hold texts alone"),

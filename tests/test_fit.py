@@ -284,7 +284,10 @@ def test_without_the_memory_for_gradients_a_schedule_stays_as_it_was(folder, tra
     monkeypatch.setattr(tuning, "train", too_large)
     tuned = run(folder / "combined", tmp_path / "tuned.safetensors", *options, "--tune", "40")[1]
     assert "not enough memory for a call with gradients" in capsys.readouterr().out
-    assert tuned.schedules_for(tuned.cfg)[5] == fitted.schedules_for(fitted.cfg)[5] and tuned.schedules_for(tuned.cfg)[4] != fitted.schedules_for(fitted.cfg)[4]
+    assert (
+        tuned.schedules_for(tuned.cfg)[5] == fitted.schedules_for(fitted.cfg)[5]
+        and tuned.schedules_for(tuned.cfg)[4] != fitted.schedules_for(fitted.cfg)[4]
+    )
 
 
 def test_the_network_has_its_models_patches():
@@ -301,7 +304,11 @@ def ends_of(schedule, sidenet):
 
 def assert_same_schedule(one, other, sidenet):
     """By its ends, for coefficients of terms that are nearly alike may differ and mean the same."""
-    assert (one.conditional_only, one.calls, one.analytic_first_step) == (other.conditional_only, other.calls, other.analytic_first_step)
+    assert (one.conditional_only, one.calls, one.analytic_first_step) == (
+        other.conditional_only,
+        other.calls,
+        other.analytic_first_step,
+    )
     torch.testing.assert_close(ends_of(one, sidenet), ends_of(other, sidenet), rtol=0, atol=0.02)
 
 
@@ -428,7 +435,15 @@ def test_coordinate_search_finds_the_minimum():
 
 def test_bfloat16_trains(folder, tmp_path):
     _, card = run(
-        folder / "combined", tmp_path / "b.safetensors", *QUICK, "--batch", "64", "--steps", "150", "--precision", "bf16"
+        folder / "combined",
+        tmp_path / "b.safetensors",
+        *QUICK,
+        "--batch",
+        "64",
+        "--steps",
+        "150",
+        "--precision",
+        "bf16",
     )
     assert card.evaluation["variance_unexplained"]["kind"]["beyond"] < 0.95
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from ba_solver.lab.shapes import CLASS_NAMES
 from ba_solver.nodes.models.classes import CLASSES, DEMO_CLASSES, class_index
-from ba_solver.nodes.report import error_curves, error_plot
+from ba_solver.nodes.report import FONT, error_curves, error_plot
 from comfyui import packed_files
+from PIL import ImageFont
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
@@ -157,6 +158,8 @@ def test_plots_show_their_curves():
     two = error_plot({"SideNet": {5: 0.08, 7: 0.04}, "Euler": {5: 0.2, 7: 0.1}})
     assert empty.shape == one.shape == two.shape and empty.dtype == torch.float32
     assert min((a - b).abs().max() for a, b in ((empty, one), (one, two))) > 0.5
+    _, top, _, bottom = ImageFont.load_default(FONT).getbbox("H")
+    assert bottom - top >= one.shape[1] / 30, "letters can be read on a node"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "example_workflows").glob("*.json")), ids=lambda path: path.stem)

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from ba_solver.bas_core import CheckpointError
-from ba_solver.training.baselines import run_baseline
 from ba_solver.training.backbones import open_backbone
 from ba_solver.training.backbones.base import BackboneChoice
+from ba_solver.training.baselines import run_baseline
 from ba_solver.training.cli import main
 from ba_solver.training.recording import record as recording
 from ba_solver.training.recording.reference_solver import record_trajectory

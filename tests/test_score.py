@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 from ba_solver.bas_core import Field, SideNet, SideNetConfig, load_sidenet, model_field, time_grid
-from ba_solver.training.baselines import run_baseline
 from ba_solver.training.backbones import BackboneChoice, open_backbone
+from ba_solver.training.baselines import run_baseline
 from ba_solver.training.cli import main
 from ba_solver.training.measuring import evaluate
 from ba_solver.training.measuring.learned_multistep import LearnedMultistep
@@ -136,7 +136,9 @@ def test_evaluate_alone_fits_the_rival_on_noises_of_its_own(made, tmp_path):
     assert ("learned_multistep", 5, "best") in rows and ("ba_solver", 5, "best") in rows
     # The best grid found becomes the file's, beside those that were learned, with step weights of its own.
     card = load_sidenet(copy)[1]
-    assert sorted(card.schedules_for(card.cfg)) == [4, 5, 6] and all(run.coefficients for run in card.schedules_for(card.cfg).values())
+    assert sorted(card.schedules_for(card.cfg)) == [4, 5, 6] and all(
+        run.coefficients for run in card.schedules_for(card.cfg).values()
+    )
     assert main(f"{command} --reference 64 --search-noises 0".split()) == 0
     assert {(name, grid) for name, n, grid in lines(tmp_path / "r") if n == 5 and grid != "uniform"} == {
         ("ba_solver", "best")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ba_solver.bas_core import Schedule, Guidance, solve
+from ba_solver.bas_core import Guidance, Schedule, solve
 from ba_solver.bas_core.grids import time_grid
 from ba_solver.bas_core.guidance import Field
 from ba_solver.bas_core.prediction import StraightLine

@@ -92,10 +92,6 @@ def test_a_recording_can_be_gone_on_with_after_an_editor_saved_the_prompts(tmp_p
     assert prompts_hash(tmp_path / "prompts.txt", SAVED["plain"] + b"another\n") != hashes["plain"]
 
 
-def test_hashes_of_plain_files_are_those_of_older_recordings(tmp_path):
-    assert prompts_hash(tmp_path / "prompts.txt", b"a cat\n") == "0ade2d058ae04061"
-
-
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""ComfyUI's samplers and ours from the same noise, each with the same number of model calls."""
+"""ComfyUI's samplers and BA-Solver from the same noise, each with the same number of model calls."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ from torch import Tensor
 
 from ...training.baselines import run_baseline
 from ..models.attach import applied_sidenet
-from ..models.paths import SigmaSchedule, path_of
-from ..sampling.sampler import Options, opened, sample_ba_solver
+from ..models.parameterization import SigmaSchedule, parameterization_of
+from ..notify import warn
+from ..sampling.callback_sampler import CallbackSampler, Prepared
+from ..sampling.sampler import MULTISTEP, Options, open_solver, sample_ba_solver
 from ..sampling.schedule import sigmas_for
-from ..say import warn
-from .count import Count, counted, steps_for
+from .call_counter import CallCounter, counting, steps_for
 
 OURS = "BA-Solver"
-MULTISTEP = "BA-Solver, no SideNet"
+WITHOUT_SIDENET = "BA-Solver, no SideNet"
 LEARNED = "own"
 REFERENCE = "adams_pec"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One run.
+    """One sampling.
 
     Attributes:
-        sampler, scheduler: which.
-        asked, calls: model calls that were to be made, and that were.
+        sampler, scheduler: their names.
+        asked, calls: model calls allowed, and made.
         error: root-mean-square distance of its end from the converged one.
-        seconds: a picture.
+        seconds: per picture.
         end: [B, C, *spatial], the model's latent, on the CPU.
     """
 
@@ -50,12 +51,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What came of one prompt.
+    """The samplings of one prompt.
 
     Attributes:
-        rows: every run.
+        rows: one a sampling.
         reference: [B, C, *spatial] the converged end.
-        own_error: how far it is from one of half the calls: no smaller error means anything.
+        own_error: its distance from one of half the calls; errors below it mean nothing.
     """
 
     rows: list[Row]
@@ -65,7 +66,14 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Job:
-    """A sampler on a scheduler: its sigmas by steps, and whether steps are found by calls."""
+    """A sampler on a scheduler.
+
+    Attributes:
+        name, scheduler: their names.
+        sampler: ComfyUI's SAMPLER.
+        sigmas_of: its sigmas, by number of steps.
+        fitted: its sigmas are by number of model calls instead.
+    """
 
     name: str
     scheduler: str
@@ -93,130 +101,95 @@ def jobs_for(model: Any, samplers: Sequence[str], schedulers: Sequence[str]) -> 
         return lambda steps: known(model, steps, device, sampler, scheduler, 1.0).sigmas.cpu()
 
     jobs = [Job(n, s, comfy.samplers.sampler_object(n), grid(n, s)) for n in samplers for s in schedulers]
-    multistep = comfy.samplers.KSAMPLER(sample_ba_solver, {"options": Options("multistep")})
-    jobs += [Job(MULTISTEP, s, multistep, grid("euler", s)) for s in schedulers]
+    multistep = comfy.samplers.KSAMPLER(sample_ba_solver, {"options": Options(MULTISTEP)})
+    jobs += [Job(WITHOUT_SIDENET, s, multistep, grid("euler", s)) for s in schedulers]
     sidenet = applied_sidenet(model)
     if sidenet is not None and sidenet.strength:
-        sampling, analytic = model.get_model_object("model_sampling"), sidenet.has_data_mean
-        schedules = sidenet.card.schedules_for(sidenet.card.cfg)
+        model_sampling, card = model.get_model_object("model_sampling"), sidenet.card
+        schedules, analytic_first = card.schedules_for(card.cfg), sidenet.has_data_mean
         jobs.append(
             Job(
                 OURS,
                 LEARNED,
                 comfy.samplers.KSAMPLER(sample_ba_solver),
-                lambda calls: sigmas_for(sampling, calls, 1.0, schedules, analytic),
+                lambda calls: sigmas_for(model_sampling, calls, 1.0, schedules, analytic_first),
                 fitted=True,
             )
         )
     return jobs
 
 
-class Comparing(comfy.samplers.Sampler):
-    """A SAMPLER that runs all jobs, one after another, in one sampling of ComfyUI's.
+def compare(
+    guider: Any, latent: Tensor, seed: int, jobs: Sequence[Job], calls: Sequence[int], reference: int,
+    on_call: Callable[[float], Any],
+) -> Comparison:  # fmt: skip
+    """Sample every job from one noise, all in one sampling of ComfyUI's.
 
     Args:
+        guider: from `guider_for`.
+        latent: [B, C, *spatial], empty.
+        seed: of the noise.
         jobs: from `jobs_for`.
         calls: numbers of model calls.
-        reference: calls of the converged solution.
-        told: sees the cost of each model call.
+        reference: model calls of the converged solution.
+        on_call: is given the NFE of each model call, 1 or 0.5.
     """
+    found: list[Comparison] = []
 
-    def __init__(self, jobs: Sequence[Job], calls: Sequence[int], reference: int, told: Callable[[float], Any]) -> None:
-        self.jobs, self.calls, self.reference, self.told = jobs, calls, reference, told
-        self.found: Comparison | None = None
+    def run(prepared: Prepared) -> Tensor:
+        with counting(prepared.model.inner_model, CallCounter(on_call=on_call)):
+            converged, half = (_converged(prepared, steps) for steps in (reference, max(1, reference // 2)))
+        rows = [_row(job, n, prepared, converged, on_call) for n in calls for job in jobs]
+        found.append(Comparison([row for row in rows if row], converged.cpu(), _distance(converged, half)))
+        return converged
 
-    def sample(
-        self,
-        model_wrap: Any,
-        sigmas: Tensor,
-        extra_args: dict[str, Any],
-        callback: Callable[..., None] | None,
-        noise: Tensor,
-        latent_image: Tensor,
-        denoise_mask: Tensor | None = None,
-        disable_pbar: bool = False,
-    ) -> Tensor:
-        """Called by ComfyUI's guiders; the arguments are theirs. Returns the converged end."""
+    model_sampling = guider.model_patcher.get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(model_sampling, "simple", reference)
+    noise = comfy.sample.prepare_noise(latent, seed)
+    guider.sample(noise, latent, CallbackSampler(run), sigmas, disable_pbar=True, seed=seed)
+    if not found:
+        raise RuntimeError("A node on the MODEL replaced the sampling, and nothing was compared.")
+    process = guider.model_patcher.model.process_latent_out
+    rows = [replace(row, end=process(row.end)) for row in found[0].rows]
+    return replace(found[0], rows=rows, reference=process(found[0].reference))
 
-        def converged(calls: int) -> Tensor:
-            return self._converged(model_wrap, {**extra_args, "denoise_mask": denoise_mask}, noise, latent_image, calls)
 
-        with counted(model_wrap, Count(told=self.told)):
-            reference = converged(self.reference)
-            own_error = _distance(reference, converged(max(1, self.reference // 2)))
-        rows = []
-        for calls in self.calls:
-            for job in self.jobs:
-                row = self._row(job, calls, model_wrap, extra_args, noise, latent_image, reference)
-                rows += [row] if row else []
-        self.found = Comparison(rows, reference.cpu(), own_error)
-        return reference
+def _converged(prepared: Prepared, steps: int) -> Tensor:
+    """The end of a fine multistep sampling."""
+    model = prepared.model
+    guider, noise = model.inner_model, model.noise
+    model_sampling = guider.inner_model.model_sampling
+    sigmas = comfy.samplers.calculate_sigmas(model_sampling, "simple", steps)
+    top = comfy.samplers.Sampler().max_denoise(guider, sigmas)
+    start = model_sampling.noise_scaling(sigmas[0], noise, model.latent_image, top)
+    schedule = SigmaSchedule.of(parameterization_of(model_sampling), sigmas)
+    with open_solver(model, prepared.extra_args, schedule, start, Options(MULTISTEP), True) as solver:
+        x = schedule.parameterization.to_flow(start, sigmas[0].to(start))
+        end = run_baseline(REFERENCE, solver.field, x, schedule.times)
+    state = schedule.parameterization.from_flow(end, sigmas[-1].to(end))
+    return model_sampling.inverse_noise_scaling(sigmas[-1], state)
 
-    def _converged(
-        self, guider: Any, extra_args: dict[str, Any], noise: Tensor, latent_image: Tensor, calls: int
-    ) -> Tensor:
-        sampling = guider.inner_model.model_sampling
-        sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", calls)
-        model = comfy.samplers.KSamplerX0Inpaint(guider, sigmas)
-        model.latent_image, model.noise = latent_image, noise
-        start = sampling.noise_scaling(sigmas[0], noise, latent_image, self.max_denoise(guider, sigmas))
-        schedule = SigmaSchedule.of(path_of(sampling), sigmas)
-        with opened(model, extra_args, schedule, start, Options("multistep"), True) as on:
-            x = schedule.path.to_flow(start, sigmas[0].to(start))
-            end = run_baseline(REFERENCE, on.field, x, schedule.times)
-        return sampling.inverse_noise_scaling(sigmas[-1], schedule.path.from_flow(end, sigmas[-1].to(end)))
 
-    def _row(
-        self,
-        job: Job,
-        calls: int,
-        guider: Any,
-        extra_args: dict[str, Any],
-        noise: Tensor,
-        latent_image: Tensor,
-        reference: Tensor,
-    ) -> Row | None:
-        try:
-            steps = calls if job.fitted else steps_for(guider, job.sampler, job.sigmas_of, noise, calls)[0]
-        except ValueError as error:
-            warn(f"{job.name} is left out at {calls} calls. {error}")
-            return None
-        count, began = Count(told=self.told), time.perf_counter()
-        with counted(guider, count):
-            end = job.sampler.sample(
-                guider, job.sigmas_of(steps), dict(extra_args), None, noise, latent_image, None, True
-            )
-        seconds = (time.perf_counter() - began) / len(noise)
-        return Row(job.name, job.scheduler, calls, count.calls, _distance(end, reference), seconds, end.cpu())
+def _row(job: Job, calls: int, prepared: Prepared, reference: Tensor, on_call: Callable[[float], Any]) -> Row | None:
+    model, options = prepared.model, prepared.extra_args
+    guider, noise = model.inner_model, model.noise
+    try:
+        steps = calls if job.fitted else steps_for(guider, job.sampler, job.sigmas_of, noise, calls)
+    except ValueError as error:
+        warn(f"{job.name} is left out at {calls} calls. {error}")
+        return None
+    extra_args = {key: value for key, value in options.items() if key != "denoise_mask"}  # the sampler adds its own
+    counter, began = CallCounter(on_call=on_call), time.perf_counter()
+    with counting(guider, counter):
+        end = job.sampler.sample(guider, job.sigmas_of(steps), extra_args, None, noise, model.latent_image, None, True)
+    seconds = (time.perf_counter() - began) / len(noise)
+    return Row(job.name, job.scheduler, calls, counter.nfe, _distance(end, reference), seconds, end.cpu())
 
 
 def _distance(x: Tensor, other: Tensor) -> float:
     return float((x - other).square().mean().sqrt())
 
 
-def compare(
-    guider: Any, latent: Tensor, seed: int, jobs: Sequence[Job], calls: Sequence[int], reference: int,
-    told: Callable[[float], Any],
-) -> Comparison:  # fmt: skip
-    """Run every job from one noise.
-
-    Args:
-        guider: from `guider_for`.
-        latent: [B, C, *spatial], empty.
-        seed: of the noise.
-        jobs, calls, reference, told: see `Comparing`.
-    """
-    sampler = Comparing(jobs, calls, reference, told)
-    sampling = guider.model_patcher.get_model_object("model_sampling")
-    sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", reference)
-    guider.sample(comfy.sample.prepare_noise(latent, seed), latent, sampler, sigmas, disable_pbar=True, seed=seed)
-    if sampler.found is None:
-        raise RuntimeError("A node on the MODEL replaced the sampling, and nothing was compared.")
-    found, process = sampler.found, guider.model_patcher.model.process_latent_out
-    rows = [replace(row, end=process(row.end)) for row in found.rows]
-    return Comparison(rows, process(found.reference), found.own_error)
-
-
 def total_calls(jobs: Sequence[Job], calls: Sequence[int], reference: int, prompts: int) -> int:
-    """How often the model will be called, about."""
+    """About how often the model will be called."""
     return prompts * (reference + reference // 2 + len(jobs) * sum(calls))

@@ -8,32 +8,32 @@ import torch
 
 from ...bas_core.editing import T_MIN, editing_grid
 from ..models.attach import applied_sidenet
-from ..models.paths import SigmaSchedule, path_of
+from ..models.parameterization import SigmaSchedule, parameterization_of
 from ..sampling.schedule import stretched_sigmas
 
 
-def editing_schedule(model: Any, calls: int, strength: float) -> SigmaSchedule:
-    """The sigmas of an edit: a number of calls each way, from as far up as the strength says.
+def editing_schedule(model: Any, steps: int, denoise: float) -> SigmaSchedule:
+    """The schedule [N + 1] of an edit, which is the same from the image to noise and back.
 
     Args:
-        model: the MODEL; its SideNet's grid is used where it has one.
-        calls: N, at least 2; the last step, from the inversion's start to the image, is one of them.
-        strength: in (0, 1]; 1 = up to pure noise, as `denoise` elsewhere.
+        model: the MODEL; its SideNet's schedule is used if it has one.
+        steps: N, at least 2. The last one is the step from the inversion's start to the image.
+        denoise: in (0, 1]; 1 = up to pure noise.
 
     Raises:
-        ValueError: the MODEL is neither a flow nor a diffusion model, or the strength is too small for any step.
+        ValueError: the MODEL is neither a flow nor a diffusion model, or denoise is too small for any step.
     """
     sampling = model.get_model_object("model_sampling")
-    path = path_of(sampling)
+    parameterization = parameterization_of(sampling)
     sidenet = applied_sidenet(model)
     sigmas = stretched_sigmas(
-        sampling, calls - 1, strength, sidenet.card.schedules_for(sidenet.card.cfg) if sidenet else {}
+        sampling, steps - 1, denoise, sidenet.card.schedules_for(sidenet.card.cfg) if sidenet else {}
     )
-    # Diffusion models know no noise level below their smallest.
-    lowest = float(path.times(torch.as_tensor(float(sampling.sigma_min), dtype=torch.float64)))
-    start = max(T_MIN, lowest)
-    times = path.times(sigmas.double())
+    # Diffusion models have a smallest noise level.
+    smallest = float(parameterization.times(torch.as_tensor(float(sampling.sigma_min), dtype=torch.float64)))
+    start = max(T_MIN, smallest)
+    times = parameterization.times(sigmas.double())
     if times[0] <= start:
-        raise ValueError(f"A strength of {strength:g} leaves nothing to edit. Set it higher; 0.6 to 1 is usual.")
+        raise ValueError(f"A denoise of {denoise:g} leaves nothing to edit. Set it higher; 0.6 to 1 is usual.")
     times = editing_grid(times, start).float()
-    return SigmaSchedule(path, path.sigmas(times.double()).float(), times)
+    return SigmaSchedule(parameterization, parameterization.sigmas(times.double()).float(), times)

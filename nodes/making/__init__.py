@@ -1,1 +1,1 @@
-"""A SideNet made from the MODEL in the graph: its prompts, its velocities for the trainer, and the work itself."""
+"""A SideNet made from the MODEL in the graph: its prompts, the MODEL as a backbone, and the work."""

@@ -1,8 +1,7 @@
-"""A SideNet made in the graph: recorded, fitted, measured and written, and gone on with where it was cut off."""
+"""A SideNet made in the graph: recorded, fitted, measured and written. Interrupted work is resumed."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,91 +13,84 @@ import torch
 from torch import Tensor
 
 from ...bas_core.checkpoint import SideNetCard, load_sidenet
-from ...bas_core.files import write_text
 from ...training.extra_cfg import add_extra_cfg, check_extra_cfg, nfe_for_cfg
 from ...training.make import MakeSettings, planned_nfe
 from ...training.presets import CHECKED
 from ...training.progress import Listener, listening, say
 from ...training.recording.record import record
 from ...training.recording.shards import shard_bytes
-from ...training.settings import UsageError, plain, prepare_folder, shareable
+from ...training.settings import UsageError, differences, prepare_folder, shareable
 from ...training.train import train_from
-from .backbone import ComfyBackbone, open_model
+from .comfy_backbone import ComfyBackbone, open_model
 
-# What may be another when a making is gone on with: it does not change what was computed.
+# Settings that may differ when a file of the same name is there: they do not change what was computed.
 MAY_CHANGE = ("device", "extra_guidance", "patch_size")
 
 
-@dataclass(frozen=True)
-class Told:
-    """Where the work reports to.
+@dataclass
+class ProgressReporter:
+    """Reports how much of the planned model calls is done, and how long the rest will take.
 
     Attributes:
-        line: sees a line of text, the latest.
-        done: sees how much of the whole is done, from 0 to 1.
-        history: sees the numbers of all reports of a training so far.
+        show_text: takes a line of text.
+        show_share: takes the share of the work that is done, 0 to 1.
+        show_history: takes the numbers of all reports of a training so far.
+        planned: model calls, one for one sample.
     """
 
-    line: Callable[[str], None]
-    done: Callable[[float], None]
-    history: Callable[[list[dict[str, float]]], None]
+    show_text: Callable[[str], None]
+    show_share: Callable[[float], None]
+    show_history: Callable[[list[dict[str, float]]], None]
+    planned: int = 1
 
-
-class Clock:
-    """How much of the planned model calls are made, and how long the others will take.
-
-    Args:
-        planned: how many, one for one sample.
-        told: where to say so.
-    """
-
-    def __init__(self, planned: int, told: Told) -> None:
-        self.planned, self.told = planned, told
+    def __post_init__(self) -> None:
         self.made, self.seconds = 0, 0.0
         self.last = time.perf_counter()
 
     def listener(self) -> Listener:
-        """As the trainer takes it."""
-        return Listener(self.told.line, self.step, lambda what, history: self.told.history(history))
+        """For the trainer."""
+        return Listener(self.show_text, self.on_step, lambda name, history: self.show_history(history))
 
-    def called(self, samples: int) -> None:
-        """So many samples more went through the model."""
+    def on_samples(self, samples: int) -> None:
+        """So many more samples went through the model."""
         now = time.perf_counter()
-        # The first call loads the model, which takes long, and says nothing of the others.
+        # The first call loads the model, and is no measure of the others.
         self.seconds += now - self.last if self.made else 0.0
         self.last = now
         self.made += samples
-        self.told.done(min(1.0, self.made / self.planned))
+        self.show_share(min(1.0, self.made / self.planned))
 
-    def step(self, what: str, done: int, total: int) -> None:
-        """A stage of the trainer goes on."""
+    def on_step(self, name: str, done: int, total: int) -> None:
+        """The trainer begins a part of a stage."""
         comfy.model_management.throw_exception_if_processing_interrupted()
-        of = f" {done + 1} of {total}" if total > 1 else ""
-        self.told.line(f"{what}{of}{self._left()}")
+        part = f" {done + 1} of {total}" if total > 1 else ""
+        self.show_text(f"{name}{part}{self._remaining()}")
 
-    def _left(self) -> str:
-        left = max(0, self.planned - self.made)
-        if not self.seconds or not left:
+    def _remaining(self) -> str:
+        remaining = max(0, self.planned - self.made)
+        if not self.seconds or not remaining:
             return ""
-        seconds = self.seconds / self.made * left
+        seconds = self.seconds / self.made * remaining
         amount = f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
-        return f"; {left:,} of {self.planned:,} model calls, about {amount} left"
+        return f"; {remaining:,} of {self.planned:,} model calls, about {amount} left"
 
 
 def check_name(name: str) -> str:
-    """A file's name that stays in its folder.
+    """A file name without extension, which stays in its folder.
 
     Raises:
-        ValueError: it does not.
+        ValueError: it would not.
     """
-    plainly = name.strip().removesuffix(".safetensors")
-    if not plainly or plainly != Path(plainly).name or plainly.startswith(".") or set(plainly) & set('\\:*?"<>|'):
-        raise ValueError(f'name must be that of a file, without folders or the signs \\ / : * ? " < > |; got {name!r}.')
-    return plainly
+    stem = name.strip().removesuffix(".safetensors")
+    if not stem or stem != Path(stem).name or stem.startswith(".") or set(stem) & set('\\:*?"<>|'):
+        raise ValueError(
+            f'output_name must be the name of a file, without folders or the signs \\ / : * ? " < > |; got {name!r}.'
+        )
+    return stem
 
 
-def finished(path: Path, settings: MakeSettings) -> SideNetCard | None:
-    """What the file says of a SideNet that is made already; None where it is not.
+def existing_card(path: Path, settings: MakeSettings) -> SideNetCard | None:
+    """The metadata of a SideNet that is made already; None where there is none.
 
     Raises:
         ValueError: there is one of this name, made with other settings.
@@ -106,35 +98,13 @@ def finished(path: Path, settings: MakeSettings) -> SideNetCard | None:
     if not path.exists():
         return None
     card = load_sidenet(path)[1]
-    _refuse_other(path, card.training.get("settings", {}), shareable(settings))
-    return card
-
-
-def _refuse_other(path: Path, known: dict[str, Any], asked: dict[str, Any]) -> None:
-    differing = [key for key in asked if key not in MAY_CHANGE and known.get(key) != asked[key]]
-    if differing:
-        said = "; ".join(f"{key.replace('_', ' ')} was {known.get(key)!r}, now {asked[key]!r}" for key in differing)
+    changes = differences(card.training.get("settings", {}), shareable(settings), MAY_CHANGE)
+    if changes:
         raise ValueError(
-            f"There is a SideNet of the name {path.stem!r} already, made with other settings ({said}). Give another "
-            f"name, set these back, or delete {path} and the folders beside it."
+            f"There is a SideNet of the name {path.stem!r} already, made with other settings ({changes}). Choose "
+            f"another output_name, set these back, or delete {path} and the folders beside it."
         )
-
-
-def remember(path: Path, settings: MakeSettings) -> None:
-    """Keep the settings beside the unfinished SideNet.
-
-    Raises:
-        ValueError: it was begun with other settings.
-    """
-    notes = path.with_suffix(".making") / "settings.json"
-    asked = plain(settings)
-    if notes.exists():
-        try:
-            known = json.loads(notes.read_text(encoding="utf-8"))
-        except ValueError:
-            known = asked  # damaged: what was recorded says for itself what it is
-        _refuse_other(path, known, asked)
-    write_text(notes, json.dumps(asked, indent=1))
+    return card
 
 
 def make(
@@ -142,77 +112,76 @@ def make(
     prompts: tuple[Sequence[Any], Any],
     latent: Tensor,
     settings: MakeSettings,
-    told: Told,
-    chains: Path | None = None,
+    reporter: ProgressReporter,
+    cache: Path | None = None,
 ) -> SideNetCard:
-    """Make a SideNet for a MODEL, or go on with one.
+    """Make a SideNet for a MODEL, or go on with an unfinished one.
 
     Args:
-        model: it, with all that rides on it.
+        model: a MODEL.
         prompts: the positives, CONDITIONINGs, and the negative or None.
         latent: [B, C, *spatial] in the model's channels; its size is taken.
-        settings: `guidance` is the CFG scale; `out` the file.
-        told: of the progress.
-        chains: folder of the recordings; None = beside the file.
+        settings: of the trainer; `guidance` is the CFG scale, `out` the file.
+        reporter: of the progress.
+        cache: folder of the recordings; None = beside the file.
 
     Returns:
-        What the file says.
+        The file's metadata.
 
     Raises:
         ValueError: something cannot be done; the message says what, and what to do.
     """
-    settings = replace(settings, tune=0, accumulate=0)
-    card = finished(settings.out, settings)
+    # Never with gradients through the model (`tune`): its weights may be streamed, fp8 or GGUF.
+    settings = replace(settings, accumulate=0, tune=0)
+    card = existing_card(settings.out, settings)
     missing = len(set(settings.extra_guidance) - set(card.schedules if card else ()))
     if card is not None and not missing:
-        told.line("This SideNet is there already; nothing was to be done.")
+        reporter.show_text("This SideNet is there already; nothing was to be done.")
         return card
     settings.check()
     check_extra_cfg(settings)
     prepare_folder(settings.out.parent, "The folder")
-    clock = Clock(planned_nfe(settings) if card is None else missing * nfe_for_cfg(settings), told)
-    # Nodes run in inference mode, and what is made there cannot be trained on.
-    with torch.inference_mode(False), torch.enable_grad(), listening(clock.listener()):
+    reporter.planned = planned_nfe(settings) if card is None else missing * nfe_for_cfg(settings)
+    # Nodes run in inference mode, whose tensors cannot be trained on.
+    with torch.inference_mode(False), torch.enable_grad(), listening(reporter.listener()):
 
-        def opened(scale: float) -> ComfyBackbone:
-            return open_model(model, *prompts, scale, latent, clock.called)
+        def at_scale(scale: float) -> ComfyBackbone:
+            return open_model(model, *prompts, scale, latent, reporter.on_samples)
 
-        backbone = opened(settings.guidance[0])
+        backbone = at_scale(settings.guidance[0])
         settings.check_recording(backbone)
-        remember(settings.out, settings)
-        say(plan_text(settings, clock.planned, backbone))
-        folder = chains or settings.out.with_suffix(".trajectories")
+        say(plan_text(settings, reporter.planned, backbone))
+        folder = cache or settings.out.with_suffix(".trajectories")
         if card is None:
-            work(settings, backbone, folder)
-        return add_extra_cfg(replace(settings, device=str(backbone.device)), folder, opened)
+            record_and_train(settings, backbone, folder)
+        return add_extra_cfg(replace(settings, device=str(backbone.device)), folder, at_scale)
 
 
 def plan_text(settings: MakeSettings, calls: int, backbone: ComfyBackbone) -> str:
-    """What it will cost, before it starts."""
-    size = shard_bytes(backbone.shape, settings.model_calls, 1, 2 if settings.storage == "float16" else 4)
-    batch = shard_bytes(backbone.shape, settings.points, 1) * settings.record_batch
+    """The cost, before the work starts; the recording says what it needs on disk."""
+    memory = shard_bytes(backbone.shape, settings.points, 1) * settings.record_batch
     return (
-        f"Making {settings.out.stem!r} for {backbone.name}, preset {settings.preset}: {calls:,} model calls in batches "
-        f"of {settings.record_batch}, {size / 1e6:.3g} MB on disk, and {batch / 1e6:.3g} MB of memory beside sampling."
+        f"Making {settings.out.stem!r} for {backbone.name}: {calls:,} model calls in batches of "
+        f"{settings.record_batch}, and {memory / 1e6:.3g} MB of memory beside sampling."
     )
 
 
-def work(settings: MakeSettings, backbone: ComfyBackbone, chains: Path) -> SideNetCard:
-    """Record and train."""
-    scale = float(backbone.within(backbone.told_scale))
-    choice = replace(settings, guidance=(scale,), device=str(backbone.device))
-    record(choice, choice, chains, backbone, CHECKED)
-    return train_from(replace(choice, resume=True), choice, (chains,), settings.out, settings, backbone)
+def record_and_train(settings: MakeSettings, backbone: ComfyBackbone, folder: Path) -> SideNetCard:
+    """Record into a folder, and train on it."""
+    guidance = float(backbone.within(backbone.sidenet_guidance))
+    choice = replace(settings, guidance=(guidance,), device=str(backbone.device))
+    record(choice, choice, folder, backbone, CHECKED)
+    return train_from(replace(choice, resume=True), choice, (folder,), settings.out, settings, backbone)
 
 
-def in_words(error: Exception) -> str | None:
-    """What to tell a user of an error, and what to do; None for one that nobody foresaw."""
-    kept = "What was recorded stays: run again to go on."
+def error_message(error: Exception) -> str | None:
+    """What a user reads of an error, and what to do; None for an unforeseen one."""
+    resume = "Recordings are kept: run again to go on."
     if isinstance(error, comfy.model_management.OOM_EXCEPTION):
-        return f"There is not enough memory for so many samples at once. Lower 'batch'. {kept}"
+        return f"There is not enough memory for so many samples at once. Lower batch_size. {resume}"
     if isinstance(error, OSError) and error.strerror:
-        where = error.filename or "the folder for the recording"
-        return f"{error.strerror}: {where}. Make room or choose another name. {kept}"
+        place = error.filename or "the folder for the recording"
+        return f"{error.strerror}: {place}. Make room or choose another name. {resume}"
     if isinstance(error, UsageError | ValueError | ArithmeticError):
-        return f"{str(error).replace('--', '')} {kept if isinstance(error, ArithmeticError) else ''}".strip()
+        return f"{str(error).replace('--', '')} {resume if isinstance(error, ArithmeticError) else ''}".strip()
     return None

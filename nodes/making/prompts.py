@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import comfy.samplers
@@ -11,30 +11,17 @@ import torch
 from torch import Tensor
 
 from ..models.labels import KEY, conditioning_of
+from ..sampling.callback_sampler import CallbackSampler, Prepared
 from ..sampling.guider import set_prompts
 
 Conditions = dict[str, list[dict[str, Any]]]
 
 
-class _Noting(comfy.samplers.Sampler):
-    """A SAMPLER that samples nothing, and tells that ComfyUI is ready for it."""
-
-    def __init__(self, ready: Callable[..., None]) -> None:
-        self.ready = ready
-
-    def sample(
-        self, model_wrap: Any, sigmas: Tensor, extra_args: Any, callback: Any, noise: Tensor, *rest: Any
-    ) -> Tensor:
-        """Called by ComfyUI's guiders; the arguments are theirs."""
-        self.ready(model_wrap, sigmas, extra_args, noise, *rest)
-        return noise
-
-
-class Prompts(comfy.samplers.CFGGuider):
+class PromptsGuider(comfy.samplers.CFGGuider):
     """ComfyUI's guider with several positives in turn.
 
-    While it samples, `prepared` holds for each prompt the conditions that ComfyUI made of it: set as `conds`, they are
-    what the next model call is guided by. Areas, masks and ControlNets of one prompt do not reach another.
+    While it samples, `prepared` holds for each prompt the conditions that ComfyUI made of it. Set as `conds`, they
+    guide the next model call. Areas, masks and ControlNets of one prompt do not reach another.
 
     Args:
         model: a MODEL.
@@ -43,7 +30,7 @@ class Prompts(comfy.samplers.CFGGuider):
         cfg: scale.
 
     Raises:
-        ValueError: a CFG scale without a negative.
+        ValueError: a CFG scale other than 1 without a negative.
     """
 
     conds: Conditions
@@ -54,33 +41,30 @@ class Prompts(comfy.samplers.CFGGuider):
         set_prompts(self, dict(zip(self.names, positives, strict=True)), negative, cfg)
         self.prepared: list[Conditions] = []
 
-    def inner_sample(self, noise: Tensor, latent: Tensor, device: Any, sampler: Any, *rest: Any, **more: Any) -> Tensor:
-        """Have every prompt prepared, then sample."""
-        given: Conditions = self.conds
-        negative = {"negative": given["negative"]} if "negative" in given else {}
+    def inner_sample(
+        self, noise: Tensor, latent: Tensor, device: Any, sampler: CallbackSampler, *rest: Any, **more: Any
+    ) -> Tensor:
+        """Have every prompt prepared, then run the sampler."""
+        every: Conditions = self.conds
         self.prepared = []
 
-        def prepared(*_: Any) -> None:
+        def run(prepared: Prepared) -> Tensor:
             self.prepared.append(self.conds)
-
-        def last(*arguments: Any) -> None:
-            prepared()
-            sampler.sample(*arguments)
+            return sampler.run(prepared) if len(self.prepared) == len(self.names) else prepared.model.noise
 
         try:
             for name in self.names:
-                alone = {"positive": given[name], **negative}
+                alone = {"positive": every[name], **{side: every[side] for side in ("negative",) if side in every}}
                 self.conds = {side: [one.copy() for one in conditions] for side, conditions in alone.items()}
-                on = _Noting(last if name == self.names[-1] else prepared)
-                end = super().inner_sample(noise, latent, device, on, *rest, **more)
+                end = super().inner_sample(noise, latent, device, CallbackSampler(run), *rest, **more)
             return end
         finally:
-            self.conds = given  # all of them, so that ComfyUI cleans up after all of them
+            self.conds = every  # so that ComfyUI cleans up after all of them
             self.prepared = []
 
 
 def each_alone(positives: Sequence[Any]) -> list[Any]:
-    """The CONDITIONINGs, those that name a class for each image of a batch taken apart."""
+    """The CONDITIONINGs; one that names a class for each image of a batch becomes one for each class."""
     found = []
     for positive in positives:
         labels = positive[0][1].get(KEY) if len(positive) == 1 else None
@@ -109,7 +93,7 @@ def digest_of(conditionings: Sequence[Any]) -> str:
         elif isinstance(value, list | tuple):
             for part in value:
                 add(part)
-        else:  # what rides on it, such as a ControlNet, is known by its kind alone
+        else:  # objects, such as a ControlNet, count by their class alone
             plain = isinstance(value, str | int | float | bool | None)
             digest.update((repr(value) if plain else type(value).__name__).encode())
 

@@ -1,1 +1,1 @@
-"""What a ComfyUI MODEL is to this pack: its path and states, the SideNet on it, its class labels, and SiT as one."""
+"""ComfyUI's MODEL: its parameterization, the SideNet on it, class labels, fingerprints, and SiT as a MODEL."""

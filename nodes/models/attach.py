@@ -1,4 +1,4 @@
-"""A SideNet as ComfyUI holds it: read from a file, put on a MODEL, found again by the sampler."""
+"""A SideNet in ComfyUI: read from a file, put on a MODEL, and found there by the sampler."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ RECORD = "ba_solver_sidenet"
 
 @dataclass(frozen=True)
 class LoadedSideNet:
-    """What a SIDENET link carries, and what rides on the MODEL.
+    """A SideNet on a SIDENET link or on a MODEL.
 
     Attributes:
         patcher: ComfyUI's handle of the network, so that ComfyUI loads and offloads it.
-        card: what the file says of itself.
+        card: the file's metadata.
         name: of the file, for messages.
-        strength: 1 = as trained, 0 = the multistep baseline.
+        strength: 1 = as trained, 0 = the multistep method.
     """
 
     patcher: Any
@@ -40,7 +40,7 @@ class LoadedSideNet:
 
     @property
     def has_data_mean(self) -> bool:
-        """Whether its first step can be analytic."""
+        """Whether it can take the first step analytically."""
         return self.network.has_data_mean
 
 
@@ -49,7 +49,7 @@ def read_sidenet(path: Path, name: str, dtype: torch.dtype | None = None) -> Loa
 
     Args:
         path: a safetensors file in the project's format.
-        name: what users call it.
+        name: of the file, for messages.
         dtype: of the weights; None = as stored.
 
     Raises:

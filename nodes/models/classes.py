@@ -12,19 +12,19 @@ def _entries(set_name: str, names: tuple[str, ...]) -> dict[str, tuple[int, int]
     return {f"{set_name} {index}: {name}": (index, len(names)) for index, name in enumerate(names)}
 
 
-# What the list shows, to (class index, number of classes in its set).
+# Entry of the list -> (class index, number of classes in its set).
 CLASSES: dict[str, tuple[int, int]] = {
     **_entries("demo", DEMO_CLASSES),
     **_entries("ImageNet", tuple(IMAGENET_FILE.read_text(encoding="utf-8").splitlines())),
 }
 
 
-# What the list shows for one picture of each class.
+# The entry for one image of each class.
 ALL = "all classes, one a picture"
 
 
 def class_indices(entry: str, index: int, known: int) -> list[int]:
-    """The classes of the pictures of a batch, in turn: one for all of them, or every class of the model.
+    """The classes of the images of a batch, in turn: one for all of them, or every class of the model.
 
     Raises:
         ValueError: see `class_index`.
@@ -38,10 +38,10 @@ def class_index(entry: str, index: int, known: int) -> int:
     Args:
         entry: a key of CLASSES.
         index: a class number, or -1.
-        known: how many classes the model has.
+        known: the number of the model's classes.
 
     Raises:
-        ValueError: no such class, or one of another set than the model's.
+        ValueError: there is no such class, or it belongs to another set than the model's.
     """
     if index >= 0:
         if index >= known:

@@ -1,4 +1,4 @@
-"""Which model a MODEL is: a fingerprint of the weights as ComfyUI holds them, and of what was patched onto them."""
+"""Fingerprints of a MODEL: of its weights, and of the patches on them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 SIT_RECORD = "ba_solver_sit"
-# Numbers of each tensor that are looked at: models of 20 GB are told apart in a second.
-LOOKED_AT = 16
+# Numbers of each tensor that are hashed: models of 20 GB are told apart in a second.
+SAMPLED = 16
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What is known of a MODEL's weights.
+    """Fingerprints of a MODEL.
 
     Attributes:
-        weights: fingerprint of the model's own weights.
-        patches: of what lies on them (LoRA and the like); empty where nothing does.
+        weights: of the model's own weights.
+        patches: of weight patches (LoRA and the like); empty without any.
     """
 
     weights: str
@@ -34,18 +34,18 @@ class Identity:
 
 
 def identity_of(model: Any) -> Identity:
-    """Look at a MODEL's weights and patches. Those of a SiT are known from its file, all numbers of it."""
-    known = model.get_attachment(SIT_RECORD)
-    return Identity(known or _weights(model), _patches(model))
+    """Fingerprints of a MODEL; a SiT's weights have that of its file, over all numbers."""
+    from_file = model.get_attachment(SIT_RECORD)
+    return Identity(from_file or _weights(model), _patches(model))
 
 
 def _weights(model: Any) -> str:
     digest = hashlib.sha256()
     prefix = "diffusion_model."
     for name, value in sorted(model.model.diffusion_model.state_dict().items()):
-        # Where a LoRA has been added to a weight on its way to the GPU, the weight itself is kept here.
-        kept = model.backup.get(prefix + name)
-        _look_at(digest, name, value if kept is None else kept.weight)
+        # Where a LoRA has been added to a weight on its way to the GPU, ComfyUI keeps the weight itself here.
+        backup = model.backup.get(prefix + name)
+        _add_tensor(digest, name, value if backup is None else backup.weight)
     return digest.hexdigest()[:16]
 
 
@@ -54,10 +54,10 @@ def _patches(model: Any) -> str:
         return ""
     digest = hashlib.sha256()
     for key in sorted(model.patches, key=str):
-        for strength, patch, kept, *_ in model.patches[key]:
-            digest.update(f"{key} {strength} {kept}".encode())
+        for strength, patch, strength_model, *_ in model.patches[key]:
+            digest.update(f"{key} {strength} {strength_model}".encode())
             for tensor in _tensors(patch):
-                _look_at(digest, "", tensor)
+                _add_tensor(digest, "", tensor)
     return digest.hexdigest()[:8]
 
 
@@ -72,12 +72,12 @@ def _tensors(patch: Any) -> Iterator[Tensor]:
         yield from _tensors(getattr(patch, "weights", ()))
 
 
-def _look_at(digest: Any, name: str, value: Any) -> None:
-    """A tensor's name, sizes and some of its numbers; of a loader's own kind of tensor, what it tells."""
+def _add_tensor(digest: Any, name: str, value: Any) -> None:
+    """Add a tensor's name, shape, dtype and some of its numbers."""
     digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
     try:
         plain = value.detach().as_subclass(Tensor).flatten()
-        places = torch.linspace(0, plain.numel() - 1, min(LOOKED_AT, plain.numel())).long()
+        places = torch.linspace(0, plain.numel() - 1, min(SAMPLED, plain.numel())).long()
         digest.update(plain[places.to(plain.device)].cpu().view(torch.uint8).numpy().tobytes())
     except (RuntimeError, TypeError, NotImplementedError, AttributeError):
-        return  # a tensor of a loader's own that does not let its numbers be picked: name, sizes and kind must do
+        return  # a loader's own kind of tensor that does not let its numbers be picked

@@ -1,4 +1,4 @@
-"""Class labels in ComfyUI's conditioning: how Class Label writes them, and how the sampler finds them again."""
+"""Class labels in ComfyUI's conditioning: written by Class Label, read by the sampler."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ KEY = "class_label"
 
 
 def conditioning_of(labels: Tensor) -> list[list[Any]]:
-    """A CONDITIONING of class indices [B]. The text part is a placeholder, for nodes that expect a tensor there."""
+    """A CONDITIONING of class indices [B], with a placeholder for nodes that expect a text embedding."""
     return [[torch.zeros(1, 1, 1), {KEY: labels}]]
 
 
 def labels_of(conditions: Sequence[dict[str, Any]] | None, batch: int) -> Tensor | None:
-    """The class indices [batch] that a conditioning gives to each sample; None where it names no class.
+    """The class index of each sample, [batch]; None where a conditioning names no class.
 
     Args:
         conditions: one side (positive or negative) of a guider's conditions, a list of dictionaries.

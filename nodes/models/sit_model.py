@@ -23,7 +23,7 @@ from .labels import KEY
 
 
 class DiffusionSiT(SiTNetwork):
-    """The network with the call that ComfyUI makes of a diffusion model."""
+    """The network, called as ComfyUI calls a diffusion model."""
 
     def __init__(self, config: SiTConfig, dtype: torch.dtype, device: Any = None, operations: Any = None) -> None:
         super().__init__(config, operations, device=device, dtype=dtype)
@@ -56,7 +56,7 @@ class PixelSpace(comfy.latent_formats.LatentFormat):
 
 
 class SiTModelConfig(comfy.supported_models_base.BASE):
-    """What ComfyUI asks of a model's kind. Sigma is the flow time, and the network is given it as it is."""
+    """ComfyUI's configuration of the model class. The network takes the flow time, which is sigma."""
 
     unet_extra_config: dict[str, Any] = {}  # noqa: RUF012, ComfyUI reads it off the class
     sampling_settings: dict[str, Any] = {"shift": 1.0, "multiplier": 1.0}  # noqa: RUF012
@@ -69,7 +69,7 @@ class SiTModelConfig(comfy.supported_models_base.BASE):
 
 
 class SiT(comfy.model_base.BaseModel):
-    """ComfyUI's handle of a SiT; its name is the kind that SideNets are checked against."""
+    """ComfyUI's model class; its name is the kind that SideNets are checked against."""
 
     def __init__(self, model_config: SiTModelConfig, device: Any = None) -> None:
         super().__init__(model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=DiffusionSiT)
@@ -88,7 +88,7 @@ def read_sit(
         path: our safetensors, or a public SiT or REPA checkpoint (`.pt` files are read without running anything).
         convention: see `bas_core.load_sit`.
         dtype: of the weights and, where the device has it, of the computation.
-        disable_dynamic: without ComfyUI's dynamic memory, for copies that need that.
+        disable_dynamic: without ComfyUI's dynamic memory; ComfyUI asks for such copies.
 
     Raises:
         FileNotFoundError, CheckpointError: see `bas_core.load_sit`.
@@ -109,16 +109,22 @@ def read_sit(
     return patcher
 
 
+def find_sit_config(model: Any) -> SiTConfig | None:
+    """The configuration of a SiT MODEL; None for other MODELs."""
+    network = getattr(model.model, "diffusion_model", None)
+    return network.config if isinstance(network, SiTNetwork) else None
+
+
 def sit_config(model: Any) -> SiTConfig:
     """The configuration of a SiT MODEL.
 
     Raises:
         ValueError: the MODEL is no SiT.
     """
-    network = getattr(model.model, "diffusion_model", None)
-    if not isinstance(network, SiTNetwork):
+    config = find_sit_config(model)
+    if config is None:
         raise ValueError(
             f"Class Label names classes of a SiT; this MODEL is a {type(model.model).__name__}. Use its own text "
             "encoder, or connect Load SiT."
         )
-    return network.config
+    return config

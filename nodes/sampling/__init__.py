@@ -1,1 +1,1 @@
-"""Sampling on a MODEL: a backbone call, the velocity field made of such calls, the SideNet beside it, the sampler."""
+"""Sampling on a MODEL: one model call, the velocity field over such calls, the SideNet, and the sampler."""

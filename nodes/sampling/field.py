@@ -1,89 +1,61 @@
-"""The velocity field of a run: backbone calls guided by ComfyUI or, for SideNets trained so, branch by branch."""
+"""The velocity field that the solver integrates: combined by ComfyUI's CFG or, for SideNets made so, per branch."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ...bas_core.guidance import Evaluate, Field, Guidance
+from ...bas_core.guidance import Field, Guidance
 from ..models.attach import LoadedSideNet
 from ..models.labels import labels_of
-from ..say import warn
-from .backbone import Backbone
+from .guider import is_comfyui_cfg, sidenet_guidance
+from .model_caller import ModelCaller
 
 WHOLE_RANGE = (0.0, 1.0)
 
 
 def field_of(
-    backbone: Backbone,
+    caller: ModelCaller,
     sidenet: LoadedSideNet | None,
     interval: tuple[float, float],
     x: Tensor,
     conditional_only: bool = False,
 ) -> Field:
-    """The velocity field of a run.
+    """The velocity field over model calls.
 
     Args:
-        backbone: makes the calls.
-        sidenet: what it predicts decides whether the branches are kept apart; None = guided by ComfyUI.
+        caller: makes the calls.
+        sidenet: one made per branch is given the branches, where they can be taken apart; None = multistep.
         interval: (lo, hi), the flow times between which CFG applies.
-        x: [B, C, *spatial]; its batch and device are those of class labels.
+        x: [B, C, *spatial]; gives class labels their batch size and device.
         conditional_only: whether some calls may leave out the negative, so that the branches are needed apart.
 
     Raises:
-        ValueError: a CFG interval with a guider that has no single CFG scale.
+        ValueError: a CFG interval with a guider that has no single CFG scale, or class labels that do not fit.
     """
-    guidance = Guidance(backbone.scale, interval)
-    limited = interval != WHOLE_RANGE
-    if limited and not backbone.plain:
+    guidance, limited = Guidance(caller.cfg, interval), interval != WHOLE_RANGE
+    if limited and not is_comfyui_cfg(caller.guider):
         raise ValueError(
-            "A CFG interval works with KSampler, SamplerCustom, CFGGuider and BasicGuider; "
-            f"{type(backbone.guider).__name__} combines its branches in its own way. Set the interval to 0 and 1."
+            "start_percent and end_percent work with KSampler, SamplerCustom, CFGGuider and BasicGuider; "
+            f"{type(caller.guider).__name__} combines its branches in its own way. Set them to 0 and 1."
         )
-    if sidenet is not None and sidenet.card.cfg_mode == "per_branch" and _can_split(backbone):
-        return _branch_field(backbone, sidenet, guidance, x)
+    sides = ("positive",) if guidance.scale == 1 else ("positive", "negative")
+    per_branch = sidenet is not None and sidenet.card.cfg_mode == "per_branch" and caller.can_split
+    labels = [class_labels(caller, sidenet, side, x) for side in (sides if per_branch else sides[:1])]
+    scale = sidenet_guidance(caller.guider)
 
-    positive = _labels(backbone, sidenet, "positive", x)
-    if conditional_only and backbone.separable and not limited and guidance.scale != 1:
-        return Field(
-            _branches_of(backbone, guidance), (positive, None), guidance, combined=True, scale=backbone.told_scale
-        )
+    def combined(state: Tensor, t: Tensor, count: int) -> Tensor:
+        outside = limited and guidance.scale != 1 and not guidance.active(t[0])
+        return (caller.conditional if outside else caller.combined)(state, t)[None]
 
-    def guided(state: Tensor, t: Tensor, count: int) -> Tensor:
-        call = backbone if guidance.active(t[0]) or not limited else backbone.positive
-        return call(state, t)[None]
-
-    return Field(guided, (positive,), scale=backbone.told_scale)
-
-
-def _can_split(backbone: Backbone) -> bool:
-    if backbone.plain and not backbone.rescaled:
-        return True
-    if backbone.scale != 1 or not backbone.plain:
-        warn(
-            "this SideNet was trained on the branches of CFG one by one, but the guider, or a node on the MODEL, "
-            "combines them in its own way. It is given the guided velocity instead, for which it is less accurate."
-        )
-    return False
+    if per_branch:
+        return Field(caller.branches, tuple(labels), guidance, scale=scale)
+    if conditional_only and caller.can_split and guidance.scale != 1 and not limited:
+        return Field(caller.branches, (labels[0], None), guidance, combined=True, scale=scale)
+    return Field(combined, tuple(labels), scale=scale)
 
 
-def _branches_of(backbone: Backbone, guidance: Guidance) -> Evaluate:
-    def branches(state: Tensor, t: Tensor, count: int) -> Tensor:
-        if count == 1:
-            return backbone.positive(state, t)[None]
-        return torch.stack(backbone.branches(state, t, acted=guidance.active(t[0]))[:count])
-
-    return branches
-
-
-def _branch_field(backbone: Backbone, sidenet: LoadedSideNet, guidance: Guidance, x: Tensor) -> Field:
-    sides = ("positive", "negative") if guidance.scale != 1 else ("positive",)
-    conditions = tuple(_labels(backbone, sidenet, side, x) for side in sides)
-    return Field(_branches_of(backbone, guidance), conditions, guidance)
-
-
-def _labels(backbone: Backbone, sidenet: LoadedSideNet | None, side: str, x: Tensor) -> Tensor | None:
-    """What a class-conditional SideNet is told of one side of the conditioning: class indices [B] for states x [B, …].
+def class_labels(caller: ModelCaller, sidenet: LoadedSideNet | None, side: str, x: Tensor) -> Tensor | None:
+    """The class indices [B] of one side of the conditioning, for SideNets that take them; None for others.
 
     Raises:
         ValueError: it names no class, several, or one that the SideNet does not know.
@@ -91,7 +63,7 @@ def _labels(backbone: Backbone, sidenet: LoadedSideNet | None, side: str, x: Ten
     if sidenet is None or not sidenet.network.config.num_classes:
         return None
     classes = sidenet.network.config.num_classes
-    labels = labels_of(backbone.guider.conds.get(side), x.shape[0])
+    labels = labels_of(caller.guider.conds.get(side), x.shape[0])
     if labels is None:
         raise ValueError(
             f"The SideNet {sidenet.name!r} takes class labels, and the {side} conditioning has none. Connect Class "

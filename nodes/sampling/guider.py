@@ -1,18 +1,38 @@
-"""ComfyUI's CFG guider, told of one prompt or of several."""
+"""ComfyUI's CFG guider over a prompt or several, and the guidance that a guider stands for."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import comfy.patcher_extension
 import comfy.samplers
+
+# A node that compiles the model wraps its call, and changes nothing of what it computes (comfy_api.torch_helpers).
+COMPILE_KEY = "torch.compile"
+# What nodes may replace or add in the options of a MODEL, where a model call is made and where CFG is computed.
+HOOKS = (
+    "sampler_cfg_function",
+    "sampler_post_cfg_function",
+    "sampler_pre_cfg_function",
+    "sampler_calc_cond_batch_function",
+    "model_function_wrapper",
+)
+
+
+def guider_for(model: Any, positive: Any, negative: Any, cfg: float) -> Any:
+    """ComfyUI's guider for a MODEL, CONDITIONINGs and a CFG scale; see `set_prompts` for errors."""
+    guider = comfy.samplers.CFGGuider(model)
+    set_prompts(guider, {"positive": positive}, negative, cfg)
+    return guider
 
 
 def set_prompts(guider: Any, positives: Mapping[str, Any], negative: Any, cfg: float) -> None:
-    """Give a CFG guider CONDITIONINGs by name, and the negative where it is used.
+    """Give a CFG guider its CONDITIONINGs by name, and the negative where the scale is not 1.
 
     Raises:
-        ValueError: a CFG scale without a negative.
+        ValueError: a CFG scale other than 1 without a negative.
     """
     if cfg != 1 and negative is None:
         raise ValueError(f"A CFG of {cfg:g} needs a negative conditioning. Connect 'negative', or set cfg to 1.")
@@ -20,8 +40,50 @@ def set_prompts(guider: Any, positives: Mapping[str, Any], negative: Any, cfg: f
     guider.set_cfg(cfg)
 
 
-def guider_for(model: Any, positive: Any, negative: Any, cfg: float) -> Any:
-    """A guider for one prompt; raises as `set_prompts`."""
-    guider = comfy.samplers.CFGGuider(model)
-    set_prompts(guider, {"positive": positive}, negative, cfg)
-    return guider
+def cfg_of(guider: Any) -> float:
+    """The CFG scale; 1 for guiders without one."""
+    cfg = float(getattr(guider, "cfg", 1.0))
+    return 1.0 if math.isclose(cfg, 1.0) else cfg  # as ComfyUI decides whether to skip the negative
+
+
+def distilled_guidance(guider: Any) -> float | None:
+    """The guidance that a guidance-distilled model (FLUX.1-dev) takes as an input; None for other models.
+
+    Read where ComfyUI puts it once sampling has begun. Of several positive conditions the first counts.
+    """
+    network = getattr(guider.model_patcher.model, "diffusion_model", None)
+    if not getattr(getattr(network, "params", None), "guidance_embed", False):
+        return None
+    given = [c["model_conds"].get("guidance") for c in guider.conds.get("positive", ()) if "model_conds" in c]
+    return float(given[0].cond.flatten()[0]) if given and given[0] is not None else None
+
+
+def sidenet_guidance(guider: Any) -> float:
+    """The guidance that SideNets are made for and take as an input: distilled where the model has that, else CFG."""
+    distilled = distilled_guidance(guider)
+    return cfg_of(guider) if distilled is None else distilled
+
+
+def is_comfyui_cfg(guider: Any) -> bool:
+    """Whether CFG is ComfyUI's own (KSampler, SamplerCustom, CFGGuider, BasicGuider): at most two branches."""
+    own, kind = comfy.samplers.CFGGuider, type(guider)
+    return all(getattr(kind, name) is getattr(own, name) for name in ("predict_noise", "outer_predict_noise"))
+
+
+def is_plain_cfg(guider: Any, model_options: dict[str, Any]) -> bool:
+    """Whether CFG is ComfyUI's own and nothing is hooked into it or into the model.
+
+    Only there the branches may be taken apart, and the negative left out of a call. LoRAs and ControlNets are no
+    hooks: they change weights and conditioning.
+    """
+    inside = model_options.get("transformer_options", {})
+    kinds = comfy.patcher_extension.WrappersMP
+    wrappers = [
+        wrapper
+        for kind in (kinds.PREDICT_NOISE, kinds.CALC_COND_BATCH, kinds.APPLY_MODEL, kinds.DIFFUSION_MODEL)
+        for key, added in inside.get("wrappers", {}).get(kind, {}).items()
+        for wrapper in added
+        if key != COMPILE_KEY
+    ]
+    patched = any(any(inside.get(key, {}).values()) for key in ("patches", "patches_replace"))
+    return is_comfyui_cfg(guider) and not (wrappers or patched or any(model_options.get(key) for key in HOOKS))

@@ -1,4 +1,4 @@
-"""The SideNet of a run: found on the MODEL, checked, with its strength, and within the memory that is free."""
+"""The SideNet of a sampling: found on the MODEL, checked, with its strength, and within the memory that is free."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from torch import Tensor
 from ...bas_core.prediction import SideNetProtocol
 from ...bas_core.strength import WeightedSideNet, with_strength
 from ..models.attach import LoadedSideNet, applied_sidenet
-from .backbone import Backbone, embedded_guidance
+from .guider import cfg_of, distilled_guidance, sidenet_guidance
+from .model_caller import ModelCaller
 
 
 def sidenet_for(guider: Any) -> LoadedSideNet | None:
-    """The SideNet on a guider's MODEL; None at strength 0, which is the multistep baseline.
+    """The SideNet on a guider's MODEL; None at strength 0, which is the multistep method.
 
     Raises:
         ValueError: the MODEL has none.
@@ -31,21 +32,20 @@ def sidenet_for(guider: Any) -> LoadedSideNet | None:
     return sidenet if sidenet.strength else None
 
 
-def guidance_doubts(sidenet: LoadedSideNet, guider: Any) -> list[str]:
-    """Where the run's guidance leaves what the SideNet was trained for.
+def guidance_warnings(sidenet: LoadedSideNet, guider: Any) -> list[str]:
+    """Where the guidance is none that the SideNet was made for.
 
-    A model that takes its guidance as an input (FLUX.1-dev) was recorded with that and without CFG.
+    For a guidance-distilled model (FLUX.1-dev) a SideNet is made without CFG.
     """
-    cfg, embedded = float(getattr(guider, "cfg", 1.0)), embedded_guidance(guider)
-    card, taken = sidenet.card, cfg if embedded is None else embedded
-    doubts = (
-        [] if card.supports_cfg(taken) else [("CFG" if embedded is None else "guidance", card.describe_cfg(), taken)]
+    distilled, served = distilled_guidance(guider) is not None, sidenet.card.supports_cfg(sidenet_guidance(guider))
+    found = (
+        [] if served else [("guidance" if distilled else "CFG", sidenet.card.describe_cfg(), sidenet_guidance(guider))]
     )
-    if embedded is not None and not math.isclose(cfg, 1.0):
-        doubts.append(("CFG", "1", cfg))
+    if distilled and cfg_of(guider) != 1:
+        found.append(("CFG", "1", cfg_of(guider)))
     return [
-        f"the SideNet {sidenet.name!r} was made for {what} {scales}; at {scale:g} it is less accurate."
-        for what, scales, scale in doubts
+        f"the SideNet {sidenet.name!r} was made for {kind} {scales}; at {scale:g} it is less accurate."
+        for kind, scales, scale in found
     ]
 
 
@@ -68,30 +68,29 @@ def check_latent(sidenet: LoadedSideNet, x: Tensor) -> None:
         )
 
 
-def predictor_of(backbone: Backbone, sidenet: LoadedSideNet | None) -> SideNetProtocol | None:
-    """The SideNet with its strength, held back where an inpaint mask keeps the image as it is.
+def predictor_of(caller: ModelCaller, sidenet: LoadedSideNet | None) -> SideNetProtocol | None:
+    """The SideNet with its strength, and without effect where an inpaint mask keeps the image.
 
-    There the velocity points from the noise straight to the kept image and does not change along the path, which is
-    what the straight line through two anchors says. Where another node lets the mask change with sigma, the one that
-    ComfyUI used at the anchor holds, as it does for a step of other samplers.
+    There the velocity points from the noise to the kept image and does not change along the path, which is what a
+    straight line through two anchors says. A mask that changes with sigma is taken as it was at the step's anchor, as
+    other samplers' steps take it.
     """
     if sidenet is None:
         return None
-    if backbone.extra_args.get("denoise_mask") is None:
+    if caller.extra_args.get("denoise_mask") is None:
         return with_strength(sidenet.network, sidenet.strength)
-    path = backbone.schedule.path
 
     def weight(times: Tensor) -> Tensor:
-        batch = backbone.shape[0]
-        sigmas = path.sigmas(times)[::batch]  # queries are stacked whole batches, each at one time
-        masks = [torch.as_tensor(backbone.mask(sigma)).expand(backbone.shape) for sigma in sigmas]
+        # Queries are stacked whole batches, each at one time.
+        sigmas = caller.sigmas.parameterization.sigmas(times)[:: caller.shape[0]]
+        masks = [torch.as_tensor(caller.mask(sigma)).expand(caller.shape) for sigma in sigmas]
         return sidenet.strength * torch.cat(masks)
 
     return WeightedSideNet(sidenet.network, weight)
 
 
 def sidenet_chunk(sidenet: LoadedSideNet, x: Tensor) -> int | None:
-    """How many samples of x one SideNet call may take: whole batches, within half of the free memory.
+    """How many samples of x [B, C, *spatial] one SideNet call may take: whole batches, within half of the free memory.
 
     ComfyUI makes room for the SideNet's weights but not for its activations.
     """

@@ -1,4 +1,4 @@
-"""ComfyUI's sigmas and states to the core's times and states, and back: the only place that knows both conventions."""
+"""ComfyUI's sigmas and states to the core's times and states, and back: the only file that knows both conventions."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ...bas_core.flow import per_sample, time_to_ve_sigma, ve_sigma_to_time, ve_
 
 
 @dataclass(frozen=True)
-class Path:
-    """How a model's states x(sigma) lie on the flow path.
+class Parameterization:
+    """How a model's states x(sigma) correspond to flow states and flow times.
 
     Attributes:
         name: for messages.
@@ -30,7 +30,7 @@ class Path:
         return torch.as_tensor(ve_sigma_to_time(sigmas)) if self.exploding else sigmas
 
     def sigmas(self, times: Tensor) -> Tensor:
-        """Sigmas [N] of flow times [N]; infinite at t = 1 on the exploding path."""
+        """Sigmas [N] of flow times [N]; infinite at t = 1 for diffusion models."""
         return torch.as_tensor(time_to_ve_sigma(times)) if self.exploding else times
 
     def to_flow(self, x: Tensor, sigma: Tensor) -> Tensor:
@@ -38,15 +38,15 @@ class Path:
         return ve_to_flow(x, sigma) if self.exploding else x
 
     def from_flow(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """The model's state of a flow state; by sigma, for 1 - t has few digits left where sigma is large."""
+        """The model's state of a flow state. It takes sigma, since 1 - t has few digits left where sigma is large."""
         return x * (1 + per_sample(sigma, x)) if self.exploding else x
 
 
-FLOW = Path("flow", exploding=False)
-DIFFUSION = Path("diffusion", exploding=True)
+FLOW = Parameterization("flow", exploding=False)
+DIFFUSION = Parameterization("diffusion", exploding=True)
 
-# By ComfyUI's classes, the special ones first: they derive from the general ones. None = no such path.
-_PATHS: tuple[tuple[str, Path | None], ...] = (
+# By ComfyUI's classes, the special ones first: they derive from the general ones. None = not supported.
+_BY_CLASS: tuple[tuple[str, Parameterization | None], ...] = (
     ("IMG_TO_IMG", None),
     ("IMG_TO_IMG_FLOW", None),
     ("V_PREDICTION_DDPM", None),
@@ -56,16 +56,16 @@ _PATHS: tuple[tuple[str, Path | None], ...] = (
 )
 
 
-def path_of(model_sampling: Any) -> Path:
-    """The path of a MODEL's `model_sampling`.
+def parameterization_of(model_sampling: Any) -> Parameterization:
+    """The parameterization of a MODEL's `model_sampling`.
 
     Raises:
-        ValueError: it is neither a flow nor a diffusion path.
+        ValueError: the MODEL is neither a flow nor a diffusion model.
     """
-    for name, path in _PATHS:
+    for name, found in _BY_CLASS:
         if isinstance(model_sampling, getattr(comfy.model_sampling, name, ())):
-            if path is not None:
-                return path
+            if found is not None:
+                return found
             break
     kinds = ", ".join(base.__name__ for base in type(model_sampling).__mro__[1:3])
     raise ValueError(
@@ -74,23 +74,41 @@ def path_of(model_sampling: Any) -> Path:
     )
 
 
+def flow_interval(model_sampling: Any, start_percent: float, end_percent: float) -> tuple[float, float]:
+    """The flow times (lo, hi) between two shares of a sampling, as ComfyUI's `percent_to_sigma` means them.
+
+    Args:
+        model_sampling: of a MODEL.
+        start_percent, end_percent: in [0, 1], in order; 0 gives hi = 1 and 1 gives lo = 0 exactly.
+    """
+    parameterization = parameterization_of(model_sampling)
+
+    def time(percent: float) -> float:
+        if percent in (0, 1):
+            return 1.0 - percent
+        sigma = torch.tensor(float(model_sampling.percent_to_sigma(percent)), dtype=torch.float64)
+        return min(1.0, float(parameterization.times(sigma)))
+
+    return time(end_percent), time(start_percent)
+
+
 @dataclass(frozen=True)
 class SigmaSchedule:
-    """A run's sigmas and the flow times that stand for them.
+    """The sigmas of a sampling, and their flow times.
 
     Attributes:
-        path: see `Path`.
+        parameterization: of the model.
         sigmas: [N + 1], on the CPU, float32.
         times: [N + 1], on the CPU, float32.
     """
 
-    path: Path
+    parameterization: Parameterization
     sigmas: Tensor
     times: Tensor
 
     @staticmethod
-    def of(path: Path, sigmas: Tensor) -> SigmaSchedule:
-        """Check the sigmas and find their times.
+    def of(parameterization: Parameterization, sigmas: Tensor) -> SigmaSchedule:
+        """Check sigmas, and find their times.
 
         Raises:
             ValueError: fewer than two, not falling, negative, not finite, or above 1 for a flow model.
@@ -109,31 +127,31 @@ class SigmaSchedule:
                 f"sigmas must fall from noise to image, without repeating a value; got {values}. BA-Solver Sampler "
                 "does not invert: leave out Flip Sigmas."
             )
-        if not path.exploding and sigmas[0] > 1:
+        if not parameterization.exploding and sigmas[0] > 1:
             raise ValueError(
                 f"This is a flow model, whose sigmas lie between 0 and 1; got {values}. Use a scheduler that is given "
                 "this MODEL, such as BA-Solver Scheduler or BasicScheduler."
             )
-        return SigmaSchedule(path, sigmas, path.times(sigmas))
+        return SigmaSchedule(parameterization, sigmas, parameterization.times(sigmas))
 
     def over(self, times: Sequence[Tensor]) -> SigmaSchedule:
-        """The same ends, and other times between them."""
+        """The same ends, with other times between them."""
         if torch.equal(torch.stack(list(times)).float(), self.times):
             return self
-        inner = self.path.sigmas(torch.stack(list(times[1:-1])).double()).float()
-        return SigmaSchedule.of(self.path, torch.cat([self.sigmas[:1], inner, self.sigmas[-1:]]))
+        inner = self.parameterization.sigmas(torch.stack(list(times[1:-1])).double()).float()
+        return SigmaSchedule.of(self.parameterization, torch.cat([self.sigmas[:1], inner, self.sigmas[-1:]]))
 
     def sigma_at(self, time: float) -> Tensor:
-        """The very sigma (0-d) that one of the times stands for; no rounding on the way there and back."""
+        """The sigma (0-d) of one of the times, without rounding."""
         return self.sigmas[(self.times - time).abs().argmin()]
 
 
 @dataclass(frozen=True)
-class AnyTime:
-    """In a schedule's place for calls at times that are known one by one only."""
+class AnySigma:
+    """Takes a SigmaSchedule's place where the model is called at any time."""
 
-    path: Path
+    parameterization: Parameterization
 
     def sigma_at(self, time: float) -> Tensor:
         """The sigma (0-d) of a time."""
-        return self.path.sigmas(torch.tensor(time, dtype=torch.float64)).float()
+        return self.parameterization.sigmas(torch.tensor(time, dtype=torch.float64)).float()

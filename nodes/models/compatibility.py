@@ -1,4 +1,4 @@
-"""Whether a SideNet and a MODEL belong together, in words."""
+"""Whether a SideNet and a MODEL belong together."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 from .attach import LoadedSideNet
 from .identity import Identity, identity_of
-from .paths import path_of
+from .parameterization import parameterization_of
 
-# Kinds that the trainer writes for models that it reached through another library: they say nothing of ComfyUI's class.
+# Kinds that the trainer writes for models outside ComfyUI; ComfyUI calls their classes something else.
 OTHER_LIBRARIES = ("diffusers", "python")
 
 
@@ -20,7 +20,7 @@ class ModelFacts:
     Attributes:
         kind: "sit", or ComfyUI's name of the model class in lower case ("flux", "sd3", "wan21", "sdxl" …).
         channels, dimensions: of its latents; 2 = images, 3 = video, 1 = audio.
-        identity: of its weights, and of what is patched onto them; None where it is not known.
+        identity: of its weights and patches; None where it is not known.
     """
 
     kind: str
@@ -30,17 +30,17 @@ class ModelFacts:
 
     @property
     def fingerprint(self) -> str:
-        """Of the weights, whatever is patched onto them; empty where it is not known."""
+        """Of the weights without patches; empty where it is not known."""
         return self.identity.weights if self.identity else ""
 
 
 def facts_of(model: Any) -> ModelFacts:
-    """Read them off a MODEL.
+    """The facts of a MODEL.
 
     Raises:
         ValueError: the MODEL is neither a flow nor a diffusion model.
     """
-    path_of(model.get_model_object("model_sampling"))
+    parameterization_of(model.get_model_object("model_sampling"))
     latent = model.get_model_object("latent_format")
     return ModelFacts(
         kind=type(model.model).__name__.lower(),
@@ -50,7 +50,7 @@ def facts_of(model: Any) -> ModelFacts:
     )
 
 
-def misfits(sidenet: LoadedSideNet, facts: ModelFacts) -> list[str]:
+def errors(sidenet: LoadedSideNet, facts: ModelFacts) -> list[str]:
     """Why this SideNet cannot work on this model; empty where it can."""
     name, config, backbone = sidenet.name, sidenet.network.config, sidenet.card.backbone
     found = []
@@ -66,7 +66,7 @@ def misfits(sidenet: LoadedSideNet, facts: ModelFacts) -> list[str]:
     return found
 
 
-def doubts(sidenet: LoadedSideNet, facts: ModelFacts) -> list[str]:
+def warnings(sidenet: LoadedSideNet, facts: ModelFacts) -> list[str]:
     """Why this SideNet may be less accurate on this model than it should be."""
     backbone = sidenet.card.backbone
     kind, known = backbone.get("kind", "").lower(), backbone.get("fingerprint", "")

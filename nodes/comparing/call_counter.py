@@ -1,0 +1,93 @@
+"""How often a sampler calls the model: counted while it samples, or found out beforehand without the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.model_management
+import torch
+from torch import Tensor
+
+
+class TooManyCallsError(ValueError):
+    """A sampler makes more model calls than its limit."""
+
+
+@dataclass
+class CallCounter:
+    """Model calls so far.
+
+    Attributes:
+        limit: of `nfe`; the next call is an error.
+        on_call: is given the NFE of each call, 1 or 0.5.
+        nfe: with CFG, a call that leaves the negative out counts one half.
+    """
+
+    limit: float = math.inf
+    on_call: Callable[[float], Any] = field(default=lambda nfe: None)
+    nfe: float = 0.0
+
+    def add(self, nfe: float) -> None:
+        self.nfe += nfe
+        self.on_call(nfe)
+        if self.nfe > self.limit:
+            raise TooManyCallsError(f"It called the model more than {self.limit:g} times.")
+
+
+@contextmanager
+def counting(guider: Any, counter: CallCounter, predict: Callable[..., Tensor] | None = None) -> Iterator[None]:
+    """Count a guider's model calls.
+
+    Args:
+        guider: ComfyUI's, while it samples.
+        counter: is added to.
+        predict: is called in the model's place; None = the model itself.
+    """
+    cfg, call = guider.cfg, predict or guider.outer_predict_noise
+
+    def outer_predict_noise(x: Tensor, timestep: Tensor, model_options: dict[str, Any], seed: Any = None) -> Tensor:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        conditional = math.isclose(guider.cfg, 1.0) and not model_options.get("disable_cfg1_optimization", False)
+        counter.add(0.5 if conditional and not math.isclose(cfg, 1.0) else 1.0)
+        return call(x, timestep, model_options, seed)
+
+    # On the object and not its class, which `is_comfyui_cfg` looks at.
+    guider.outer_predict_noise = outer_predict_noise
+    try:
+        yield
+    finally:
+        del guider.outer_predict_noise
+
+
+def rehearse(guider: Any, sampler: Any, sigmas: Tensor, noise: Tensor, limit: float, seed: int = 0) -> Tensor:
+    """Run a sampler on a corner of the noise, with x / 2 in place of the model's answers; returns its end.
+
+    Raises:
+        TooManyCallsError: more model calls than the limit.
+    """
+    corner = noise[:1, ..., :2, :2].clone()
+    arguments = {"model_options": {}, "seed": seed}
+    with counting(guider, CallCounter(limit), lambda x, timestep, model_options, seed: 0.5 * x):
+        return sampler.sample(guider, sigmas, arguments, None, corner, torch.zeros_like(corner), None, True)
+
+
+def steps_for(guider: Any, sampler: Any, sigmas_of: Callable[[int], Tensor], noise: Tensor, calls: int) -> int:
+    """The most steps that a sampler makes with so many model calls.
+
+    Raises:
+        ValueError: it adds noise on its way, or needs more calls for a single step.
+    """
+    for steps in range(calls, 0, -1):
+        sigmas = sigmas_of(steps)
+        try:
+            end = rehearse(guider, sampler, sigmas, noise, calls)
+        except TooManyCallsError:
+            continue
+        if not torch.equal(end, rehearse(guider, sampler, sigmas, noise, calls, seed=1)):
+            raise ValueError("It adds noise on its way, and so has no end that it could come near.")
+        return steps
+    raise ValueError(f"It needs more than {calls} calls of the model for one step.")
