@@ -155,6 +155,11 @@ class SideNetCard:
         """The CFG scale of the training, or the middle of its range."""
         return sum(self.cfg_range) / 2
 
+    @property
+    def own_schedules(self) -> dict[int, Schedule]:
+        """The schedules for `cfg`, by NFE."""
+        return self.schedules_for(self.cfg)
+
     def supports_cfg(self, cfg: float) -> bool:
         """Whether the SideNet was trained for a CFG scale, or has schedules that serve it."""
         low, high = self.cfg_range

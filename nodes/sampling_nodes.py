@@ -136,5 +136,5 @@ class BAScheduler(io.ComfyNode):
         sampling = model.get_model_object("model_sampling")
         if sidenet is None or sidenet.strength == 0 or schedule == MODEL_DEFAULT:
             return io.NodeOutput(sigmas_for(sampling, steps, denoise, {}))
-        schedules = sidenet.card.schedules_for(sidenet.card.cfg)
+        schedules = sidenet.card.own_schedules
         return io.NodeOutput(sigmas_for(sampling, steps, denoise, schedules, sidenet.has_data_mean))

@@ -78,9 +78,7 @@ def test_errors_are_those_of_the_core_and_of_stock_sampling(demo):
     def distance(x):
         return float((x - found.reference).square().mean().sqrt())
 
-    assert errors["BA-Solver"] == pytest.approx(
-        distance(solve(field, net, noise, card.schedules_for(card.cfg)[5])), rel=1e-3
-    )
+    assert errors["BA-Solver"] == pytest.approx(distance(solve(field, net, noise, card.own_schedules[5])), rel=1e-3)
     assert errors["euler"] == pytest.approx(distance(run_baseline("euler", field, noise, time_grid(5))), rel=0.02)
     assert errors["BA-Solver"] < 0.6 * errors["euler"]
 

@@ -86,7 +86,7 @@ def test_demo_equals_the_core_on_plain_torch(demo):
     ours = sample(model, label(model, "demo 4: star"), z)
     sit, (net, card) = load_sit(SITS.demo), load_sidenet(SIDENETS.demo)
     field = model_field(sit, labels, torch.full_like(labels, sit.null_class), Guidance(2.0), mode=card.cfg_mode)
-    theirs = solve(field, net, z, card.schedules_for(card.cfg)[5])
+    theirs = solve(field, net, z, card.own_schedules[5])
     torch.testing.assert_close(ours, theirs, **CLOSE)
     assert field.nfe == 5 and field.calls == 6
 
@@ -342,11 +342,11 @@ def test_removed_and_replaced_files(sidenet_folder):
 def test_info_says_what_the_file_says(demo, tmp_path):
     _, sidenet, _ = demo
     text, plot = SideNetInfo.execute(sidenet).result
-    run = "5 calls (7 steps, the first call saved, 2 half calls, step weights)"
+    run = "5 model calls (7 steps, the first one analytic, 2 conditional-only calls, multistep coefficients)"
     for part in ("demo SiT", "3 channels", "the guided velocity, CFG 2", "anchors: 2", run, "MIT"):
         assert part in text
     assert plot.shape[0] == 1 and plot.shape[3] == 3
-    rows = [{"label": "BA-solver", "grid": "best", "calls": n, "error": e} for n, e in ((5, 0.08), (7, 0.04))]
+    rows = [{"label": "BA-solver", "grid": "best", "nfe": n, "error": e} for n, e in ((5, 0.08), (7, 0.04))]
     card = SideNetCard(evaluation={"endpoint_error": rows, "other": {"a": 1}})
     known = models.make_sidenet(tmp_path / "known.safetensors", 3, card)
     text, plotted = SideNetInfo.execute(known).result

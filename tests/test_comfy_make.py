@@ -18,7 +18,7 @@ import folder_paths
 from ba_solver.bas_core import Guidance, load_sidenet, load_sit, model_field, solve
 from ba_solver.nodes.folders import DEMO, SIDENETS, SITS
 from ba_solver.nodes.make_nodes import MakeSideNet
-from ba_solver.nodes.making.make import PRESETS, check_name
+from ba_solver.nodes.making.make import check_name
 from ba_solver.nodes.making.prompts import digest_of, each_alone
 from ba_solver.nodes.models import compatibility
 from ba_solver.nodes.models.compatibility import facts_of
@@ -49,10 +49,9 @@ def as_in_comfyui(tmp_path, monkeypatch):
         (stages, "VALIDATION_BATCH", 16),
         (solvers, "SEARCH_SHIFTS", (1.0, 2.0)),
         (solvers, "SEARCH_COSINES", (0.15,)),
-        (solvers, "SEARCH_REFINEMENTS", 1),
     ):
         monkeypatch.setattr(module, name, fewer)
-    monkeypatch.setitem(PRESETS, "standard", {**PRESETS["standard"], "starts": 4, "batch": 8})
+    monkeypatch.setitem(PRESETS, "full", {**PRESETS["full"], "prefixes": 4, "batch": 8})
     with torch.inference_mode():
         yield
 
@@ -100,18 +99,18 @@ def test_it_makes_what_the_command_line_makes(demo, tmp_path):
     sidenet, report, text = made_on_demo(demo)
     settings = MakeSettings(
         backbone=f"sit:{SITS.demo}", guidance=(2.0,), out=tmp_path / "x.safetensors", preset="quick", nfe=STEPS,
-        chains=6, points=9, record_batch=3,
+        trajectories=6, points=9, record_batch=3,
     )  # fmt: skip
     with torch.inference_mode(False):
         run_make(settings)
     ours, theirs = load_sidenet(sidenet_file())[1], load_sidenet(settings.out)[1]
     assert ours.backbone["fingerprint"] == theirs.backbone["fingerprint"]
     assert ours.training["backbone_calls"] == theirs.training["backbone_calls"]
-    assert ours.schedules_for(ours.cfg)[4].times == pytest.approx(theirs.schedules_for(theirs.cfg)[4].times, abs=1e-6)
+    assert ours.own_schedules[4].times == pytest.approx(theirs.own_schedules[4].times, abs=1e-6)
     errors = [[row["error"] for row in card.evaluation["endpoint_error"]] for card in (ours, theirs)]
     assert errors[0] == pytest.approx(errors[1], rel=0.01)
     assert report.shape[0] == 1 and report.max() == 1 and "no network" in text and "BA-solver error" in text
-    assert sidenet.card.schedules_for(sidenet.card.cfg) == ours.schedules_for(ours.cfg)
+    assert sidenet.card.own_schedules == ours.own_schedules
 
 
 def test_its_sidenet_samples_nearer_than_multistep(demo):
@@ -141,7 +140,7 @@ def test_runs_for_another_cfg_are_made_and_taken(demo):
     latent = torch.zeros(10, 3, 32, 32)
     noise = comfy.sample.prepare_noise(latent, 3)
     sampler = comfy.samplers.sampler_object("ba_solver")
-    own, more = sidenet.card.schedules_for(sidenet.card.cfg)[4], sidenet.card.schedules[6.0][4]
+    own, more = sidenet.card.own_schedules[4], sidenet.card.schedules[6.0][4]
     for cfg, run, other in ((2.0, own, more), (5.0, more, own)):
         drawn = comfy.sample.sample_custom(model, noise, cfg, sampler, grid, positive, null, latent, disable_pbar=True)
         network, card = load_sidenet(sidenet_file())
@@ -159,10 +158,7 @@ def test_a_cfg_that_was_forgotten_is_added_by_the_same_name(demo):
         made_on_demo(demo, trajectories=7)
     assert 6.0 not in first.card.schedules
     more = made_on_demo(demo, extra_cfg="6")[0]
-    assert (
-        more.card.schedules_for(more.card.cfg) == first.card.schedules_for(first.card.cfg)
-        and 6.0 in more.card.schedules
-    )
+    assert more.card.own_schedules == first.card.own_schedules and 6.0 in more.card.schedules
     with pytest.raises(ValueError, match="extra_cfg must be numbers"):
         made_on_demo(demo, extra_cfg="six")
 
@@ -268,12 +264,12 @@ def test_what_is_recorded_is_what_comfyui_samples_by(rider, demo):
     model, positives = RIDERS[rider](plain, [models.text("sd3", seed) for seed in (0, 1)])
     negative = models.text("sd3", 2)
     made(model, positives, torch.zeros(1, 16, 8, 8), negative=negative, cfg=3.0, batch_size=6)
-    chains, about = open_trajectories((sidenet_file().with_suffix(".chains"),))
+    trajectories, about = open_trajectories((sidenet_file().with_suffix(".trajectories"),))
     assert (about["shift"] == pytest.approx(5.0)) == (rider == "shift")
     others = []
     for run in range(4):
-        noise, velocity = chains.states[run][0], chains.velocities[run][0]
-        positive = positives[int(chains.labels[run])]
+        noise, velocity = trajectories.states[run][0], trajectories.velocities[run][0]
+        positive = positives[int(trajectories.labels[run])]
         sigmas, sampler = torch.tensor([1.0, 0.75]), comfy.samplers.sampler_object("euler")
         end = comfy.sample.sample_custom(
             model, noise[None], 3.0, sampler, sigmas, positive, negative, torch.zeros(1, 16, 8, 8), disable_pbar=True
@@ -298,7 +294,7 @@ def test_a_compiled_model_makes_what_the_model_makes(preset):
         given = {"negative": models.text("sd3", 2), "cfg": 3.0, "preset": preset, "output_name": name}
         cards.append(made(model, texts, torch.zeros(1, 16, 8, 8), **given)[0].card)
         assert bool(graphs) == (name == "compiled")
-    plain, compiled = (card.schedules_for(card.cfg)[4] for card in cards)
+    plain, compiled = (card.own_schedules[4] for card in cards)
     assert compiled.times == pytest.approx(plain.times, abs=1e-3)
     torch.testing.assert_close(
         torch.tensor(sum(compiled.coefficients, ())), torch.tensor(sum(plain.coefficients, ())), atol=0.02, rtol=0.02
@@ -362,7 +358,7 @@ def test_full_memory_is_said_in_a_sentence(demo):
 def test_recordings_can_lie_elsewhere(demo, tmp_path):
     made_on_demo(demo, cache_dir=str(tmp_path / "elsewhere"))
     assert len(list((tmp_path / "elsewhere" / "mine").glob("*.safetensors"))) == 2
-    assert not sidenet_file().with_suffix(".chains").exists()
+    assert not sidenet_file().with_suffix(".trajectories").exists()
     (tmp_path / "output" / "taken").write_text("a file where a folder should be")
     with pytest.raises(ValueError, match="taken"):
         made_on_demo(demo, output_name="other", cache_dir=str(tmp_path / "output" / "taken"))
@@ -377,9 +373,9 @@ def test_a_controlnet_of_one_prompt_acts_on_that_prompt_alone():
     found = {}
     for name, positives in (("with", [plain, controlled]), ("without", [plain, other])):
         made(model, positives, latent, negative=negative, cfg=3.0, output_name=name)
-        chains = open_trajectories((sidenet_file(name).with_suffix(".chains"),))[0]
-        found[name] = [chains.velocities[run][0] for run in range(6)]
-        assert chains.labels.tolist() == [0, 1] * 3
+        trajectories = open_trajectories((sidenet_file(name).with_suffix(".trajectories"),))[0]
+        found[name] = [trajectories.velocities[run][0] for run in range(6)]
+        assert trajectories.labels.tolist() == [0, 1] * 3
     apart = [(one - two).abs().max() for one, two in zip(found["with"], found["without"], strict=True)]
     assert max(apart[::2]) < 1e-4 and min(apart[1::2]) > 0.01
 
@@ -408,11 +404,11 @@ def test_cancelled_and_resumed_it_makes_the_same_sidenet(demo, preset, monkeypat
         undo()
     again = made_on_demo(demo, preset=preset)[0]
     # The same noises, in the same order; states to rounding.
-    recorded = [open_trajectories((sidenet_file(name).with_suffix(".chains"),))[0] for name in ("whole", "mine")]
-    assert torch.equal(*(chains.states[:, 0] for chains in recorded))
-    assert torch.equal(*(chains.labels for chains in recorded))
-    torch.testing.assert_close(*(chains.states[:, -1] for chains in recorded), atol=1e-5, rtol=1e-5)
-    one, other = again.card.schedules_for(again.card.cfg)[4], whole.card.schedules_for(whole.card.cfg)[4]
+    recorded = [open_trajectories((sidenet_file(name).with_suffix(".trajectories"),))[0] for name in ("whole", "mine")]
+    assert torch.equal(*(trajectories.states[:, 0] for trajectories in recorded))
+    assert torch.equal(*(trajectories.labels for trajectories in recorded))
+    torch.testing.assert_close(*(trajectories.states[:, -1] for trajectories in recorded), atol=1e-5, rtol=1e-5)
+    one, other = again.card.own_schedules[4], whole.card.own_schedules[4]
     assert one.times == pytest.approx(other.times, abs=1e-4)
     for rows, others in ((one.coefficients, other.coefficients), (one.cfg_coefficients, other.cfg_coefficients)):
         assert [len(row) for row in rows] == [len(row) for row in others]
@@ -421,7 +417,7 @@ def test_cancelled_and_resumed_it_makes_the_same_sidenet(demo, preset, monkeypat
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
     # A second time in one session: it is there already.
     monkeypatch.setattr(recording, "record_shard", None)
-    assert made_on_demo(demo, preset=preset)[0].card.schedules == again.card.schedules_for(again.card.cfg)
+    assert made_on_demo(demo, preset=preset)[0].card.schedules == again.card.own_schedules
 
 
 def test_what_cannot_be_done_is_said_in_a_sentence(demo, monkeypatch):

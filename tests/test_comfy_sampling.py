@@ -829,7 +829,7 @@ def test_scheduler_counts_calls_and_uses_the_learned_grid(model, tmp_path):
             sigmas = BAScheduler.execute(applied, calls).result[0]
             assert len(sigmas) == calls + 1 and sigmas[0] == pytest.approx(top) and sigmas[-1] == 0
             assert (sigmas.diff() < 0).all()
-        own = BAScheduler.execute(applied, 4, grid="model").result[0]
+        own = BAScheduler.execute(applied, 4, schedule="model default").result[0]
         assert torch.equal(own, sigmas_of(applied, 4))
         assert torch.equal(BAScheduler.execute(model(name), 4).result[0], own)
         part = BAScheduler.execute(applied, 4, 0.5).result[0]
@@ -841,7 +841,7 @@ def test_scheduler_gives_the_call_that_is_saved_to_another_step(model, tmp_path)
     card = SideNetCard(schedules={1.0: {4: Schedule([1.0, 0.94, 0.8, 0.6, 0.3, 0.0], analytic_first_step=True)}})
     net = models.make_sidenet(tmp_path / "mean.safetensors", CHANNELS["sd3"], card, data_mean_size=4)
     applied = models.with_sidenet(model("sd3"), net)
-    assert BAScheduler.execute(applied, 4).result[0].tolist() == pytest.approx(card.schedules_for(card.cfg)[4].times)
+    assert BAScheduler.execute(applied, 4).result[0].tolist() == pytest.approx(card.own_schedules[4].times)
     steps = {calls: len(BAScheduler.execute(applied, calls).result[0]) - 1 for calls in (1, 2, 4, 8)}
     assert steps == {1: 1, 2: 2, 4: 5, 8: 9}  # stretched to few, the grid does not start short
     assert len(BAScheduler.execute(applied, 4, 0.5).result[0]) == 5  # not from pure noise

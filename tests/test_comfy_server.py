@@ -157,7 +157,7 @@ def test_demo_workflow_draws_what_the_core_draws(server):
     labels = torch.full((4,), 4)
     field = model_field(sit, labels, torch.full_like(labels, sit.null_class), Guidance(2.0), mode=card.cfg_mode)
     with torch.inference_mode():
-        drawn = solve(field, net, noise, card.schedules_for(card.cfg)[5])
+        drawn = solve(field, net, noise, card.own_schedules[5])
     expected = (drawn.clamp(-1, 1) + 1) / 2
     assert (shown - expected).abs().max() < 2 / 255
     other = next(n for n, p in parts.items() if p.get("_meta", {}).get("title") == "Euler, 50 calls")

@@ -51,7 +51,7 @@ def test_they_are_in_the_file(made, tmp_path):
     out, _ = made
     sidenet, card = load_sidenet(out)
     assert set(card.schedules) == {2.0, MORE} and card.describe_cfg() == "2 and 6"
-    assert card.schedules[MORE][6].times != card.schedules_for(card.cfg)[6].times
+    assert card.schedules[MORE][6].times != card.own_schedules[6].times
     copied = tmp_path / "copy.safetensors"
     save_sidenet(copied, sidenet, card)
     assert load_sidenet(copied)[1] == card

@@ -138,7 +138,7 @@ def test_two_processes_equal_one(folder, tmp_path, monkeypatch):
     assert "did not help" not in said[0]
     sidenet, again = load_sidenet(tmp_path / "two.safetensors")
     assert again.training["backbone_calls"] == card.training["backbone_calls"]
-    assert_same_schedule(again.schedules_for(again.cfg)[4], card.schedules_for(card.cfg)[4], sidenet)
+    assert_same_schedule(again.own_schedules[4], card.own_schedules[4], sidenet)
 
 
 def tensors_of_untrained(folder, tmp_path):
@@ -240,10 +240,10 @@ def test_learned_runs_spend_what_they_say_and_lower_the_error(folder, trained, t
     out, sidenet, _ = trained
     options = ("--steps", "0", "--start-from", out, "--backbone", BACKBONE, *QUICK)
     learned, card = run(folder / "combined", tmp_path / "g.safetensors", *options, "--nfe", "5")
-    grid = torch.tensor(card.schedules_for(card.cfg)[5].times)
+    grid = torch.tensor(card.own_schedules[5].times)
     assert grid[0] == 1 and grid[-1] == 0 and (grid.diff() < 0).all() and len(grid) == 7
-    assert card.schedules_for(card.cfg)[5].conditional_only == 2
-    weighted = rollout_error(learned, folder / "combined", card.schedules_for(card.cfg)[5])
+    assert card.own_schedules[5].conditional_only == 2
+    weighted = rollout_error(learned, folder / "combined", card.own_schedules[5])
     assert weighted < 0.4 * rollout_error(sidenet, folder / "combined")
     assert card.training["backbone_calls"]["coefficients"] == 6 * FIT_TRAJECTORIES
 
@@ -254,7 +254,7 @@ def test_tuning_is_counted_and_the_past_is_kept(folder, trained, tmp_path):
     card = run(folder / "combined", tmp_path / "t.safetensors", *options, *QUICK, "--tune", "2")[1]
     # Two steps on two runs, two reports and two scores at the end on the twelve that were held out.
     assert card.training["backbone_calls"]["tuning"] == 4 * (2 * 2 + 4 * 12)
-    assert card.schedules_for(card.cfg)[4].conditional_only == 2
+    assert card.own_schedules[4].conditional_only == 2
     # What it began as is not forgotten.
     assert card.training["started_from"] == trained[2].training
     assert f"began as:   one trained: {trained[2].training['objective']}" in describe_sidenet(sidenet, card)
@@ -267,7 +267,7 @@ def test_tuning_that_does_not_help_is_undone(folder, trained, tmp_path, monkeypa
     monkeypatch.setattr(tuning, "LEARNING_RATE", 3.0)
     tuned = run(folder / "combined", tmp_path / "tuned.safetensors", *options, "--tune", "4")[1]
     assert "did not help" in capsys.readouterr().out
-    assert tuned.schedules_for(tuned.cfg) == fitted.schedules_for(fitted.cfg)
+    assert tuned.own_schedules == fitted.own_schedules
 
 
 def test_without_the_memory_for_gradients_a_schedule_stays_as_it_was(folder, trained, tmp_path, monkeypatch, capsys):
@@ -284,10 +284,7 @@ def test_without_the_memory_for_gradients_a_schedule_stays_as_it_was(folder, tra
     monkeypatch.setattr(tuning, "train", too_large)
     tuned = run(folder / "combined", tmp_path / "tuned.safetensors", *options, "--tune", "40")[1]
     assert "not enough memory for a call with gradients" in capsys.readouterr().out
-    assert (
-        tuned.schedules_for(tuned.cfg)[5] == fitted.schedules_for(fitted.cfg)[5]
-        and tuned.schedules_for(tuned.cfg)[4] != fitted.schedules_for(fitted.cfg)[4]
-    )
+    assert tuned.own_schedules[5] == fitted.own_schedules[5] and tuned.own_schedules[4] != fitted.own_schedules[4]
 
 
 def test_the_network_has_its_models_patches():
@@ -336,7 +333,7 @@ def test_an_interrupted_tuning_goes_on_to_the_same_numbers(folder, trained, tmp_
     monkeypatch.setattr(training, "search_on_surrogate", None)
     resumed = run(folder / "combined", out, *options)[1]
     for n in (4, 5):
-        assert_same_schedule(resumed.schedules_for(resumed.cfg)[n], whole.schedules_for(whole.cfg)[n], trained[1])
+        assert_same_schedule(resumed.own_schedules[n], whole.own_schedules[n], trained[1])
     # What was spent before the interruption counts, finished steps' results or not.
     once, twice = (card.training["backbone_calls"] for card in (whole, resumed))
     assert twice["rollouts"] == once["rollouts"] and once["tuning"] < twice["tuning"] < 1.5 * once["tuning"]

@@ -62,8 +62,9 @@ ORDERS = {
     "bas_core": (
         ("flow", "guidance", "grids", "quadrature", "files"),
         ("sit", "sidenet"),
-        ("prediction", "schedule"),
-        ("strength", "solver"),
+        ("prediction",),
+        ("strength", "schedule"),
+        ("solver",),
         ("checkpoint", "editing"),
     ),
     "training": (

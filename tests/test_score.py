@@ -95,7 +95,7 @@ def test_make_records_trains_and_evaluates(made):
     assert {(n, g) for name, n, g in rows if name == "ba_solver"} == {
         (n, g) for n in (4, 6) for g in ("uniform", "best")
     }
-    assert sorted(card.schedules_for(card.cfg)) == [4, 6] and card.training["settings"]["trajectories"] == 48
+    assert sorted(card.own_schedules) == [4, 6] and card.training["settings"]["trajectories"] == 48
     for calls in (4, 6):
         ours = float(rows["ba_solver", calls, "uniform"]["error"])
         assert ours < float(rows["predictor_corrector", calls, "uniform"]["error"])
@@ -136,9 +136,7 @@ def test_evaluate_alone_fits_the_rival_on_noises_of_its_own(made, tmp_path):
     assert ("learned_multistep", 5, "best") in rows and ("ba_solver", 5, "best") in rows
     # The best grid found becomes the file's, beside those that were learned, with step weights of its own.
     card = load_sidenet(copy)[1]
-    assert sorted(card.schedules_for(card.cfg)) == [4, 5, 6] and all(
-        run.coefficients for run in card.schedules_for(card.cfg).values()
-    )
+    assert sorted(card.own_schedules) == [4, 5, 6] and all(run.coefficients for run in card.own_schedules.values())
     assert main(f"{command} --reference 64 --search-noises 0".split()) == 0
     assert {(name, grid) for name, n, grid in lines(tmp_path / "r") if n == 5 and grid != "uniform"} == {
         ("ba_solver", "best")

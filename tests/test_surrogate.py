@@ -172,7 +172,7 @@ def test_quick_makes_runs_without_a_network(quick, capsys):
     out, command = quick
     sidenet, card = load_sidenet(out)
     assert sum(p.numel() for p in sidenet.parameters()) < 10_000 and not sidenet.output_conv.weight.any()
-    assert card.schedules_for(card.cfg)[6].coefficients and card.schedules_for(card.cfg)[6].calls == 6
+    assert card.own_schedules[6].coefficients and card.own_schedules[6].calls == 6
     errors = {(row["solver"], row["nfe"]): row["error"] for row in card.evaluation["endpoint_error"]}
     assert errors["ba_solver", 6] < 0.5 * min(errors["adams_bashforth2", 6], errors["dpmpp_2m", 6])
     spent = sum(card.training["backbone_calls"].values())

@@ -67,7 +67,7 @@ def describe_sidenet(sidenet: SideNet, card: SideNetCard) -> str:
         "network": f"{config.anchors} anchor(s), {parameters:,} parameters, {config.in_channels} latent channels"
         + (f", {config.num_classes} classes" if config.num_classes else ""),
         "velocity": f"{card.cfg_mode}, guidance {card.describe_cfg()}",
-        "schedules": describe_schedules(card.schedules_for(card.cfg)),
+        "schedules": describe_schedules(card.own_schedules),
         "trained": str(training.get("objective", "unknown")),
         "recorded": _formatted(
             "{trajectories} trajectories of {points} points of ({size}); the reference solver's error "

@@ -106,7 +106,7 @@ def jobs_for(model: Any, samplers: Sequence[str], schedulers: Sequence[str]) -> 
     sidenet = applied_sidenet(model)
     if sidenet is not None and sidenet.strength:
         model_sampling, card = model.get_model_object("model_sampling"), sidenet.card
-        schedules, analytic_first = card.schedules_for(card.cfg), sidenet.has_data_mean
+        schedules, analytic_first = card.own_schedules, sidenet.has_data_mean
         jobs.append(
             Job(
                 OURS,

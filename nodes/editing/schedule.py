@@ -26,9 +26,7 @@ def editing_schedule(model: Any, steps: int, denoise: float) -> SigmaSchedule:
     sampling = model.get_model_object("model_sampling")
     parameterization = parameterization_of(sampling)
     sidenet = applied_sidenet(model)
-    sigmas = stretched_sigmas(
-        sampling, steps - 1, denoise, sidenet.card.schedules_for(sidenet.card.cfg) if sidenet else {}
-    )
+    sigmas = stretched_sigmas(sampling, steps - 1, denoise, sidenet.card.own_schedules if sidenet else {})
     # Diffusion models have a smallest noise level.
     smallest = float(parameterization.times(torch.as_tensor(float(sampling.sigma_min), dtype=torch.float64)))
     start = max(T_MIN, smallest)

@@ -130,7 +130,7 @@ def schedule_for(options: Options, sidenet: LoadedSideNet | None, times: Tensor,
         return Schedule(times.tolist())
     card = sidenet.card
     default = sidenet.strength == 1 and options == Options(analytic_first_step=options.analytic_first_step)
-    schedule = match_schedule(times, card.schedules_for(card.cfg) if default else {}, sidenet.has_data_mean)
+    schedule = match_schedule(times, card.own_schedules if default else {}, sidenet.has_data_mean)
     if schedule.fitted:
         nearer = card.schedules_for(guidance).get(round(schedule.nfe))
         if nearer is not None and not same_times(times, nearer.times):
