@@ -49,6 +49,7 @@ def as_in_comfyui(tmp_path, monkeypatch):
         (stages, "VALIDATION_BATCH", 16),
         (solvers, "SEARCH_SHIFTS", (1.0, 2.0)),
         (solvers, "SEARCH_COSINES", (0.15,)),
+        (solvers, "SEARCH_HALVINGS", 1),
     ):
         monkeypatch.setattr(module, name, fewer)
     monkeypatch.setitem(PRESETS, "full", {**PRESETS["full"], "prefixes": 4, "batch": 8})

@@ -1,7 +1,9 @@
 """`ba-solver sample`: what it draws is the solver's, whatever the batch, the processes and the interruptions."""
 
 import json
+import os
 import shutil
+import time
 
 import numpy as np
 import pipelines
@@ -28,6 +30,7 @@ from ba_solver.training.drawing.folder import Folder, read_pngs, write_npz
 from ba_solver.training.drawing.named_solvers import PRESETS
 from ba_solver.training.drawing.scores import WEIGHTS, scores
 from PIL import Image
+from safetensors.torch import load_file
 from training_problems import in_two_processes
 
 DEMO = ("--sit", str(SIT_FILE), "--sidenet", str(SIDENET_FILE), "--nfe", "5")
@@ -47,6 +50,8 @@ def assert_same_images(one, other):
 
     Other noises, classes or steps are apart by tens of levels.
     """
+    asked = [json.loads((folder / "settings.json").read_text()) for folder in (one, other)]
+    assert asked[0] == asked[1]
     names = [sorted(path.name for path in (folder / "images").glob("*.png")) for folder in (one, other)]
     assert names[0] and names[0] == names[1]
     for name in names[0]:
@@ -90,6 +95,19 @@ def test_two_processes_draw_what_one_draws(whole, tmp_path):
     assert_same_images(tmp_path / "two", whole)
     assert "14 images are in" in said[0] and not said[1]
     assert (tmp_path / "two" / "images.npz").exists()
+
+
+def test_two_processes_start_from_the_noises_and_classes_of_one(tmp_path):
+    """To the bit: the one step of this model is exact, and its end says both. All are drawn, though one comes late."""
+    options = ("--backbone", "python:test_sample:inputs_model", "--method", "euler", "--nfe", "1", "--latents")
+    command = ["sample", *options, "--count", "14"]
+    assert main([*command, "--batch", "7", "--out", str(tmp_path / "one")]) == 0
+    in_two_processes([*command, "--batch", "4", "--out", str(tmp_path / "two")], tmp_path)
+    for index in range(14):
+        noise = np.random.Generator(np.random.Philox(key=[0, index])).standard_normal((3, 8, 8), dtype=np.float32)
+        expected = torch.from_numpy(noise) + (1.0 + index % 4)
+        for out in (tmp_path / "one", tmp_path / "two"):
+            assert torch.equal(load_file(out / "latents" / f"{index:06d}.safetensors")["latent"], expected)
 
 
 def test_an_interrupted_drawing_goes_on(whole, tmp_path, monkeypatch, capsys):
@@ -136,6 +154,19 @@ def test_a_full_disk_and_nan_lose_nothing(tmp_path, monkeypatch, capsys):
 
 def broken_model(device, dtype):
     return Backbone("broken", "python", "1", (3, 8, 8), lambda x, t, c, s: x / 0, decode=lambda x: x)
+
+
+def inputs_model(device, dtype):
+    """Its velocity is the condition alone, so that one step of Euler ends at noise + 1 + condition.
+
+    A second process gets it when the first has long begun.
+    """
+    time.sleep(2 * int(os.environ.get("RANK", "0")))
+
+    def velocity(x, t, conditions, scale):
+        return -(1.0 + conditions).view(-1, 1, 1, 1).expand_as(x)
+
+    return Backbone("inputs", "python", "inputs-1", (3, 8, 8), velocity, conditions=4)
 
 
 def plain_model(device, dtype):

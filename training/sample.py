@@ -314,6 +314,7 @@ def my_batches(
     """This process's share of the batches with missing images, and a function that waits for the other processes."""
     rank, count, wait_for_all = processes(device.type == "cpu")
     missing = folder.missing(settings.count)
+    wait_for_all()  # nobody draws before all have looked, or their shares would not fit together
     if 0 < len(missing) < settings.count:
         say(f"{settings.count - len(missing)} of {settings.count} images are already drawn; the others follow.")
     starts = sorted({index // settings.batch * settings.batch for index in missing})
