@@ -10,7 +10,7 @@ import folder_paths
 from comfy_api.v0_0_2 import io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from ..bas_core.files import read_user_text
+from ..training.text_files import read_user_text
 from . import inputs
 from .comparing.compare import compare, jobs_for, total_calls
 from .comparing.table import curves, picture_grid, table, write_csv

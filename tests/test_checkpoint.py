@@ -69,7 +69,7 @@ def test_a_loaded_network_computes_the_same_and_may_be_cast(tmp_path):
     net = small_sidenet(dtype=torch.float32, anchors=2)
     x, t = noise(2, 2, 4, 4, dtype=torch.float32), torch.tensor([0.5, 0.8])
     given = {"x": x, "v": x * 2, "t": t, "h": t / 3, "cond": labels(2)[0]}
-    assert torch.equal(load_sidenet(path)[0](**given), net(**given))
+    torch.testing.assert_close(load_sidenet(path)[0](**given), net(**given))
     assert {p.dtype for p in load_sidenet(path, dtype=torch.bfloat16)[0].parameters()} == {torch.bfloat16}
 
 
@@ -129,7 +129,7 @@ def test_official_forms_load_and_compute_the_same(tmp_path, content, expected):
     assert net.config == expected.config
     x, t = noise(2, 4, 4, 4, dtype=torch.float32), torch.tensor([0.5, 0.8])
     for y in labels(2):
-        assert torch.equal(net(x, x * 2, t, t / 3, y), expected(x, x * 2, t, t / 3, y))
+        torch.testing.assert_close(net(x, x * 2, t, t / 3, y), expected(x, x * 2, t, t / 3, y))
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,8 @@ def test_it_is_run_by_the_rule_that_it_was_fitted_for():
         ends.append(solve(guided_field(1, Guidance(2.0), "combined"), sidenet, x, run, rule=rule))
         asked.append(sidenet.asked)
     assert asked == [5, 5 * 3 + 4 * 2, 5 * 3 + 4 * 2]
-    assert torch.equal(ends[1], ends[2]) and not torch.allclose(ends[0], ends[1], atol=1e-3)
+    torch.testing.assert_close(ends[1], ends[2])
+    assert not torch.allclose(ends[0], ends[1], atol=1e-3)
     run = fitted(rule="lobatto2")
     assert {run.with_times(TIMES).rule, run.scaled(0.9).rule} == {"lobatto2"}
 

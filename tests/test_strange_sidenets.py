@@ -76,7 +76,7 @@ def test_names_that_wrappers_leave_are_understood(wrapped, tmp_path):
     state = {wrapped(name): value for name, value in OFFICIAL.state_dict().items()}
     assert state.keys() != OFFICIAL.state_dict().keys()
     torch.save({"ema_side_model": state}, tmp_path / "official.pt")
-    assert torch.equal(evaluated(load_official_sidenet(tmp_path / "official.pt")), evaluated(OFFICIAL))
+    torch.testing.assert_close(evaluated(load_official_sidenet(tmp_path / "official.pt")), evaluated(OFFICIAL))
     sit = {wrapped(name): value for name, value in SIT.state_dict().items()}
     torch.save({"ema": sit}, tmp_path / "sit.pt")
     assert load_good("sit", tmp_path / "sit.pt").keys() == SIT.state_dict().keys()
@@ -87,7 +87,7 @@ def test_names_that_wrappers_leave_are_understood(wrapped, tmp_path):
 def test_an_averaged_models_own_state_is_read(tmp_path):
     average = torch.optim.swa_utils.AveragedModel(OFFICIAL)
     torch.save({"ema_side_model": average.state_dict()}, tmp_path / "official.pt")
-    assert torch.equal(evaluated(load_official_sidenet(tmp_path / "official.pt")), evaluated(OFFICIAL))
+    torch.testing.assert_close(evaluated(load_official_sidenet(tmp_path / "official.pt")), evaluated(OFFICIAL))
 
 
 def test_two_tensors_that_come_to_one_name_are_refused(tmp_path):
@@ -395,4 +395,4 @@ def test_what_stays_on_disk_until_it_is_used_is_read_rightly(tmp_path):
         for entry in archive.namelist():
             compressed.writestr(entry, archive.read(entry))
     for name in ("stored.pt", "compressed.pt"):
-        assert torch.equal(evaluated(load_official_sidenet(tmp_path / name)), evaluated(OFFICIAL))
+        torch.testing.assert_close(evaluated(load_official_sidenet(tmp_path / name)), evaluated(OFFICIAL))

@@ -4,11 +4,12 @@ import codecs
 import dataclasses
 
 import pytest
-from ba_solver.bas_core.files import CheckpointError, read_user_text
+from ba_solver.bas_core.files import CheckpointError
 from ba_solver.training.backbones.base import Backbone, BackboneChoice
 from ba_solver.training.cli import main
 from ba_solver.training.recording.record import Recording, Stretch, describe
 from ba_solver.training.settings import UsageError, read_settings
+from ba_solver.training.text_files import read_user_text
 
 PROMPTS = ["eine rote Katze", "二匹の犬", "a pier\u2028at dusk\x0b\x85"]
 PLAIN = "eine rote Katze\n二匹の犬\n\na pier\u2028at dusk\x0b\x85\n"

@@ -167,20 +167,20 @@ def res_multistep(velocity: Velocity, x: Tensor, t0: Tensor, t1: Tensor, history
         raise ValueError("The exponential solver predicts the data and cannot leave t = 0; start the grid above 0.")
     v = velocity(x, t0)
     data = velocity_to_x0(x, v, t0)
-    kept = ((t0, data),)
+    memory = ((t0, data),)
     if not history or float(t1) == 0:
-        return x + (t1 - t0) * v, kept
+        return x + (t1 - t0) * v, memory
     earlier, previous = history[-1]
     step = torch.log(t0.double() / t1.double())
     phi1 = -torch.expm1(-step) / step
     phi2 = (1 - phi1) / step
     share = phi2 / (torch.log(earlier.double() / t0.double()) / step)
     guess = step * ((phi1 + share) * data - share * previous)
-    return (t1 / t0) * x + guess.to(x.dtype), kept
+    return (t1 / t0) * x + guess.to(x.dtype), memory
 
 
 def _half_log_snr(t: Tensor) -> Tensor:
-    """log((1 - t) / t), kept finite at the ends."""
+    """log((1 - t) / t), finite at the ends."""
     # 1e-4 from either end, as ComfyUI offsets the first sigma of flow models.
     t = t.double().clamp(1e-4, 1 - 1e-4)
     return torch.log1p(-t) - torch.log(t)

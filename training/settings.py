@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..bas_core.files import CheckpointError, read_user_text, write_atomically
+from ..bas_core.files import CheckpointError, write_atomically
+from .text_files import read_user_text
 
 S = TypeVar("S")
 

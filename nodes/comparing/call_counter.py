@@ -87,7 +87,7 @@ def steps_for(guider: Any, sampler: Any, sigmas_of: Callable[[int], Tensor], noi
             end = rehearse(guider, sampler, sigmas, noise, calls)
         except TooManyCallsError:
             continue
-        if not torch.equal(end, rehearse(guider, sampler, sigmas, noise, calls, seed=1)):
+        if not torch.allclose(end, rehearse(guider, sampler, sigmas, noise, calls, seed=1), rtol=1e-4, atol=1e-6):
             raise ValueError("It adds noise on its way, and so has no end that it could come near.")
         return steps
     raise ValueError(f"It needs more than {calls} calls of the model for one step.")

@@ -84,8 +84,8 @@ class ModelCaller:
 
         self._call(x, time, {**self.options, "sampler_pre_cfg_function": [take]})
         sigma = self.sigmas.sigma_at(float(time[0])).to(x)
-        kept = [self.keep_unmasked(denoised, sigma) for denoised in branches]
-        return torch.stack([x0_to_velocity(x, denoised.to(x.dtype).reshape(x.shape), time) for denoised in kept])
+        masked = [self.keep_unmasked(denoised, sigma) for denoised in branches]
+        return torch.stack([x0_to_velocity(x, denoised.to(x.dtype).reshape(x.shape), time) for denoised in masked])
 
     def _call(self, x: Tensor, time: Tensor, options: dict[str, Any]) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from ...bas_core.files import CheckpointError, fingerprint, read_user_text
+from ...bas_core.files import CheckpointError, fingerprint
 from ..progress import progress
 from ..settings import UsageError
+from ..text_files import read_user_text
 from .autoencoder import autoencoder
 from .base import Backbone, BackboneChoice
 from .pipeline_checks import TEXT_ENCODERS, check_against_pipeline, check_lengths, check_resolution, check_supported

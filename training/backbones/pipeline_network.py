@@ -1,4 +1,4 @@
-"""A `diffusers` network at any state and time: how it packs states, and which times it is told."""
+"""A `diffusers` network at any state and time: how it packs states, and its own times."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Packing:
 
 @dataclass(frozen=True)
 class Clock:
-    """How flow times map to what the network is told, and its output to a velocity.
+    """How flow times map to the network's own time, and its output to a velocity.
 
     Attributes:
         offset, slope: network time = offset + slope times the scheduler's timestep.
@@ -160,16 +160,16 @@ def packing_of(pipeline: Any, state: Tensor, choice: BackboneChoice) -> Packing:
 
 
 def clock_of(pipeline: Any, watch: Watch) -> Clock:
-    """The network's time as a line through what it was told at the scheduler's first two timesteps.
+    """The network's time as a line through those it was given at the scheduler's first two timesteps.
 
     Raises:
-        CheckpointError: it is told something else, or the scheduler is of an unknown kind.
+        CheckpointError: it takes another kind of time, or the scheduler is of an unknown kind.
     """
     per_step = len(watch.calls) // len(watch.steps)
-    told = [watch.calls[i * per_step]["timestep"] for i in range(2)]
-    if any(isinstance(time, Tensor) and time.numel() > 2 for time in told):
-        raise CheckpointError("The network is told a time for each token, which one SideNet cannot serve.")
-    a, b = (float(torch.as_tensor(time).flatten()[0]) for time in told)
+    given = [watch.calls[i * per_step]["timestep"] for i in range(2)]
+    if any(isinstance(time, Tensor) and time.numel() > 2 for time in given):
+        raise CheckpointError("The network takes a time for each token, which one SideNet cannot serve.")
+    a, b = (float(torch.as_tensor(time).flatten()[0]) for time in given)
     s, r = watch.steps[0][1], watch.steps[1][1]
     slope = (a - b) / (s - r)
     config = pipeline.scheduler.config

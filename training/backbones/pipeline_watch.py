@@ -112,8 +112,8 @@ def split_call(call: dict[str, Any]) -> list[dict[str, Any]]:
     """A call's samples as calls of their own, without state and time."""
     name = input_name(call)
     total = call[name].shape[0]
-    kept = {key: value for key, value in call.items() if key not in (name, "timestep")}
-    return [{k: rows_of(v, slice(i, i + 1), total) for k, v in kept.items()} for i in range(total)]
+    others = {key: value for key, value in call.items() if key not in (name, "timestep")}
+    return [{k: rows_of(v, slice(i, i + 1), total) for k, v in others.items()} for i in range(total)]
 
 
 def network_of(pipeline: Any) -> Any:

@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ...bas_core.files import read_user_text, write_atomically, write_safetensors, write_text
+from ...bas_core.files import write_atomically, write_safetensors, write_text
 from ..settings import UsageError, differences, prepare_folder
+from ..text_files import read_user_text
 
 SETTINGS = "settings.json"
 IMAGES, PAIRS, LATENTS = "images", "pairs", "latents"

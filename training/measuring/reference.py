@@ -16,7 +16,7 @@ from ..recording.trajectories import Trajectories
 from ..schedules.solvers import endpoint_errors
 
 # Euler with so many calls is what people know; it is in every table.
-KEPT_POINTS = 4
+STORED_POINTS = 4
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,10 @@ def reference_paths(field: Field, noise: Tensor, backbone: Backbone, points: int
     half, _ = record_trajectory(field, noise, torch.cat([times[:-1:2], times[-1:]]))
     states, velocities = record_trajectory(field, noise, times)
     error = endpoint_errors(states[:, -1], half[:, -1]).mean().item()
-    kept = torch.arange(0, points, KEPT_POINTS)
-    kept = torch.cat([kept[kept < points - 1], torch.tensor([points - 1])])
+    stored = torch.arange(0, points, STORED_POINTS)
+    stored = torch.cat([stored[stored < points - 1], torch.tensor([points - 1])])
     trajectories = Trajectories(
-        times[kept].expand(len(noise), -1), states[:, kept].cpu(), velocities[:, kept].cpu(), kept[:1]
+        times[stored].expand(len(noise), -1), states[:, stored].cpu(), velocities[:, stored].cpu(), stored[:1]
     )
     rows = torch.arange(len(noise))
     ends = trajectories.ends(rows).to(noise.device)

@@ -308,7 +308,7 @@ def write_journal(folder: Path, what: str, history: list[Numbers]) -> None:
 
 
 def plot_history(path: Path, what: str, history: list[Numbers]) -> None:
-    """Loss and held-out numbers over the steps."""
+    """Loss and validation scores over the steps."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")

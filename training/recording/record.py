@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ...bas_core.files import CheckpointError, read_user_text
+from ...bas_core.files import CheckpointError
 from ...bas_core.grids import time_grid, time_shift
 from ...bas_core.guidance import CFG_MODES, CFGMode
 from ..backbones import Backbone, BackboneChoice, open_backbone
@@ -19,6 +19,7 @@ from ..baselines import run_baseline
 from ..processes import processes
 from ..progress import progress, say
 from ..settings import UsageError, check_positive, differences, prepare_folder
+from ..text_files import read_user_text
 from .reference_solver import (
     LAST_TIME,
     REFERENCE_SOLVER,
