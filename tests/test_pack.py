@@ -142,7 +142,7 @@ def test_error_tables_are_read_as_the_trainer_writes_them():
     """Each solver on its better grid; rows that are none are left out."""
 
     def row(label, grid, calls, error):
-        return {"label": label, "grid": grid, "calls": calls, "error": error, "seconds": 1.0}
+        return {"label": label, "grid": grid, "nfe": calls, "error": error, "seconds": 1.0}
 
     rows = [row("BA-solver", "uniform", 5, 0.1), row("BA-solver", "best", 5, 0.08), row("BA-solver", "best", 7, 0.04)]
     rows += [row("BA-solver", "uniform", 7, 0.05), row("Euler", "uniform", 5, 0.2), row("Euler", "uniform", 100, 0.01)]
