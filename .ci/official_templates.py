@@ -64,11 +64,11 @@ def kind_of(name):
 def with_ba_solver(prompt, sidenet):
     """A prompt with Apply SideNet in front of every sampler and `ba_solver` in its place."""
     changed = {key: {**part, "inputs": dict(part["inputs"])} for key, part in prompt.items()}
-    added = {"ba:load": {"class_type": "BASolverLoadSideNet", "inputs": {"sidenet_name": sidenet}}}
+    added = {}
 
     def applied(link):
         key = f"ba:apply:{link[0]}:{link[1]}"
-        inputs = {"model": link, "sidenet": ["ba:load", 0], "strength": 1.0}
+        inputs = {"model": link, "sidenet_name": sidenet, "strength": 1.0}
         added[key] = {"class_type": "BASolverApplySideNet", "inputs": inputs}
         return [key, 0]
 

@@ -17,7 +17,8 @@ from .grids import resample_grid, time_grid, time_shift
 from .guidance import Field, Guidance, NonFiniteError, model_field
 from .prediction import SideNetProtocol
 from .quadrature import RULES, Rule, get_rule, symmetric_four_point
-from .schedule import Schedule, StepHook, StepState, match_schedule
+from .schedule import Schedule, StepHook, StepState, plain_schedule
+from .selection import select_part, select_schedule
 from .sidenet import SideNet, SideNetConfig
 from .sit import SiT, SiTConfig
 from .solver import Step, solve
@@ -52,12 +53,14 @@ __all__ = [
     "load_official_sidenet",
     "load_sidenet",
     "load_sit",
-    "match_schedule",
     "model_field",
+    "plain_schedule",
     "reconstruct",
     "resample_grid",
     "save_sidenet",
     "save_sit",
+    "select_part",
+    "select_schedule",
     "solve",
     "straight_trajectory",
     "symmetric_four_point",

@@ -83,17 +83,6 @@ def has_short_first_step(times: Sequence[float] | Tensor) -> bool:
     return first == 1 and 0 < first - second <= LONGEST_ANALYTIC_STEP * (first - last) / (len(times) - 1)
 
 
-# Largest difference between equal times: sigmas are rounded on their way through other programs.
-TIME_TOLERANCE = 1e-3
-
-
-def same_times(times: Sequence[float] | Tensor, known: Sequence[float] | Tensor) -> bool:
-    """Whether times are those of a schedule from 1, scaled where the model's sampling starts below 1."""
-    return len(times) == len(known) and all(
-        abs(float(a) - float(times[0]) * float(b)) <= TIME_TOLERANCE for a, b in zip(times, known, strict=True)
-    )
-
-
 def grid_for_nfe(make: Callable[[int], Tensor], nfe: int, has_data_mean: bool) -> Tensor:
     """The grid that takes a number of model calls, from `make`, which makes one of so many steps.
 

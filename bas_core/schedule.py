@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .grids import as_grid, has_short_first_step, same_times
+from .grids import as_grid, has_short_first_step
 from .guidance import Field
 from .quadrature import get_rule
 
@@ -279,31 +279,21 @@ def _check_cfg_coefficients(rows: Sequence[Row], steps: int, calls: int) -> None
         raise ValueError("CFG coefficients must be finite.")
 
 
-def match_schedule(
-    times: Sequence[float] | Tensor, schedules: Mapping[int, Schedule] | None = None, has_data_mean: bool = False
-) -> Schedule:
-    """The schedule over times that come from elsewhere, such as ComfyUI's SIGMAS.
-
-    Args:
-        times: [N + 1].
-        schedules: fitted ones; the one over these times is taken.
-        has_data_mean: whether the SideNet can replace a first call. It does where times without a fitted schedule
-            start with a short step (`grids.has_short_first_step`).
-    """
-    for schedule in (schedules or {}).values():
-        if same_times(times, schedule.times):
-            return schedule.with_times(times)
+def plain_schedule(times: Sequence[float] | Tensor, has_data_mean: bool = False) -> Schedule:
+    """A schedule of times alone; its first step is analytic where the SideNet has a data mean and the step is short."""
     return Schedule(_numbers(times), analytic_first_step=has_data_mean and has_short_first_step(times))
 
 
+def describe_schedule(schedule: Schedule) -> str:
+    """A schedule in words, such as "7 steps, the first one analytic, 2 conditional-only calls"."""
+    parts = [f"{schedule.steps} steps"]
+    parts += ["the first one analytic"] if schedule.analytic_first_step else []
+    parts += [f"{schedule.conditional_only} conditional-only calls"] if schedule.conditional_only else []
+    parts += ["multistep coefficients"] if schedule.coefficients else []
+    return ", ".join(parts)
+
+
 def describe_schedules(schedules: Mapping[int, Schedule]) -> str:
-    """Schedules in words, such as "5 model calls (7 steps, the first one analytic, 2 conditional-only calls)"."""
-
-    def describe(nfe: int, schedule: Schedule) -> str:
-        parts = [f"{schedule.steps} steps"]
-        parts += ["the first one analytic"] if schedule.analytic_first_step else []
-        parts += [f"{schedule.conditional_only} conditional-only calls"] if schedule.conditional_only else []
-        parts += ["multistep coefficients"] if schedule.coefficients else []
-        return f"{nfe} model calls ({', '.join(parts)})"
-
-    return "; ".join(describe(nfe, schedules[nfe]) for nfe in sorted(schedules)) or "none: any number of steps"
+    """Schedules in words, by number of model calls."""
+    lines = (f"{nfe} model calls ({describe_schedule(schedules[nfe])})" for nfe in sorted(schedules))
+    return "; ".join(lines) or "none: any number of steps"

@@ -58,14 +58,12 @@ class WeightedSideNet:
         return torch.lerp(line, change, torch.as_tensor(self.weight(t), dtype=change.dtype, device=change.device))
 
 
-def with_strength(sidenet: SideNetProtocol | None, strength: float) -> SideNetProtocol | None:
-    """The SideNet with a strength: 1 = itself, 0 = None, the multistep method.
+def with_strength(sidenet: SideNetProtocol, strength: float) -> SideNetProtocol:
+    """The SideNet with a strength: 1 = itself, 0 = a straight line through two anchors. The data mean stays.
 
     Raises:
         ValueError: strength is negative or not finite.
     """
     if not 0 <= strength < float("inf"):
         raise ValueError(f"The SideNet's strength must be a number from 0 on; got {strength}. 1 is as trained.")
-    if sidenet is None or strength == 0:
-        return None
     return sidenet if strength == 1 else WeightedSideNet(sidenet, lambda times: strength)

@@ -37,11 +37,10 @@ def _extension() -> Any:
             from .edit_nodes import BAEdit, BAInvert
             from .make_nodes import MakeSideNet
             from .sampling_nodes import BASampler, BAScheduler
-            from .sidenet_nodes import ApplySideNet, LoadSideNet, SideNetInfo
+            from .sidenet_nodes import ApplySideNet, SideNetInfo
             from .sit_nodes import ClassLabel, LoadSiT
 
             return [
-                LoadSideNet,
                 ApplySideNet,
                 BASampler,
                 BAScheduler,

@@ -36,7 +36,7 @@ class MakeSideNet(io.ComfyNode):
             display_name="Make SideNet",
             category="BA-Solver",
             description="Make a SideNet for the MODEL as it is in the graph, with its LoRAs and everything else on it. "
-            "It is saved under its name, where Load SideNet finds it. Interrupted work is resumed on the next run.",
+            "It is saved under its name, where Apply SideNet lists it. Interrupted work is resumed on the next run.",
             search_aliases=["train SideNet", "calibrate", "speed up", "fewer steps", "few-step", "distill"],
             is_input_list=True,  # all prompts of a list at once
             is_output_node=True,

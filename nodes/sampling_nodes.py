@@ -28,8 +28,8 @@ class BASampler(io.ComfyNode):
             node_id="BASolverSampler",
             display_name="BA-Solver Sampler",
             category=KSamplerSelect.GET_SCHEMA().category,  # beside ComfyUI's own, whose menu has moved before
-            description="The sampler for SamplerCustom and SamplerCustomAdvanced. The MODEL needs a SideNet (Apply "
-            "SideNet), except with the method 'multistep'.",
+            description="The sampler for SamplerCustom and SamplerCustomAdvanced. Without a SideNet on the MODEL it "
+            "samples by the multistep method.",
             search_aliases=["BA-solver", "bi-anchor", "few-step sampler", "fast sampler", "predictor-corrector"],
             inputs=[
                 io.Combo.Input(
@@ -63,12 +63,11 @@ class BASampler(io.ComfyNode):
                     **inputs.RARE,
                 ),
                 io.Boolean.Input(
-                    "analytic_first_step",
-                    default=True,
+                    "follow_sigmas",
+                    default=False,
                     **inputs.RARE,
-                    tooltip="Compute the first step from the average of the model's images, without a model call, if "
-                    "the SideNet holds that average and the first step is short. Turn this off for noise out of BA "
-                    "Invert, because that noise leads to one image and not to the average.",
+                    tooltip="Call the model exactly at the SIGMAS. When this is off, the SIGMAS say from where to "
+                    "where and in how many steps, and the SideNet's file says at which sigmas the model is called.",
                 ),
             ],
             outputs=[io.Sampler.Output(tooltip="The sampler, for SamplerCustom and SamplerCustomAdvanced.")],
@@ -81,10 +80,10 @@ class BASampler(io.ComfyNode):
         quadrature: str = AUTO,
         start_percent: float = 0.0,
         end_percent: float = 1.0,
-        analytic_first_step: bool = True,
+        follow_sigmas: bool = False,
     ) -> io.NodeOutput:
         rule = None if quadrature == AUTO else quadrature
-        options = Options(method, rule, start_percent, end_percent, analytic_first_step)
+        options = Options(method, rule, start_percent, end_percent, follow_sigmas)
         return io.NodeOutput(comfy.samplers.KSAMPLER(sample_ba_solver, {"options": options}))
 
 
@@ -134,7 +133,5 @@ class BAScheduler(io.ComfyNode):
             return io.NodeOutput(torch.FloatTensor([]))  # for ComfyUI's samplers this means: leave the latent as it is
         sidenet = applied_sidenet(model)
         sampling = model.get_model_object("model_sampling")
-        if sidenet is None or sidenet.strength == 0 or schedule == MODEL_DEFAULT:
-            return io.NodeOutput(sigmas_for(sampling, steps, denoise, {}))
-        schedules = sidenet.card.own_schedules
-        return io.NodeOutput(sigmas_for(sampling, steps, denoise, schedules, sidenet.has_data_mean))
+        schedules = sidenet.card.own_schedules if sidenet is not None and schedule == SIDENET else {}
+        return io.NodeOutput(sigmas_for(sampling, steps, denoise, schedules))

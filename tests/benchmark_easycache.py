@@ -20,7 +20,7 @@ from ba_solver.lab.benchmark import REPORT_SEED, SEARCH_SEED
 from ba_solver.nodes.folders import DEMO
 from ba_solver.nodes.sampling.guider import guider_for
 from ba_solver.nodes.sampling_nodes import BAScheduler
-from ba_solver.nodes.sidenet_nodes import ApplySideNet, LoadSideNet
+from ba_solver.nodes.sidenet_nodes import ApplySideNet
 from ba_solver.nodes.sit_nodes import ClassLabel, LoadSiT
 from ba_solver.training.demo.assets import DEMO_CFG, demo_noise
 from ba_solver.training.schedules.solvers import endpoint_errors
@@ -89,7 +89,7 @@ def main():
             error, calls = tried(rig.cached(cache, threshold), sampler, steps, shift, REPORT_SEED)
             where = f"{sampler}, {steps} steps, shift {shift:g}, threshold {threshold:g}"
             print(f"{n:2d} calls  {cache}  {error:.4f}  ({where}: {calls:.2f} calls)", flush=True)
-        applied = ApplySideNet.execute(rig.demo, LoadSideNet.execute(DEMO).result[0]).result[0]
+        applied = ApplySideNet.execute(rig.demo).result[0]
         for n in CALLS:
             drawn, calls = rig.sample(
                 applied, "ba_solver", BAScheduler.execute(applied, n, 1.0).result[0], parts[REPORT_SEED]

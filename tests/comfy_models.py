@@ -16,6 +16,7 @@ import comfy.model_patcher
 import comfy.supported_models
 import torch
 from ba_solver.bas_core import SideNet, SideNetCard, SideNetConfig, save_sidenet
+from ba_solver.nodes.folders import SIDENETS
 from ba_solver.nodes.models.attach import LoadedSideNet, apply_sidenet, read_sidenet
 from torch import Tensor
 
@@ -150,6 +151,11 @@ def make_sidenet(path: Any, channels: int, card: SideNetCard | None = None, seed
             parameter.data *= 10
     save_sidenet(path, network, card)
     return read_sidenet(path, path.name)
+
+
+def file_sidenet(name: str) -> LoadedSideNet:
+    """A SideNet by its name in the node's list."""
+    return read_sidenet(SIDENETS.path(name), name)
 
 
 def with_sidenet(model: Any, sidenet: LoadedSideNet, strength: float = 1.0) -> Any:

@@ -7,7 +7,6 @@ from ba_solver.bas_core import (
     Schedule,
     SideNetCard,
     load_sidenet,
-    match_schedule,
     model_field,
     save_sidenet,
     solve,
@@ -175,16 +174,6 @@ def test_fitted_weights_serve_other_starts():
     exact = flow_map(held_out, 1.0, 0.0)
     plain, fitted = ((solve(exact_field(), None, held_out, over) - exact).abs().mean() for over in (times, run))
     assert fitted < 0.3 * plain
-
-
-def test_they_suit_their_own_grid_and_no_other():
-    run = random_weights()
-    card = SideNetCard(schedules={1.0: {4: run, 2: Schedule([1.0, 0.5, 0.0])}})
-    for times in (TIMES, torch.tensor(TIMES) * 0.93, torch.tensor(TIMES) + 5e-4 * torch.tensor([0, 1, -1, 1, 0])):
-        found = match_schedule(times, card.own_schedules)
-        assert found.coefficients == run.coefficients and list(found.times) == list(times)
-    for times in ([1.0, 0.7, 0.45, 0.21, 0.0], TIMES[:-1], [1.0, 0.5, 0.0]):
-        assert not match_schedule(times, card.own_schedules).coefficients
 
 
 def test_files_keep_them(tmp_path):

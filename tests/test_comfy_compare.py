@@ -19,7 +19,7 @@ from ba_solver.nodes.compare_nodes import CompareSolvers, PromptLines, csv_path
 from ba_solver.nodes.comparing.compare import compare, jobs_for
 from ba_solver.nodes.folders import DEMO, SIDENETS, SITS
 from ba_solver.nodes.sampling.guider import guider_for
-from ba_solver.nodes.sidenet_nodes import ApplySideNet, LoadSideNet
+from ba_solver.nodes.sidenet_nodes import ApplySideNet
 from ba_solver.nodes.sit_nodes import ClassLabel, LoadSiT
 from ba_solver.training.baselines import run_baseline
 from comfy_execution.graph_utils import ExecutionBlocker
@@ -37,8 +37,8 @@ def as_in_comfyui(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def demo():
     with torch.inference_mode():
-        model, sidenet = LoadSiT.execute(DEMO).result[0], LoadSideNet.execute(DEMO).result[0]
-        return ApplySideNet.execute(model, sidenet).result[0]
+        model, sidenet = LoadSiT.execute(DEMO).result[0], models.file_sidenet(DEMO)
+        return ApplySideNet.execute(model, sidenet=sidenet).result[0]
 
 
 def found_on(model, names, calls, cfg=2.0, batch=2, reference=40):

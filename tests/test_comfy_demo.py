@@ -39,7 +39,7 @@ from ba_solver.nodes.models import compatibility
 from ba_solver.nodes.models.classes import CLASSES, DEMO_CLASSES
 from ba_solver.nodes.models.labels import labels_of
 from ba_solver.nodes.sampling_nodes import BASampler, BAScheduler
-from ba_solver.nodes.sidenet_nodes import ApplySideNet, LoadSideNet, SideNetInfo
+from ba_solver.nodes.sidenet_nodes import ApplySideNet, SideNetInfo
 from ba_solver.nodes.sit_nodes import ClassLabel, LoadSiT
 
 import nodes
@@ -58,8 +58,8 @@ def no_gradients():
 def demo():
     """MODEL and SIDENET of the shipped demo, and the MODEL with it."""
     with torch.inference_mode():
-        model, sidenet = LoadSiT.execute(DEMO).result[0], LoadSideNet.execute(DEMO).result[0]
-        return model, sidenet, ApplySideNet.execute(model, sidenet).result[0]
+        model, sidenet = LoadSiT.execute(DEMO).result[0], models.file_sidenet(DEMO)
+        return model, sidenet, ApplySideNet.execute(model, sidenet=sidenet).result[0]
 
 
 def label(model, name, index=-1):
@@ -178,7 +178,7 @@ def test_lora_on_the_sit(demo):
     patched = model.clone()
     change = 0.05 * torch.randn(576, 192, generator=torch.Generator().manual_seed(1))
     assert patched.add_patches({key: ("diff", (change,))}) == [key]
-    patched = ApplySideNet.execute(patched, sidenet).result[0]
+    patched = ApplySideNet.execute(patched, sidenet=sidenet).result[0]
     z, label_ = noise(1), label(model, "demo 1: ring")
     before = sample(applied, label_, z)
     assert (sample(patched, label_, z) - before).abs().max() > 0.01
@@ -218,7 +218,7 @@ def test_other_weights_of_the_same_kind_are_pointed_out(demo, tmp_path, caplog):
     save_sit(tmp_path / "other.safetensors", state, sit.config)
     other = read_sit(tmp_path / "other.safetensors")
     with caplog.at_level(logging.WARNING):
-        applied = ApplySideNet.execute(other, sidenet).result[0]
+        applied = ApplySideNet.execute(other, sidenet=sidenet).result[0]
     assert "made for demo SiT, and this MODEL has other weights" in caplog.text
     assert sample(applied, label(model, "demo 3: triangle"), noise(1)).isfinite().all()
 
@@ -307,7 +307,7 @@ def test_folders_are_added_to_the_users_own(sidenet_folder, tmp_path):
     for name in ("mine.safetensors", "notes.txt", "old.pt"):
         shutil.copy(SIDENETS.demo, sidenet_folder / name)
     assert SIDENETS.names() == [DEMO, "mine.safetensors"]
-    assert LoadSideNet.execute("mine.safetensors").result[0].name == "mine.safetensors"
+    assert models.file_sidenet("mine.safetensors").name == "mine.safetensors"
 
 
 def test_bad_sidenet_files_are_refused_in_words(sidenet_folder):
@@ -316,24 +316,24 @@ def test_bad_sidenet_files_are_refused_in_words(sidenet_folder):
     shutil.copy(SITS.demo, sidenet_folder / "renamed.safetensors")
     (sidenet_folder / "text.safetensors").write_text("a download page")
     with pytest.raises(CheckpointError, match=r"half.safetensors cannot be read.*truncated"):
-        LoadSideNet.execute("half.safetensors")
+        models.file_sidenet("half.safetensors")
     with pytest.raises(CheckpointError, match=r"renamed.safetensors is no ba-solver-sidenet file"):
-        LoadSideNet.execute("renamed.safetensors")
+        models.file_sidenet("renamed.safetensors")
     with pytest.raises(CheckpointError, match=r"text.safetensors cannot be read"):
-        LoadSideNet.execute("text.safetensors")
+        models.file_sidenet("text.safetensors")
 
 
 def test_removed_and_replaced_files(sidenet_folder):
     path = sidenet_folder / "mine.safetensors"
     shutil.copy(SIDENETS.demo, path)
-    first = LoadSideNet.fingerprint_inputs("mine.safetensors")
+    first = ApplySideNet.fingerprint_inputs("mine.safetensors")
     path.touch()
-    assert LoadSideNet.fingerprint_inputs("mine.safetensors") != first
+    assert ApplySideNet.fingerprint_inputs("mine.safetensors") != first
     assert "mine.safetensors" in SIDENETS.names()
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"'mine.safetensors' is not there \(any more\).*refresh the lists"):
-        LoadSideNet.execute("mine.safetensors")
-    LoadSideNet.fingerprint_inputs("mine.safetensors")
+        models.file_sidenet("mine.safetensors")
+    ApplySideNet.fingerprint_inputs("mine.safetensors")
 
 
 # --- SideNet Info -------------------------------------------------------------------------------------------------
@@ -341,7 +341,7 @@ def test_removed_and_replaced_files(sidenet_folder):
 
 def test_info_says_what_the_file_says(demo, tmp_path):
     _, sidenet, _ = demo
-    text, plot = SideNetInfo.execute(sidenet).result
+    text, plot = SideNetInfo.execute(sidenet=sidenet).result
     run = "5 model calls (7 steps, the first one analytic, 2 conditional-only calls, multistep coefficients)"
     for part in ("demo SiT", "3 channels", "the guided velocity, CFG 2", "anchors: 2", run, "MIT"):
         assert part in text
@@ -349,10 +349,10 @@ def test_info_says_what_the_file_says(demo, tmp_path):
     rows = [{"label": "BA-solver", "grid": "best", "nfe": n, "error": e} for n, e in ((5, 0.08), (7, 0.04))]
     card = SideNetCard(evaluation={"endpoint_error": rows, "other": {"a": 1}})
     known = models.make_sidenet(tmp_path / "known.safetensors", 3, card)
-    text, plotted = SideNetInfo.execute(known).result
+    text, plotted = SideNetInfo.execute(sidenet=known).result
     assert "BA-solver error: 0.08 at 5 model calls, 0.04 at 7 model calls" in text
     empty = models.make_sidenet(tmp_path / "empty.safetensors", 3)
-    assert (plotted - SideNetInfo.execute(empty).result[1]).abs().max() > 0.5
+    assert (plotted - SideNetInfo.execute(sidenet=empty).result[1]).abs().max() > 0.5
 
 
 # --- audio and video ----------------------------------------------------------------------------------------------
@@ -406,7 +406,7 @@ def test_every_input_has_a_tooltip_every_node_an_alias_a_help_page_and_a_locale_
     root = Path(ba_solver.__file__).parent
     locale = json.loads((root / "locales/en/nodeDefs.json").read_text())
     listed = asyncio.run(asyncio.run(ba_solver.comfy_entrypoint()).get_node_list())
-    assert len(listed) == 12
+    assert len(listed) == 11
     for node in listed:
         schema = node.GET_SCHEMA()
         assert re.match("BA-Solver|.*sampl.*/(samplers|schedulers)$", schema.category), schema.category

@@ -29,7 +29,7 @@ from ba_solver.nodes.edit_nodes import BAEdit, BAInvert
 from ba_solver.nodes.editing.schedule import editing_schedule
 from ba_solver.nodes.folders import DEMO, SIDENETS, SITS
 from ba_solver.nodes.models.parameterization import flow_interval
-from ba_solver.nodes.sidenet_nodes import ApplySideNet, LoadSideNet
+from ba_solver.nodes.sidenet_nodes import ApplySideNet
 from ba_solver.nodes.sit_nodes import ClassLabel, LoadSiT
 from comfy_extras.nodes_custom_sampler import Guider_Basic, SamplerCustomAdvanced
 
@@ -49,8 +49,8 @@ def no_gradients():
 def demo():
     """The shipped SiT with its SideNet."""
     with torch.inference_mode():
-        model, sidenet = LoadSiT.execute(DEMO).result[0], LoadSideNet.execute(DEMO).result[0]
-        return ApplySideNet.execute(model, sidenet).result[0]
+        model, sidenet = LoadSiT.execute(DEMO).result[0], models.file_sidenet(DEMO)
+        return ApplySideNet.execute(model, sidenet=sidenet).result[0]
 
 
 @pytest.fixture(scope="module")

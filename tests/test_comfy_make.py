@@ -24,7 +24,7 @@ from ba_solver.nodes.models import compatibility
 from ba_solver.nodes.models.compatibility import facts_of
 from ba_solver.nodes.models.identity import identity_of
 from ba_solver.nodes.models.labels import conditioning_of
-from ba_solver.nodes.sidenet_nodes import ApplySideNet, LoadSideNet
+from ba_solver.nodes.sidenet_nodes import ApplySideNet
 from ba_solver.nodes.sit_nodes import ClassLabel, LoadSiT
 from ba_solver.training.make import MakeSettings, run_make
 from ba_solver.training.network import stages
@@ -118,7 +118,7 @@ def test_its_sidenet_samples_nearer_than_multistep(demo):
     """With more runs than the other tests ask for, on noises that it has not seen."""
     sidenet = made_on_demo(demo, trajectories=14, steps_per_trajectory=20, steps="5")[0]
     positive, null = classes(demo)
-    model, latent = ApplySideNet.execute(demo, sidenet).result[0], torch.zeros(10, 3, 32, 32)
+    model, latent = ApplySideNet.execute(demo, sidenet=sidenet).result[0], torch.zeros(10, 3, 32, 32)
     from ba_solver.nodes.sampling_nodes import BAScheduler
 
     exact = sampled(demo, latent, positive, null, torch.linspace(1, 0, 101), 2.0, "heun")
@@ -136,7 +136,7 @@ def test_runs_for_another_cfg_are_made_and_taken(demo):
     sidenet = made_on_demo(demo, extra_cfg="6")[0]
     assert 6.0 in sidenet.card.schedules
     positive, null = classes(demo)
-    model = ApplySideNet.execute(demo, sidenet).result[0]
+    model = ApplySideNet.execute(demo, sidenet=sidenet).result[0]
     grid = BAScheduler.execute(model, 4, 1.0).result[0]
     latent = torch.zeros(10, 3, 32, 32)
     noise = comfy.sample.prepare_noise(latent, 3)
@@ -171,7 +171,7 @@ def test_recordings_are_not_listed_as_sidenets(demo, monkeypatch):
     )
     folder_paths.filename_list_cache.clear()
     assert SIDENETS.names() == [DEMO, "mine.safetensors"]
-    assert LoadSideNet.execute("mine.safetensors").result[0].card.schedules
+    assert models.file_sidenet("mine.safetensors").card.schedules
 
 
 # --- every kind of model ---------------------------------------------------------------------------------------------
@@ -193,7 +193,7 @@ def test_every_kind_of_model_gets_a_sidenet(name, preset):
     assert sidenet.card.backbone["kind"] == type(model.model).__name__.lower()
     assert bool(sidenet.network.output_conv.weight.any()) == (preset != "quick")
     assert len(report) == (1 if preset == "quick" else 2), "errors, and the training where there was one"
-    applied = ApplySideNet.execute(model, sidenet).result[0]
+    applied = ApplySideNet.execute(model, sidenet=sidenet).result[0]
     assert not compatibility.warnings(sidenet, facts_of(model))
     from ba_solver.nodes.sampling_nodes import BAScheduler
 

@@ -1,7 +1,6 @@
 """The sampler in ComfyUI, on its own model classes: it computes what the core computes on the same velocities."""
 
 import logging
-from functools import partial
 
 import comfyui
 import pytest
@@ -24,25 +23,25 @@ from ba_solver.bas_core import (
     solve,
     with_strength,
 )
-from ba_solver.bas_core.flow import ve_sigma_to_time, ve_to_flow, x0_to_velocity
+from ba_solver.bas_core.flow import time_to_ve_sigma, ve_sigma_to_time, ve_to_flow, x0_to_velocity
 from ba_solver.bas_core.guidance import NO_GUIDANCE
-from ba_solver.bas_core.schedule import Schedule, match_schedule
+from ba_solver.bas_core.schedule import Schedule
 from ba_solver.nodes.models import compatibility
 from ba_solver.nodes.models.attach import applied_sidenet
 from ba_solver.nodes.models.compatibility import facts_of
 from ba_solver.nodes.models.parameterization import flow_interval
 from ba_solver.nodes.sampling.sampler import METHODS, Options, sample_ba_solver
 from ba_solver.nodes.sampling_nodes import BASampler, BAScheduler
-from ba_solver.nodes.sidenet_nodes import ApplySideNet, LoadSideNet
+from ba_solver.nodes.sidenet_nodes import ApplySideNet
 from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
+from comfy_execution.utils import CurrentNodeContext
 from comfy_extras.nodes_apg import APG
 from comfy_extras.nodes_custom_sampler import Guider_Basic, Guider_DualCFG
 
 pytestmark = pytest.mark.comfyui
 
 CLOSE = {"rtol": 2e-4, "atol": 2e-4}
-LOBATTO3 = ({"rule": "lobatto3"}, 1.0, {"rule": "lobatto3"})
 CHANNELS = {name: models.TINY[name].latent[0] for name in models.NAMES}
 
 
@@ -149,50 +148,90 @@ def test_result_is_the_cores_on_the_same_velocities(name, cfg, anchors, model, s
     assert (ours - without).abs().max() > 100 * CLOSE["atol"], "the random SideNet must do something"
 
 
+def grid_of(model, times):
+    """A schedule's times as sigmas of a MODEL, scaled where its sampling starts below t = 1."""
+    model_sampling = model.get_model_object("model_sampling")
+    if hasattr(model_sampling, "log_sigmas"):
+        top = torch.as_tensor(float(model_sampling.sigma_max), dtype=torch.float64)
+        start = ve_sigma_to_time(top)
+        return torch.cat([top[None], time_to_ve_sigma(start * torch.tensor(times[1:], dtype=torch.float64))]).float()
+    return torch.tensor(times)
+
+
+def smooth(z):
+    """Noise whose neighbours are alike, as an inversion's may be."""
+    return torch.nn.functional.interpolate(z.flatten(2).unflatten(2, z.shape[-2:])[..., ::2, ::2], z.shape[-2:])
+
+
 @pytest.mark.parametrize("velocity", ["combined", "per_branch"])
-@pytest.mark.parametrize("name", ["flux", "sd3", "wan"])
-def test_a_sidenet_that_knows_the_mean_saves_the_first_call(name, velocity, model, sidenet):
-    """Where the first step is short, and unless the node says no; the result is the core's."""
-    net = sidenet(CHANNELS[name], velocity, anchors=2, data_mean_size=4)
+@pytest.mark.parametrize("name", ["flux", "sd3"])
+def test_the_first_step_is_analytic_from_random_noise(name, velocity, model, tmp_path):
+    """From other noise, and where a mask keeps a part, the model is called there: as many calls in all."""
+    fitted, path = Schedule([1.0, 0.9, 0.6, 0.3, 0.0], analytic_first_step=True), tmp_path / "mean.safetensors"
+    card = SideNetCard(velocity, (1.0, 10.0), schedules={3.0: {3: fitted}})
+    net = models.make_sidenet(path, CHANNELS[name], card, anchors=2, data_mean_size=4)
     applied, branches = models.with_sidenet(model(name), net), velocity == "per_branch"
     guidance = Guidance(3.0) if branches else None
-    for first, analytic, expected in ((0.9, True, 3), (0.9, False, 4), (0.85, True, 4)):
-        sigmas, calls = torch.tensor([1.0, first, 0.6, 0.3, 0.0]), []
-        ours = run(applied, name, sampler(analytic_first_step=analytic), sigmas)
-        over = partial(match_schedule, has_data_mean=analytic)
-        solver = reference(sidenet.path, 1.0, branches, guidance, calls=calls, over=over)
-        torch.testing.assert_close(ours, run(model(name), name, solver, sigmas), **CLOSE)
-        assert len(calls) == expected
+    plain = Schedule([1.0, 0.6, 0.3, 0.0])
+    for z, schedule in ((models.noise(name), fitted), (smooth(models.noise(name)), plain)):
+        calls = []
+        ours = run(applied, name, sampler(), sigmas_of(applied, 3), z=z)
+        solver = reference(path, 1.0, branches, guidance, calls=calls, over=lambda times, s=schedule: s)
+        torch.testing.assert_close(ours, run(model(name), name, solver, torch.tensor(schedule.times), z=z), **CLOSE)
+        assert len(calls) == 3
+
+
+@pytest.mark.parametrize("first", [0, 7], ids=["no first step", "no call"])
+def test_inpainting_keeps_exactly_what_is_kept(first, model, tmp_path):
+    """With a data mean that is far off; as Euler keeps it."""
+    fitted = Schedule([1.0, 0.9, 0.6, 0.3, 0.0], analytic_first_step=True)
+    card = SideNetCard("combined", (1.0, 10.0), schedules={3.0: {3: fitted}})
+    net = models.make_sidenet(tmp_path / "mean.safetensors", 16, card, anchors=2, data_mean_size=4)
+    with torch.no_grad():
+        net.network.data_mean.add_(first)
+    applied = models.with_sidenet(model("sd3"), net)
+    z, latent = models.noise("sd3"), models.noise("sd3", seed=4)
+    mask = torch.zeros(1, 1, *z.shape[2:])
+    mask[..., : z.shape[-1] // 2] = 1
+    ends = [
+        run(applied, "sd3", which, sigmas_of(applied, 3), z=z, latent=latent, noise_mask=mask)
+        for which in (sampler(), comfy.samplers.ksampler("euler"))
+    ]
+    kept = slice(z.shape[-1] // 2, None)
+    for end in ends:
+        torch.testing.assert_close(end[..., kept], latent[..., kept], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("velocity", ["combined", "per_branch"])
 @pytest.mark.parametrize("name", ["sd3", "wan", "sdxl"])
 def test_conditional_only_calls_leave_the_negative_out(name, velocity, model, tmp_path, caplog):
-    """As in the core; with CFG changed by another node both branches are evaluated, and the user is told."""
-    grid, path = [1.0, 0.8, 0.5, 0.25, 0.0], tmp_path / "halves.safetensors"
+    """As in the core, whatever the scheduler; with CFG changed by another node both branches are evaluated, in no more
+    calls than steps, and the user is told."""
+    grid, path = [1.0, 0.8, 0.5, 0.25, 0.0], tmp_path / "conditional.safetensors"
     rows = [[], [0.7, -0.2], [], [0.4, 0.3, 0.1, -0.2, 0.2]]
     fitted = Schedule(grid, cfg_coefficients=rows)
     card = SideNetCard(velocity, (1.0, 10.0), schedules={3.0: {3: fitted}})
     applied = models.with_sidenet(model(name), models.make_sidenet(path, CHANNELS[name], card, anchors=2))
-    sigmas, evaluated = BAScheduler.execute(applied, 3).result[0], []
+    sigmas, evaluated = sigmas_of(applied, 3, "normal"), []
     network = model(name).model.diffusion_model
     hook = network.register_forward_hook(lambda module, inputs, output: evaluated.append(len(inputs[0])))
     try:
         ours = run(applied, name, sampler(), sigmas)
         assert sum(evaluated) == 2 + 1 + 2 + 1
         options, branches = {"guidance": Guidance(3.0)}, velocity == "per_branch"
+        own = grid_of(applied, grid)
         theirs = reference(path, branches=branches, over=fitted.with_times, **options)
-        torch.testing.assert_close(ours, run(model(name), name, theirs, sigmas), **CLOSE)
-        whole = run(model(name), name, reference(path, branches=branches, **options), sigmas)
+        torch.testing.assert_close(ours, run(model(name), name, theirs, own), **CLOSE)
+        whole = run(model(name), name, reference(path, branches=branches, **options), own)
         assert (ours - whole).abs().max() > 100 * CLOSE["atol"]
 
         evaluated.clear()
-        assert not run(applied, name, sampler(), sigmas, 1.0).isnan().any() and sum(evaluated) == 4
+        assert not run(applied, name, sampler(), sigmas, 1.0).isnan().any() and sum(evaluated) == 3
         evaluated.clear()
         changed = applied.clone()
         changed.set_model_sampler_post_cfg_function(lambda arguments: arguments["denoised"])
         run(changed, name, sampler(), sigmas)
-        assert sum(evaluated) == 8 and WHOLE_CALLS in caplog.text
+        assert sum(evaluated) == 6 and WHOLE_CALLS in caplog.text
     finally:
         hook.remove()
 
@@ -329,7 +368,8 @@ def test_weights_compilation_and_preparation_are_no_hooks(change, model, tmp_pat
     sigmas = BAScheduler.execute(applied, 3).result[0]
     ours = run(applied, "sd3", sampler(), sigmas)
     assert WHOLE_CALLS not in caplog.text
-    theirs = run(change(model("sd3")), "sd3", reference(path, guidance=Guidance(3.0), over=fitted.with_times), sigmas)
+    solver = reference(path, guidance=Guidance(3.0), over=fitted.with_times)
+    theirs = run(change(model("sd3")), "sd3", solver, torch.tensor(fitted.times))
     torch.testing.assert_close(ours, theirs, **CLOSE)
 
 
@@ -381,12 +421,105 @@ def test_step_weights_act_on_the_grid_that_they_were_fitted_on(name, velocity, m
     plain = reference(path, 1.0, branches, guidance)
     assert (ours - run(model(name), name, plain, sigmas)).abs().max() > 100 * CLOSE["atol"]
 
+    # Whatever the scheduler and the strength; not at sigmas that are to be followed, nor with another quadrature.
     others = sigmas_of(applied)
-    for sampled, options, strength, kept in ((others, {}, 1.0, {}), (sigmas, {}, 0.5, {}), (sigmas, *LOBATTO3)):
-        weaker = models.with_sidenet(model(name), net, strength)
-        found = run(weaker, name, sampler(**options), sampled)
-        expected = run(model(name), name, reference(path, strength, branches, guidance, **kept), sampled)
-        torch.testing.assert_close(found, expected, **CLOSE)
+    fits, followed = {"over": lambda times: fitted.with_times(times)}, {}
+    cases = (
+        (others, {}, 1.0, sigmas, fits),
+        (sigmas_of(applied, 4, "beta"), {}, 0.5, sigmas, fits),
+        (others, {"follow_sigmas": True}, 1.0, others, followed),
+        (others, {"rule": "lobatto3"}, 1.0, others, {"rule": "lobatto3"}),
+    )
+    for asked, options, strength, sampled, expected in cases:
+        found = run(models.with_sidenet(model(name), net, strength), name, sampler(**options), asked)
+        solver = reference(path, strength, branches, guidance, **expected)
+        torch.testing.assert_close(found, run(model(name), name, solver, sampled), **CLOSE)
+
+
+@pytest.mark.parametrize("steps", [2, 4, 5, 7, 9, 13])
+def test_no_number_of_steps_makes_more_calls(steps, model, tmp_path):
+    """Of one SideNet with schedules for 3 (two calls conditional-only, the first step analytic) and 6."""
+    rows = [[], [0.5, 0.1], [], [0.1, 0.1, 0.1, 0.1, 0.1]]
+    small = Schedule([1.0, 0.93, 0.8, 0.5, 0.25, 0.0], cfg_coefficients=rows, analytic_first_step=True)
+    card = SideNetCard(schedules={3.0: {3: small, 6: Schedule([1.0, 0.9, 0.8, 0.6, 0.4, 0.2, 0.0])}})
+    net = models.make_sidenet(tmp_path / "two.safetensors", 16, card, anchors=2, data_mean_size=4)
+    applied, evaluated, seen = models.with_sidenet(model("sd3"), net), [], []
+    hook = applied.model.diffusion_model.register_forward_hook(lambda m, i, output: evaluated.append(len(output)))
+    try:
+        run(applied, "sd3", sampler(), sigmas_of(applied, steps), callback=lambda i, x0, x, n: seen.append((i, n)))
+    finally:
+        hook.remove()
+    assert sum(evaluated) <= 2 * steps
+    assert [n for _, n in seen] == [steps] * len(seen) and seen[0][0] == 0 and seen[-1][0] == steps - 1
+    assert [i for i, _ in seen] == sorted(i for i, _ in seen)
+
+
+def test_parts_are_sampled_on_their_share_of_the_fitted_times(model, tmp_path):
+    """SplitSigmas: as many calls as the part has steps, at times between the fitted ones, without coefficients."""
+    grid = [1.0, 0.9, 0.75, 0.5, 0.2, 0.0]
+    rows = [[0.1] * (1 + row // 2 + 2 * (row % 2)) for row in range(9)]
+    card = SideNetCard(schedules={3.0: {5: Schedule(grid, rows)}})
+    net = models.make_sidenet(tmp_path / "part.safetensors", 16, card, anchors=2)
+    applied, times = models.with_sidenet(model("sd3"), net), []
+    applied.set_model_sampler_post_cfg_function(lambda a: times.append(float(a["sigma"][0])) or a["denoised"])
+    sigmas = torch.tensor([1.0, 0.97, 0.75, 0.3, 0.1, 0.0])
+    x = run(applied, "sd3", sampler(), sigmas[:3])
+    run(applied, "sd3", sampler(), sigmas[2:], z=torch.zeros_like(x), latent=x)
+    assert times == pytest.approx([1.0, 0.9, 0.75, 0.5, 0.2], abs=1e-4)
+
+
+def test_one_line_says_what_is_done(model, tmp_path, caplog):
+    card = SideNetCard(schedules={3.0: {3: Schedule([1.0, 0.9, 0.6, 0.3, 0.0], analytic_first_step=True)}})
+    net = models.make_sidenet(tmp_path / "line.safetensors", 16, card, anchors=2, data_mean_size=4)
+    applied = models.with_sidenet(model("sd3"), net, 0.8)
+    cases = (
+        (applied, sigmas_of(applied, 3), {}, ("3 model calls", "CFG 3", "strength 0.8", "plain steps")),
+        (applied, sigmas_of(applied, 3), {"z": smooth(models.noise("sd3"))}, ("the noise is not random",)),
+        (applied, sigmas_of(applied, 6)[2:], {}, ("4 model calls", "part of the path")),
+        (model("sd3"), sigmas_of(applied, 3), {}, ("3 model calls", "multistep", "without a SideNet")),
+    )
+    for where, sigmas, more, words in cases:
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            run(where, "sd3", sampler(), sigmas, **more)
+        lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("BA-solver:") and r.levelno == 20]
+        assert len(lines) == 1 and all(word in lines[0] for word in words), lines
+
+
+def test_others_see_the_sigmas_that_are_sampled(model, tmp_path):
+    """`sample_sigmas`, which context windows look up."""
+    card = SideNetCard(schedules={3.0: {4: Schedule([1.0, 0.8, 0.5, 0.25, 0.0])}})
+    net = models.make_sidenet(tmp_path / "sigmas.safetensors", 16, card, anchors=2)
+    applied, seen = models.with_sidenet(model("sd3"), net), []
+
+    def look(arguments):
+        sampled = arguments["model_options"]["transformer_options"]["sample_sigmas"]
+        seen.append((sampled.tolist(), float(arguments["sigma"][0])))
+        return arguments["denoised"]
+
+    applied.set_model_sampler_post_cfg_function(look)
+    run(applied, "sd3", sampler(), sigmas_of(applied, 4))
+    for number, (sampled, sigma) in enumerate(seen):
+        assert sampled == pytest.approx([1.0, 0.8, 0.5, 0.25, 0.0]) and sigma == pytest.approx(sampled[number])
+
+
+def test_a_note_is_shown_once_however_many_tiles_a_node_samples(caplog):
+    from ba_solver.nodes import notify
+
+    with caplog.at_level(logging.WARNING):
+        for prompt in ("a", "b"):
+            with CurrentNodeContext(prompt, "7"):
+                for _ in range(16):
+                    notify.warn("it is less accurate.")
+    assert caplog.text.count("it is less accurate.") == 2
+
+
+def test_a_largest_sigma_that_was_rounded_up_is_1(model, sidenet):
+    applied = models.with_sidenet(model("sd3"), sidenet(16))
+    sigmas = sigmas_of(applied)
+    rounded = sigmas.clone()
+    rounded[0] = 1.0000001
+    torch.testing.assert_close(run(applied, "sd3", sampler(), rounded), run(applied, "sd3", sampler(), sigmas), **CLOSE)
 
 
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
@@ -666,12 +799,11 @@ def test_ksampler_equals_the_sampler_node(model, sidenet):
     )
 
 
-def test_ksampler_entry_without_sidenet_names_the_node_to_add(model):
-    z = models.noise("sd3")
-    with pytest.raises(ValueError, match="Add the nodes Load SideNet and Apply SideNet"):
-        comfy.sample.sample(
-            model("sd3"), z, 4, 3.0, "ba_solver", "simple", models.text("sd3", 1), models.text("sd3", 2), z
-        )
+def test_ksampler_without_a_sidenet_is_the_multistep_method(model):
+    z, texts = models.noise("sd3"), (models.text("sd3", 1), models.text("sd3", 2))
+    ours = comfy.sample.sample(model("sd3"), z, 4, 3.0, "ba_solver", "simple", *texts, torch.zeros_like(z))
+    theirs = run(model("sd3"), "sd3", sampler(method="multistep"), sigmas_of(model("sd3")), z=z)
+    torch.testing.assert_close(ours, theirs, **CLOSE)
 
 
 @pytest.mark.parametrize("name", ["wan", "sdxl"])
@@ -797,7 +929,7 @@ def test_half_precision_sidenets(dtype, tolerance, model, sidenet, monkeypatch):
 
     whole = sidenet(16, num_classes=0)
     monkeypatch.setattr(folders.ModelFolder, "path", lambda self, name: sidenet.path)
-    half = LoadSideNet.execute("random", dtype).result[0]
+    half = applied_sidenet(ApplySideNet.execute(model("sd3"), "random", weight_dtype=dtype).result[0])
     assert half.network.output_conv.weight.dtype == getattr(torch, dtype)
     sigmas = sigmas_of(model("sd3"))
     outcomes = [run(models.with_sidenet(model("sd3"), net), "sd3", sampler(), sigmas) for net in (whole, half)]
@@ -839,16 +971,15 @@ def test_scheduler_counts_calls_and_uses_the_learned_grid(model, tmp_path):
         assert len(BAScheduler.execute(applied, 4, 0.0).result[0]) == 0
 
 
-def test_scheduler_gives_the_call_that_is_saved_to_another_step(model, tmp_path):
+def test_scheduler_gives_a_sigma_for_every_step(model, tmp_path):
+    """The end of an analytic first step is none of the steps' own; the sampler adds it."""
     card = SideNetCard(schedules={1.0: {4: Schedule([1.0, 0.94, 0.8, 0.6, 0.3, 0.0], analytic_first_step=True)}})
     net = models.make_sidenet(tmp_path / "mean.safetensors", CHANNELS["sd3"], card, data_mean_size=4)
     applied = models.with_sidenet(model("sd3"), net)
-    assert BAScheduler.execute(applied, 4).result[0].tolist() == pytest.approx(card.own_schedules[4].times)
-    steps = {calls: len(BAScheduler.execute(applied, calls).result[0]) - 1 for calls in (1, 2, 4, 8)}
-    assert steps == {1: 1, 2: 2, 4: 5, 8: 9}  # stretched to few, the grid does not start short
-    assert len(BAScheduler.execute(applied, 4, 0.5).result[0]) == 5  # not from pure noise
-    silent = models.with_sidenet(model("sd3"), net, 0.0)
-    assert torch.equal(BAScheduler.execute(silent, 4).result[0], sigmas_of(applied, 4))
+    assert BAScheduler.execute(applied, 4).result[0].tolist() == pytest.approx([1.0, 0.8, 0.6, 0.3, 0.0])
+    for steps in (1, 2, 8):
+        assert len(BAScheduler.execute(applied, steps).result[0]) == steps + 1
+    assert len(BAScheduler.execute(applied, 4, 0.5).result[0]) == 5
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------
@@ -856,18 +987,18 @@ def test_scheduler_gives_the_call_that_is_saved_to_another_step(model, tmp_path)
 
 def test_sidenet_of_another_model_is_refused_in_words(model, sidenet, tmp_path, caplog):
     with pytest.raises(ValueError, match="takes latents of 16 channels, and this MODEL's have 4"):
-        ApplySideNet.execute(model("sdxl"), sidenet(16))
+        ApplySideNet.execute(model("sdxl"), sidenet=sidenet(16))
     card = SideNetCard(backbone={"name": "FLUX.1-dev", "kind": "flux"})
     flux = models.make_sidenet(tmp_path / "flux.safetensors", 16, card)
     with pytest.raises(ValueError, match=r"made for FLUX.1-dev, and this MODEL is of kind 'sd3'"):
-        ApplySideNet.execute(model("sd3"), flux)
+        ApplySideNet.execute(model("sd3"), sidenet=flux)
     assert (
         compatibility.errors(flux, facts_of(model("flux")))
         == compatibility.warnings(flux, facts_of(model("flux")))
         == []
     )
     with caplog.at_level(logging.WARNING):
-        ApplySideNet.execute(model("sd3"), sidenet(16))
+        ApplySideNet.execute(model("sd3"), sidenet=sidenet(16))
     assert "does not say which model it was made for" in caplog.text
     # The trainer reaches a pipeline through diffusers, and cannot know what ComfyUI calls the model.
     card = SideNetCard(backbone={"name": "FLUX.1-dev", "kind": "diffusers"})
@@ -888,7 +1019,7 @@ def test_model_without_flow_or_diffusion_is_refused(model, sidenet):
     strange = model("sdxl").clone()
     strange.add_object_patch("model_sampling", Other())
     with pytest.raises(ValueError, match="this MODEL's sampling is of another kind"):
-        ApplySideNet.execute(strange, sidenet(4))
+        ApplySideNet.execute(strange, sidenet=sidenet(4))
     with pytest.raises(ValueError, match="this MODEL's sampling is of another kind"):
         run(strange, "sdxl", sampler(method="multistep"), torch.tensor([2.0, 1.0, 0.0]))
 
@@ -896,7 +1027,6 @@ def test_model_without_flow_or_diffusion_is_refused(model, sidenet):
 @pytest.mark.parametrize(
     ("sigmas", "message"),
     [
-        ([1.0], "at least two values"),
         ([0.2, 0.5, 1.0], "must fall.*leave out Flip Sigmas"),
         ([1.0, 0.5, 0.5, 0.0], "must fall.*without repeating"),
         ([14.6, 2.0, 0.0], "flow model, whose sigmas lie between 0 and 1"),
@@ -912,6 +1042,8 @@ def test_no_sigmas_leave_the_latent_as_it_is(model, sidenet):
     applied = models.with_sidenet(model("sd3"), sidenet(16))
     latent = models.noise("sd3", seed=4)
     assert torch.equal(run(applied, "sd3", sampler(), torch.FloatTensor([]), latent=latent), latent)
+    one = run(applied, "sd3", sampler(), torch.tensor([0.0]), latent=latent)
+    torch.testing.assert_close(one, latent, **CLOSE)
 
 
 def test_latent_of_wrong_channels_is_refused(model, sidenet):

@@ -28,7 +28,6 @@ pytestmark = pytest.mark.comfyui
 
 ROOT = Path(__file__).resolve().parents[1]
 NODES = {
-    "BASolverLoadSideNet",
     "BASolverApplySideNet",
     "BASolverSampler",
     "BASolverScheduler",
@@ -125,7 +124,7 @@ def test_nodes_sampler_and_files_are_listed(server):
     for name in NODES:
         inputs = {**known[name]["input"].get("required", {}), **known[name]["input"].get("optional", {})}
         assert all(spec[1]["tooltip"] for spec in inputs.values()), name
-    sidenets = known["BASolverLoadSideNet"]["input"]["required"]["sidenet_name"][1]["options"]
+    sidenets = known["BASolverApplySideNet"]["input"]["required"]["sidenet_name"][1]["options"]
     assert sidenets == ["demo (shipped)", "mine.safetensors", "other.safetensors"]
     for node in ("KSampler", "KSamplerAdvanced", "KSamplerSelect"):
         listed = known[node]["input"]["required"]["sampler_name"]
@@ -195,13 +194,13 @@ def test_mistakes_reach_the_user_in_words(server):
     size = change("demo_ksampler", "EmptyLatentImage", width=64, height=64)
     assert "Set Empty Latent Image to 32x32" in error_of(server.queue(size))
     with pytest.raises(urllib.error.HTTPError) as refused:
-        server.queue(change("demo_ksampler", "BASolverLoadSideNet", sidenet_name="gone.safetensors"))
+        server.queue(change("demo_ksampler", "BASolverApplySideNet", sidenet_name="gone.safetensors"))
     assert "gone.safetensors" in refused.value.read().decode()
     assert server.queue(graph("demo_ksampler"))["status"]["status_str"] == "success", "the next run is clean"
 
 
 def test_a_doubtful_fit_runs_and_is_said(server):
-    entry = server.queue(change("demo_ksampler", "BASolverLoadSideNet", sidenet_name="other.safetensors"))
+    entry = server.queue(change("demo_ksampler", "BASolverApplySideNet", sidenet_name="other.safetensors"))
     assert entry["status"]["status_str"] == "success"
     assert "'other.safetensors' was made for demo SiT, and this MODEL has other weights" in server.log.read_text()
 
@@ -227,7 +226,7 @@ def written_on_nodes(server, parts):
 
 def test_warnings_are_written_on_the_node_that_gives_them(server):
     """Of the fit on Apply SideNet, of the run on the sampler."""
-    parts = change("demo_ksampler", "BASolverLoadSideNet", sidenet_name="other.safetensors")
+    parts = change("demo_ksampler", "BASolverApplySideNet", sidenet_name="other.safetensors")
     ids = {part["class_type"]: node for node, part in parts.items()}
     parts[ids["KSampler"]]["inputs"]["cfg"] = 5.0
     parts[ids["BASolverApplySideNet"]]["inputs"]["strength"] = 0.9  # or ComfyUI has its output already, and is silent
@@ -240,7 +239,7 @@ def test_warnings_are_written_on_the_node_that_gives_them(server):
 
 def test_a_sidenet_that_is_removed_while_listed(server, base):
     path = base / "models" / "sidenets" / "mine.safetensors"
-    parts = change("demo_ksampler", "BASolverLoadSideNet", sidenet_name="mine.safetensors")
+    parts = change("demo_ksampler", "BASolverApplySideNet", sidenet_name="mine.safetensors")
     assert server.queue(parts)["status"]["status_str"] == "success"
     content = path.read_bytes()
     path.unlink()
@@ -316,7 +315,7 @@ def test_blueprint_samples_as_the_graph_it_stands_for(server):
     (definition,) = content["definitions"]["subgraphs"]
     parts = change("demo", "BASolverScheduler", steps=7)
     # The same by another setting, for ComfyUI would know an equal graph again and not run it.
-    next(p for p in parts.values() if p["class_type"] == "BASolverLoadSideNet")["inputs"]["weight_dtype"] = "float32"
+    next(p for p in parts.values() if p["class_type"] == "BASolverApplySideNet")["inputs"]["weight_dtype"] = "float32"
     expected = server.queue(parts)
     old = next(n for n, p in parts.items() if p.get("_meta", {}).get("title") == "BA-Solver: 5 calls")
     loader = next(n for n, p in parts.items() if p["class_type"] == "BASolverLoadSiT")

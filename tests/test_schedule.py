@@ -1,8 +1,8 @@
-"""A schedule as one value: its NFE, what it refuses, and how it is found by its times."""
+"""A schedule as one value: its NFE, what it refuses, and its scaling."""
 
 import pytest
 import torch
-from ba_solver.bas_core import Guidance, Schedule, SideNetCard, load_sidenet, match_schedule, save_sidenet, solve
+from ba_solver.bas_core import Guidance, Schedule, SideNetCard, load_sidenet, plain_schedule, save_sidenet, solve
 from ba_solver.bas_core.schedule import describe_schedules
 from checks import guided_field
 from problems import noise, small_sidenet
@@ -74,17 +74,17 @@ def test_parts_that_do_not_fit_are_refused(parts, message):
         Schedule(**parts)
 
 
-def test_times_from_elsewhere_find_their_run():
-    """As sigmas come back from other programs: rounded, or shrunk to where a model starts, where no call is saved."""
-    runs = {3: fitted()}
-    rounded = match_schedule(torch.tensor(TIMES) + torch.tensor([0, 5e-4, -5e-4, 5e-4, 0, 0]), runs)
-    assert rounded.coefficients == fitted().coefficients and rounded.analytic_first_step and rounded.nfe == 3
-    shrunk = match_schedule(torch.tensor(TIMES) * 0.98, runs)
+def test_scaled_to_a_models_start_the_first_step_is_a_call():
+    shrunk = fitted().scaled(0.98)
     assert shrunk.cfg_coefficients == fitted().cfg_coefficients and not shrunk.analytic_first_step and shrunk.nfe == 4
-    assert shrunk.times == fitted().scaled(0.98).times and not fitted().scaled(0.98).analytic_first_step
-    other = match_schedule(torch.tensor([1.0, 0.95, 0.5, 0.0]), runs, has_data_mean=True)
-    assert not other.fitted and other.analytic_first_step  # a short first step, and a SideNet that knows the mean
-    assert not match_schedule(torch.tensor([1.0, 0.5, 0.0]), runs, has_data_mean=True).analytic_first_step
+    assert list(shrunk.times) == pytest.approx([0.98 * t for t in TIMES])
+
+
+def test_plain_times_start_analytically_where_the_step_is_short_and_the_mean_is_known():
+    short, long = torch.tensor([1.0, 0.95, 0.5, 0.0]), torch.tensor([1.0, 0.5, 0.0])
+    assert plain_schedule(short, has_data_mean=True).analytic_first_step
+    assert not plain_schedule(short).analytic_first_step
+    assert not plain_schedule(long, has_data_mean=True).analytic_first_step
 
 
 class Counted:

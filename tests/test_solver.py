@@ -8,7 +8,7 @@ from ba_solver.bas_core import Field, Guidance, get_rule, model_field, solve, ti
 from ba_solver.bas_core import solver as solver_module
 from ba_solver.bas_core.grids import grid_for_nfe
 from ba_solver.bas_core.prediction import Anchor, Query, StraightLine, check_sidenet, predict
-from ba_solver.bas_core.schedule import Schedule, match_schedule
+from ba_solver.bas_core.schedule import Schedule, plain_schedule
 from ba_solver.bas_core.solver import bi_anchor_step, make_solver, single_anchor_step
 from ba_solver.training.baselines import BASELINES, run_baseline
 from checks import (
@@ -87,7 +87,7 @@ def test_a_sidenet_that_knows_the_mean_saves_the_first_call_and_nothing_else(anc
 def test_the_first_call_is_made_unless_a_short_step_leads_away_from_pure_noise(times):
     field, run = (
         model_field(gaussian_velocity),
-        match_schedule(torch.tensor(times, dtype=torch.float64), has_data_mean=True),
+        plain_schedule(torch.tensor(times, dtype=torch.float64), has_data_mean=True),
     )
     solve(field, sidenet_with_mean(), noise(1, 2, 4, 4), run)
     assert field.calls == 3 == run.calls

@@ -9,7 +9,7 @@ import pytest
 import torch
 from ba_solver.bas_core.checkpoint import load_sidenet
 from ba_solver.bas_core.grids import time_grid
-from ba_solver.bas_core.schedule import match_schedule
+from ba_solver.bas_core.schedule import plain_schedule
 from ba_solver.training.cli import main
 from ba_solver.training.make import MakeSettings, planned_nfe
 from ba_solver.training.presets import PRESETS
@@ -125,7 +125,7 @@ def test_steps_that_shrink_too_fast_are_not_trusted():
 def test_rollouts_see_the_model_beside_the_trajectories(replay):
     rows = torch.arange(4)
     few = subsampled(replay.trajectories, rows, 0)
-    (seen,), errors = rollouts(few, replay, rows, {5: match_schedule(time_grid(5))}, None)
+    (seen,), errors = rollouts(few, replay, rows, {5: plain_schedule(time_grid(5))}, None)
     assert 0 < errors[5] < 1
     assert replay.nfe["rollouts"] >= 4 * 5 and seen.times[0] == 1 and list(seen.times) == sorted(seen.times)[::-1]
     for t, away, change in list(zip(seen.times, seen.states, seen.velocities, strict=True))[2:]:

@@ -104,15 +104,14 @@ def jobs_for(model: Any, samplers: Sequence[str], schedulers: Sequence[str]) -> 
     multistep = comfy.samplers.KSAMPLER(sample_ba_solver, {"options": Options(MULTISTEP)})
     jobs += [Job(WITHOUT_SIDENET, s, multistep, grid("euler", s)) for s in schedulers]
     sidenet = applied_sidenet(model)
-    if sidenet is not None and sidenet.strength:
-        model_sampling, card = model.get_model_object("model_sampling"), sidenet.card
-        schedules, analytic_first = card.own_schedules, sidenet.has_data_mean
+    if sidenet is not None:
+        model_sampling, schedules = model.get_model_object("model_sampling"), sidenet.card.own_schedules
         jobs.append(
             Job(
                 OURS,
                 LEARNED,
                 comfy.samplers.KSAMPLER(sample_ba_solver),
-                lambda calls: sigmas_for(model_sampling, calls, 1.0, schedules, analytic_first),
+                lambda calls: sigmas_for(model_sampling, calls, 1.0, schedules),
                 fitted=True,
             )
         )

@@ -15,11 +15,10 @@ from torch import Tensor
 
 from ...bas_core import editing
 from ...bas_core.editing import Control, SourceTrajectory
-from ..models.attach import applied_sidenet
 from ..models.compatibility import facts_of
 from ..models.parameterization import SigmaSchedule
 from ..sampling.callback_sampler import CallbackSampler, Prepared
-from ..sampling.sampler import MULTISTEP, Options, SolverInputs, open_solver, step_callback
+from ..sampling.sampler import Options, SolverInputs, open_solver, step_callback
 from .source_trajectory import SourceTrajectoryLink, sidenet_of
 
 METHODS = ("inversion", "inversion-free")
@@ -109,11 +108,10 @@ def _sample(
                 callback(values["i"], values["denoised"], values["x"], steps)
 
         scale = getattr(model.inner_model.inner_model.model_sampling, "noise_scale", 1.0)
-        options = Options() if applied_sidenet(model.inner_model.model_patcher) is not None else Options(MULTISTEP)
-        with open_solver(model, prepared.extra_args, sigmas, model.noise, options, prepared.disable) as solver:
+        with open_solver(model, prepared.extra_args, sigmas, model.noise, Options(), prepared.disable) as solver:
             if warns:
                 solver.warn()
-            more = {"callback": step_callback(sigmas, model.noise.shape, preview), "chunk": solver.chunk}
+            more = {"callback": step_callback(sigmas, model.noise.shape, preview, steps), "chunk": solver.chunk}
             state, time = stage(solver, model.latent_image, scale * model.noise, more)
         return sigmas.parameterization.from_flow(state, sigmas.sigma_at(time).to(state))
 

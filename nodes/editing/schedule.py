@@ -9,7 +9,7 @@ import torch
 from ...bas_core.editing import T_MIN, editing_grid
 from ..models.attach import applied_sidenet
 from ..models.parameterization import SigmaSchedule, parameterization_of
-from ..sampling.schedule import stretched_sigmas
+from ..sampling.schedule import sigmas_for
 
 
 def editing_schedule(model: Any, steps: int, denoise: float) -> SigmaSchedule:
@@ -26,7 +26,7 @@ def editing_schedule(model: Any, steps: int, denoise: float) -> SigmaSchedule:
     sampling = model.get_model_object("model_sampling")
     parameterization = parameterization_of(sampling)
     sidenet = applied_sidenet(model)
-    sigmas = stretched_sigmas(sampling, steps - 1, denoise, sidenet.card.own_schedules if sidenet else {})
+    sigmas = sigmas_for(sampling, steps - 1, denoise, sidenet.card.own_schedules if sidenet else {})
     # Diffusion models have a smallest noise level.
     smallest = float(parameterization.times(torch.as_tensor(float(sampling.sigma_min), dtype=torch.float64)))
     start = max(T_MIN, smallest)

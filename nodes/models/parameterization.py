@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ...bas_core.flow import per_sample, time_to_ve_sigma, ve_sigma_to_time, ve_to_flow
 
+ROUNDING = 1e-5
+
 
 @dataclass(frozen=True)
 class Parameterization:
@@ -114,6 +116,9 @@ class SigmaSchedule:
             ValueError: fewer than two, not falling, negative, not finite, or above 1 for a flow model.
         """
         sigmas = sigmas.detach().cpu().float()
+        if not parameterization.exploding:
+            # ComfyUI's time shift rounds some largest sigmas to a hair above 1.
+            sigmas = torch.where((sigmas > 1) & (sigmas < 1 + ROUNDING), torch.ones_like(sigmas), sigmas)
         values = [round(value, 4) for value in sigmas.tolist()]
         if sigmas.ndim != 1 or len(values) < 2:
             raise ValueError(

@@ -64,6 +64,12 @@ def sidenet_guidance(guider: Any) -> float:
     return cfg_of(guider) if distilled is None else distilled
 
 
+def known_guidance(guider: Any) -> float | None:
+    """`sidenet_guidance`, or None for a guider that combines its branches in its own way and has no single scale."""
+    known = is_comfyui_cfg(guider) or distilled_guidance(guider) is not None
+    return sidenet_guidance(guider) if known else None
+
+
 def is_comfyui_cfg(guider: Any) -> bool:
     """Whether CFG is ComfyUI's own (KSampler, SamplerCustom, CFGGuider, BasicGuider): at most two branches."""
     own, kind = comfy.samplers.CFGGuider, type(guider)

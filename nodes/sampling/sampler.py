@@ -4,25 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...bas_core.grids import same_times
 from ...bas_core.guidance import Field
 from ...bas_core.prediction import SideNetProtocol
-from ...bas_core.schedule import Schedule, match_schedule
+from ...bas_core.schedule import Schedule
 from ...bas_core.solver import Step, solve
-from ..models.attach import LoadedSideNet
+from ..models.attach import LoadedSideNet, applied_sidenet
 from ..models.parameterization import SigmaSchedule, flow_interval, parameterization_of
-from ..notify import warn
+from ..notify import log, warn
 from .field import field_of
-from .guider import is_comfyui_cfg, sidenet_guidance
+from .guider import cfg_of, is_comfyui_cfg, is_plain_cfg, known_guidance
 from .model_caller import ModelCaller
-from .sidenet import check_latent, guidance_warnings, predictor_of, sidenet_chunk, sidenet_for
+from .schedule import Circumstances, schedule_for
+from .sidenet import check_latent, guidance_warnings, predictor_of, sidenet_chunk
+from .start import not_random_noise
 
 MULTISTEP = "multistep"
 METHODS = ("bi_anchor", "single_anchor", MULTISTEP)
@@ -37,7 +38,7 @@ class Options:
         rule: name of a quadrature rule; None = the method's own.
         start_percent, end_percent: shares of the sampling between which CFG applies, 0 to 1, as ComfyUI's
             `percent_to_sigma` means them.
-        analytic_first_step: a SideNet that knows the mean of the model's data may take the first model call's place.
+        follow_sigmas: sample at the scheduler's sigmas, whatever the SideNet's file holds.
 
     Raises:
         ValueError: the shares do not lie between 0 and 1, in this order.
@@ -47,7 +48,12 @@ class Options:
     rule: str | None = None
     start_percent: float = 0.0
     end_percent: float = 1.0
-    analytic_first_step: bool = True
+    follow_sigmas: bool = False
+
+    @property
+    def default_solver(self) -> bool:
+        """Whether a fitted schedule applies: its coefficients are for this method and its own rule."""
+        return self.method == METHODS[0] and self.rule is None
 
     def __post_init__(self) -> None:
         if not 0 <= self.start_percent <= self.end_percent <= 1:
@@ -72,8 +78,9 @@ def sample_ba_solver(
     Args:
         model: ComfyUI's `KSamplerX0Inpaint`: `model(x, sigma, **extra_args)` is the denoised state.
         x: [B, C, *spatial] noised state at `sigmas[0]`.
-        sigmas: [N + 1], falling. N model calls are made, or one fewer with an analytic first step; the model is not
-            called at the last sigma.
+        sigmas: [N + 1], falling. They say from where to where and in how many steps; the SideNet's file says at which
+            sigmas the model is called (`schedule_for`), at most N times, a conditional-only call counting one half.
+            Fewer than two leave the state as it is, as ComfyUI's samplers do.
         extra_args: passed on to the model.
         callback: called after each step with "x", "i", "sigma", "sigma_hat" and "denoised".
         disable: no progress bar.
@@ -86,14 +93,15 @@ def sample_ba_solver(
         ValueError: the sigmas, the latent or the SideNet do not fit; the message says what to do.
         NonFiniteError: the model returned NaN or infinity; the message says where.
     """
-    options = options or Options()
-    guider = model.inner_model
-    given = SigmaSchedule.of(parameterization_of(guider.inner_model.model_sampling), sigmas)
-    schedule = schedule_for(options, sidenet_of(options, guider), given.times, sidenet_guidance(guider))
+    options, extra_args = options or Options(), extra_args or {}
+    if len(sigmas) < 2:
+        return x
+    given = SigmaSchedule.of(parameterization_of(model.inner_model.inner_model.model_sampling), sigmas)
+    schedule, text = choose_schedule(model, extra_args, x, given, options)
     used = given.over(schedule.grid)
-    split = schedule.conditional_only > 0
-    with open_solver(model, extra_args or {}, used, x, options, disable, split) as solver:
-        solver.warn(schedule)
+    extra_args = with_sample_sigmas(extra_args, used.sigmas.to(sigmas))
+    with open_solver(model, extra_args, used, x, options, disable, schedule.conditional_only > 0) as solver:
+        solver.announce(schedule, text)
         solver.progress.reset(schedule.calls)
         shape = x.shape if x.ndim > 3 else (*x.shape[:2], 1, x.shape[2])  # the core takes no audio [B, C, L]
         end = solve(
@@ -103,39 +111,41 @@ def sample_ba_solver(
             schedule,
             method=METHODS[0] if options.method == MULTISTEP else options.method,
             rule=options.rule,
-            callback=None if callback is None else step_callback(used, x.shape, callback),
+            callback=None if callback is None else step_callback(used, x.shape, callback, len(sigmas) - 1),
             chunk=solver.chunk,
         )
     return used.parameterization.from_flow(end.reshape(x.shape), sigmas[-1].to(x))
 
 
 def sidenet_of(options: Options, guider: Any) -> LoadedSideNet | None:
-    """The SideNet on a guider's MODEL, if the method uses one; see `sidenet_for`."""
-    return None if options.method == MULTISTEP else sidenet_for(guider)
+    """The SideNet on a guider's MODEL, if there is one and the method uses it."""
+    return None if options.method == MULTISTEP else applied_sidenet(guider.model_patcher)
 
 
-def schedule_for(options: Options, sidenet: LoadedSideNet | None, times: Tensor, guidance: float) -> Schedule:
-    """The SideNet's own schedule over these times where it has one; else the times alone.
+def choose_schedule(
+    model: Any, extra_args: dict[str, Any], x: Tensor, given: SigmaSchedule, options: Options
+) -> tuple[Schedule, str]:
+    """The schedule of a sampling, and a sentence on it; the arguments are those of `sample_ba_solver`."""
+    guider = model.inner_model
+    sidenet = sidenet_of(options, guider)
+    if options.follow_sigmas or not options.default_solver:
+        return Schedule(given.times.tolist()), "the scheduler's times"
+    model_sampling = guider.inner_model.model_sampling
+    highest = torch.as_tensor(float(model_sampling.sigma_max), dtype=torch.float64)
+    circumstances = Circumstances(
+        not_random_noise(model, extra_args, x) if sidenet is not None and sidenet.has_data_mean else "",
+        cfg_of(guider) != 1 and is_plain_cfg(guider, extra_args.get("model_options", {})),
+        (options.start_percent, options.end_percent) == (0.0, 1.0),
+    )
+    start = min(1.0, float(given.parameterization.times(highest)))
+    return schedule_for(sidenet, given, start, known_guidance(guider), circumstances)
 
-    A scheduler node knows no CFG scale. Where the file holds a schedule of as many model calls for a scale nearer to
-    `guidance`, that one is taken, with its times.
 
-    Args:
-        options: a schedule is used with the default method, rule and CFG range only.
-        sidenet: None = multistep.
-        times: [N + 1], falling.
-        guidance: see `sidenet_guidance`.
-    """
-    if sidenet is None:
-        return Schedule(times.tolist())
-    card = sidenet.card
-    default = sidenet.strength == 1 and options == Options(analytic_first_step=options.analytic_first_step)
-    schedule = match_schedule(times, card.own_schedules if default else {}, sidenet.has_data_mean)
-    if schedule.fitted:
-        nearer = card.schedules_for(guidance).get(round(schedule.nfe))
-        if nearer is not None and not same_times(times, nearer.times):
-            schedule = nearer.scaled(float(times[0]))
-    return schedule if options.analytic_first_step else replace(schedule, analytic_first_step=False)
+def with_sample_sigmas(extra_args: dict[str, Any], sigmas: Tensor) -> dict[str, Any]:
+    """The sampler's arguments with the sigmas that are really sampled, which context windows and others look up."""
+    options = extra_args.get("model_options", {})
+    inside = {**options.get("transformer_options", {}), "sample_sigmas": sigmas}
+    return {**extra_args, "model_options": {**options, "transformer_options": inside}}
 
 
 class SolverInputs(NamedTuple):
@@ -157,14 +167,26 @@ class SolverInputs(NamedTuple):
     chunk: int | None
     progress: Any
 
+    def announce(self, schedule: Schedule, text: str) -> None:
+        """Log what is done, in one line, and tell the user where it could be better."""
+        if self.sidenet is None:
+            solver = "the multistep method, without a SideNet"
+        else:
+            solver = f"the SideNet {self.sidenet.name!r} at strength {self.sidenet.strength:g}"
+        log(f"{schedule.nfe:g} model calls, CFG {self.caller.cfg:g}, {solver}, {text}.")
+        self.warn(schedule)
+
     def warn(self, schedule: Schedule | None = None) -> None:
         """Tell the user where the SideNet and its schedule are less good than they could be."""
         if self.sidenet is None:
             return
         for text in guidance_warnings(self.sidenet, self.caller.guider):
             warn(text)
-        split = self.sidenet.card.cfg_mode == "per_branch" or (schedule is not None and schedule.conditional_only)
-        if split and not self.caller.can_split and (self.caller.cfg != 1 or not is_comfyui_cfg(self.caller.guider)):
+        splits = self.sidenet.card.cfg_mode == "per_branch" or any(
+            each.conditional_only for each in self.sidenet.card.own_schedules.values()
+        )
+        own_cfg = self.caller.cfg == 1 and is_comfyui_cfg(self.caller.guider)
+        if splits and not self.caller.can_split and not own_cfg:
             warn(
                 "the guider, or a node on the MODEL, changes the model's calls or how CFG combines them. Positive and "
                 "negative are evaluated at every call, and the SideNet is given the combined velocity, for which it "
@@ -206,15 +228,18 @@ def open_solver(
 
 
 def step_callback(
-    sigmas: SigmaSchedule, shape: torch.Size, callback: Callable[[dict[str, Any]], None]
+    sigmas: SigmaSchedule, shape: torch.Size, callback: Callable[[dict[str, Any]], None], steps: int
 ) -> Callable[[Step], None]:
-    """The core's step callback that calls one of k-diffusion's, with states of a shape."""
+    """The core's step callback that calls one of k-diffusion's, with states of a shape.
+
+    A schedule may have a step or two more than the scheduler gave sigmas for; the index runs over these `steps`.
+    """
 
     def after(step: Step) -> None:
         sigma = sigmas.sigma_at(step.time)
         callback(
             {
-                "i": step.index,
+                "i": step.index * steps // step.total,
                 "x": sigmas.parameterization.from_flow(step.x, sigma.to(step.x)).reshape(shape),
                 "denoised": step.denoised.reshape(shape),
                 "sigma": sigma,

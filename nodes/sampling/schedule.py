@@ -1,39 +1,81 @@
-"""Sigmas for a number of steps."""
+"""Which schedule a sampling follows, and sigmas for a number of steps."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.samplers
 import torch
 from torch import Tensor
 
-from ...bas_core.grids import grid_for_nfe, resample_grid
-from ...bas_core.schedule import Schedule
-from ..models.parameterization import parameterization_of
+from ...bas_core.schedule import Schedule, describe_schedule
+from ...bas_core.selection import select_part, select_schedule, spread
+from ..models.attach import LoadedSideNet
+from ..models.parameterization import SigmaSchedule, parameterization_of
+
+# Schedulers start a little below the model's largest sigma, and end a little above 0, by rounding or by design.
+WHOLE_FROM, WHOLE_UNTIL = 0.98, 1e-4
 
 
-def sigmas_for(
-    model_sampling: Any, steps: int, denoise: float, schedules: Mapping[int, Schedule], analytic_first: bool = False
-) -> Tensor:
-    """The SideNet's own sigmas of so many steps; else those of `stretched_sigmas`, which takes the same arguments."""
-    if steps in schedules and denoise == 1:
-        return _sigmas_of(model_sampling, torch.stack(schedules[steps].grid)).cpu()
-    return stretched_sigmas(model_sampling, steps, denoise, schedules, analytic_first)
+@dataclass(frozen=True)
+class Circumstances:
+    """What a sampling allows a schedule to do.
+
+    Attributes:
+        no_analytic_step: why the first step cannot be analytic; empty = it can.
+        conditional_only: whether model calls may leave out the negative.
+        full_cfg: whether CFG applies to the whole path, as it does in fitting.
+    """
+
+    no_analytic_step: str = ""
+    conditional_only: bool = True
+    full_cfg: bool = True
 
 
-def stretched_sigmas(
-    model_sampling: Any, steps: int, denoise: float, schedules: Mapping[int, Schedule], analytic_first: bool = False
-) -> Tensor:
+def schedule_for(
+    sidenet: LoadedSideNet | None, given: SigmaSchedule, highest: float, cfg: float | None, circumstances: Circumstances
+) -> tuple[Schedule, str]:
+    """The schedule of a sampling from the first to the last of the given sigmas, in at most as many model calls as
+    these have steps; and a sentence on it for the log.
+
+    Args:
+        sidenet: None = multistep, on the given sigmas.
+        given: the scheduler's sigmas.
+        highest: the flow time at which the model's sampling starts.
+        cfg: see `known_guidance`.
+        circumstances: what may be done.
+    """
+    times, steps = given.times, len(given.times) - 1
+    if sidenet is None:
+        return Schedule(times.tolist()), "the scheduler's times"
+    schedules = sidenet.card.own_schedules if cfg is None else sidenet.card.schedules_for(cfg)
+    if not schedules:
+        return Schedule(times.tolist()), "the scheduler's times (the SideNet's file holds no schedules)"
+    start, end = float(times[0]), float(times[-1])
+    if start < WHOLE_FROM * highest or end > WHOLE_UNTIL:
+        share = select_part(schedules, min(1.0, start / highest), end / highest, steps)
+        ends = [start, *(highest * t for t in share.times[1:-1]), end]
+        return Schedule(ends), "part of the path, on its share of the fitted times"
+    if not circumstances.full_cfg:
+        return Schedule((start * spread(schedules, steps)).tolist()), "the fitted times (CFG in a range)"
+    analytic = not circumstances.no_analytic_step and sidenet.has_data_mean and start == 1
+    found = select_schedule(schedules, steps, analytic=analytic, conditional_only=circumstances.conditional_only)
+    text = f"the fitted schedule of {describe_schedule(found)}" if found.fitted else "plain steps on the fitted times"
+    if circumstances.no_analytic_step and any(schedule.analytic_first_step for schedule in schedules.values()):
+        text += f"; a model call for the first step, because {circumstances.no_analytic_step}"
+    return found.scaled(start), text
+
+
+def sigmas_for(model_sampling: Any, steps: int, denoise: float, schedules: Mapping[int, Schedule]) -> Tensor:
     """The last `steps` + 1 sigmas of a schedule long enough to start at the noise level that `denoise` asks for.
 
     Args:
         model_sampling: the MODEL's.
         steps: model calls.
         denoise: in (0, 1]; the whole schedule has steps / denoise steps, as in ComfyUI's own schedulers.
-        schedules: the SideNet's, by number of model calls; may be empty.
-        analytic_first: the SideNet may take a first step analytically; a whole schedule then has one sigma more.
+        schedules: the SideNet's, by number of model calls; without any, the sigmas are those of *simple*.
 
     Raises:
         ValueError: the MODEL is neither a flow nor a diffusion model.
@@ -42,10 +84,8 @@ def stretched_sigmas(
     if not schedules:
         whole = comfy.samplers.calculate_sigmas(model_sampling, "simple", total)
     else:
-        nearest = torch.stack(schedules[min(schedules, key=lambda known: abs(known - total))].grid)
-        times = grid_for_nfe(lambda intervals: resample_grid(nearest, intervals), total, analytic_first)
-        whole = _sigmas_of(model_sampling, times)
-    return whole.cpu() if total == steps else whole[-(steps + 1) :].cpu()
+        whole = _sigmas_of(model_sampling, spread(schedules, total))
+    return whole[-(steps + 1) :].cpu()
 
 
 def _sigmas_of(model_sampling: Any, times: Tensor) -> Tensor:

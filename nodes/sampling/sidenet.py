@@ -11,25 +11,9 @@ from torch import Tensor
 
 from ...bas_core.prediction import SideNetProtocol
 from ...bas_core.strength import WeightedSideNet, with_strength
-from ..models.attach import LoadedSideNet, applied_sidenet
-from .guider import cfg_of, distilled_guidance, sidenet_guidance
+from ..models.attach import LoadedSideNet
+from .guider import cfg_of, distilled_guidance, known_guidance
 from .model_caller import ModelCaller
-
-
-def sidenet_for(guider: Any) -> LoadedSideNet | None:
-    """The SideNet on a guider's MODEL; None at strength 0, which is the multistep method.
-
-    Raises:
-        ValueError: the MODEL has none.
-    """
-    sidenet = applied_sidenet(guider.model_patcher)
-    if sidenet is None:
-        raise ValueError(
-            "BA-solver needs a SideNet on the MODEL, and there is none. Add the nodes Load SideNet and Apply SideNet "
-            "between the model loader and the sampler, or use BA-Solver Sampler with the method 'multistep', which "
-            "does without."
-        )
-    return sidenet if sidenet.strength else None
 
 
 def guidance_warnings(sidenet: LoadedSideNet, guider: Any) -> list[str]:
@@ -37,10 +21,10 @@ def guidance_warnings(sidenet: LoadedSideNet, guider: Any) -> list[str]:
 
     For a guidance-distilled model (FLUX.1-dev) a SideNet is made without CFG.
     """
-    distilled, served = distilled_guidance(guider) is not None, sidenet.card.supports_cfg(sidenet_guidance(guider))
-    found = (
-        [] if served else [("guidance" if distilled else "CFG", sidenet.card.describe_cfg(), sidenet_guidance(guider))]
-    )
+    distilled, scale = distilled_guidance(guider) is not None, known_guidance(guider)
+    found = []
+    if scale is not None and not sidenet.card.supports_cfg(scale):
+        found.append(("guidance" if distilled else "CFG", sidenet.card.describe_cfg(), scale))
     if distilled and cfg_of(guider) != 1:
         found.append(("CFG", "1", cfg_of(guider)))
     return [

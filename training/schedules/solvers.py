@@ -12,7 +12,7 @@ from torch import Tensor
 from ...bas_core.grids import grid_for_nfe, time_grid
 from ...bas_core.guidance import Field
 from ...bas_core.prediction import SideNetProtocol
-from ...bas_core.schedule import Schedule, match_schedule
+from ...bas_core.schedule import Schedule, plain_schedule
 from ...bas_core.solver import solve
 from ..baselines import BASELINES, run_baseline
 
@@ -80,7 +80,7 @@ def sidenet_solver(
     analytic = start == 1 and sidenet.has_data_mean
 
     def integrate(field: Field, x: Tensor, over: GridOrSchedule) -> Tensor:
-        schedule = over if isinstance(over, Schedule) else match_schedule(over, has_data_mean=analytic)
+        schedule = over if isinstance(over, Schedule) else plain_schedule(over, has_data_mean=analytic)
         return solve(field, sidenet, x, schedule, **options)
 
     return Solver(name, label, integrate, start=start, analytic_first_step=analytic)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...bas_core.guidance import Field
 from ...bas_core.prediction import StraightLine
-from ...bas_core.schedule import match_schedule
+from ...bas_core.schedule import plain_schedule
 from ..progress import progress
 from .fitting import Fitting, Schedules, fit_schedule, takes_conditional_only
 from .solvers import GridShape, endpoint_errors, search_grid, sidenet_solver
@@ -82,10 +82,10 @@ def search_times(
         calls = nfe + conditional_only
 
         def sample(field: Field, noise: Tensor, times: Tensor, conditional_only: bool = conditional_only) -> Tensor:
-            return fit_schedule(fitting, match_schedule(times, has_data_mean=first_step), conditional_only)[0]
+            return fit_schedule(fitting, plain_schedule(times, has_data_mean=first_step), conditional_only)[0]
 
         def error(grid: Tensor, calls: int = calls, conditional_only: bool = conditional_only) -> float:
-            candidate = match_schedule(grid, has_data_mean=first_step)
+            candidate = plain_schedule(grid, has_data_mean=first_step)
             if candidate.calls != calls or not allowed(grid):
                 return math.inf  # with another first time, the first step may be analytic, or no longer be
             x = fit_schedule(fitting, candidate.scaled(fitting.start), conditional_only)[0]
@@ -94,5 +94,5 @@ def search_times(
         fitted = dataclasses.replace(solver, integrate=sample)
         shape = search_grid(fitted, fitting.field, fitting.noise, ends, calls, shape)
         grid = coordinate_search(error, fitted.times(calls, shape), rounds)
-        found[nfe] = match_schedule(grid.tolist(), has_data_mean=first_step)
+        found[nfe] = plain_schedule(grid.tolist(), has_data_mean=first_step)
     return found
