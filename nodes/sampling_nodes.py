@@ -96,8 +96,8 @@ class BAScheduler(io.ComfyNode):
             node_id="BASolverScheduler",
             display_name="BA-Solver Scheduler",
             category=BasicScheduler.GET_SCHEMA().category,
-            description="The sigmas for a number of steps, out of the SideNet's file or from the model's default "
-            "schedule.",
+            description="The sigmas for a number of steps, spread as in the SideNet's file, or the model's default ones. "
+            "The sampler 'ba_solver' works with any scheduler; this one is for other samplers, and for a denoise below 1.",
             search_aliases=["sigmas", "time grid", "NFE", "few steps", "steps", "model calls"],
             inputs=[
                 io.Model.Input(
@@ -106,9 +106,7 @@ class BAScheduler(io.ComfyNode):
                 inputs.steps(
                     7,
                     1,
-                    "The number of steps, each of one model call. BA-solver is made for 5 to 10. The SideNet's own "
-                    "schedules split the same work into one or two more steps, because they compute the first step "
-                    "without the model and leave the negative prompt out of two model calls.",
+                    "The number of steps, each of one model call. BA-solver is made for 5 to 10.",
                 ),
                 inputs.share(
                     "denoise",
@@ -120,8 +118,7 @@ class BAScheduler(io.ComfyNode):
                     "schedule",
                     SCHEDULES,
                     SIDENET,
-                    "sidenet: the schedule in the SideNet's file, or the nearest one stretched where the file has "
-                    "none for this number of steps. model default: the same sigmas as the scheduler 'simple'.",
+                    "sidenet: sigmas spread as those of the nearest schedule in the SideNet's file. model default: the same sigmas as the scheduler 'simple'.",
                 ),
             ],
             outputs=[io.Sigmas.Output(tooltip="The sigmas, for SamplerCustom and SamplerCustomAdvanced.")],

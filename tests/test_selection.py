@@ -81,11 +81,11 @@ def test_what_cannot_be_selected_is_refused(call, message):
 
 
 def test_more_steps_never_end_farther_off_on_the_demo():
-    """Ten noises; where one schedule serves two numbers of steps the ends are the same."""
+    """60 noises, on which neighbouring schedules' mean errors are known to a tenth."""
     sit, (sidenet, card) = load_sit(SIT_FILE), load_sidenet(SIDENET_FILE)
-    labels = torch.arange(10)
+    labels = torch.arange(60) % 10
     null = torch.full_like(labels, sit.null_class)
-    noise = torch.randn(10, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    noise = torch.randn(60, 3, 32, 32, generator=torch.Generator().manual_seed(5))
 
     def end(schedule):
         field = model_field(sit, labels, null, Guidance(2.0), mode="combined")
@@ -97,8 +97,8 @@ def test_more_steps_never_end_farther_off_on_the_demo():
     for steps in (4, 5, 6, 7, 8, 9, 10, 11, 12, 14, 15, 18, 20):
         schedule = select_schedule(card.schedules_for(2.0), steps)
         if schedule != before:
-            errors[steps] = (end(schedule) - exact).square().mean().sqrt().item()
+            errors[steps] = (end(schedule) - exact).square().flatten(1).mean(1).sqrt().mean().item()
         before = schedule
     values = list(errors.values())
-    assert all(after < 1.1 * before for before, after in pairwise(values)), errors
+    assert all(after < 1.25 * before for before, after in pairwise(values)), errors
     assert values[-1] < 0.2 * values[0]
