@@ -96,7 +96,7 @@ class BAScheduler(io.ComfyNode):
             node_id="BASolverScheduler",
             display_name="BA-Solver Scheduler",
             category=BasicScheduler.GET_SCHEMA().category,
-            description="The sigmas for a number of steps, spread as in the SideNet's file, or the model's default. The "
+            description="The sigmas for a number of steps, spread as in the SideNet's file, or as usual. The "
             "sampler 'ba_solver' works with any scheduler; this one is for other samplers, and a denoise below 1.",
             search_aliases=["sigmas", "time grid", "NFE", "few steps", "steps", "model calls"],
             inputs=[
@@ -118,7 +118,7 @@ class BAScheduler(io.ComfyNode):
                     "schedule",
                     SCHEDULES,
                     SIDENET,
-                    "sidenet: sigmas spread as those of the nearest schedule in the SideNet's file. model default: the same "
+                    "sidenet: sigmas spread as in the nearest schedule of the SideNet's file. model default: the same "
                     "sigmas as the scheduler 'simple'.",
                 ),
             ],
