@@ -12,8 +12,9 @@ from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..training.text_files import read_user_text
 from . import inputs
-from .comparing.compare import compare, jobs_for, total_calls
+from .comparing.compare import Comparison, compare, jobs_for, total_calls
 from .comparing.table import curves, picture_grid, table, write_csv
+from .notify import log, warn
 from .report import error_plot
 from .sampling.guider import guider_for
 
@@ -82,10 +83,20 @@ class CompareSolvers(io.ComfyNode):
         plot, path = error_plot(curves(comparisons)), csv_path()
         write_csv(path, comparisons)
         text = f"{table(comparisons)}\n\nEvery sampling: {path}"
-        # Nothing behind the output runs without a VAE, and the rest of the graph does.
-        pictures = picture_grid(comparisons, vae) if vae else ExecutionBlocker(None)
+        log(f"\n{text}")
         shown = {**ui.PreviewText(text).as_dict(), **ui.PreviewImage(plot, cls=cls).as_dict()}
-        return io.NodeOutput(text, plot, pictures, ui=shown)
+        return io.NodeOutput(text, plot, pictures_or_none(comparisons, vae), ui=shown)
+
+
+def pictures_or_none(comparisons: list[Comparison], vae: Any) -> Any:
+    """The grid of pictures. Nothing behind the output runs without a VAE or where it fails; the rest does."""
+    if vae is None:
+        return ExecutionBlocker(None)
+    try:
+        return picture_grid(comparisons, vae)
+    except (RuntimeError, ValueError) as error:
+        warn(f"the pictures cannot be shown. {error}")
+        return ExecutionBlocker(None)
 
 
 def _number_inputs() -> list[Any]:

@@ -111,7 +111,7 @@ class BAEdit(io.ComfyNode):
                 inputs.image_latent(),
                 io.Conditioning.Input("source", tooltip="The prompt that describes the image as it is."),
                 io.Conditioning.Input("positive", tooltip="The prompt that describes the edited image."),
-                io.Conditioning.Input("negative", tooltip="The negative prompt. It is used when cfg is not 1."),
+                inputs.negative(),
                 inputs.steps(
                     10,
                     2,
@@ -161,8 +161,8 @@ class BAEdit(io.ComfyNode):
         latent_image: dict[str, Any],
         source: Any,
         positive: Any,
-        negative: Any,
         steps: int,
+        negative: Any = None,
         denoise: float = 0.8,
         cfg: float = 2.0,
         method: str = METHODS[0],
@@ -178,7 +178,7 @@ class BAEdit(io.ComfyNode):
             raise ValueError(
                 f"eta_start_percent ({eta_start_percent:g}) must not be above eta_end_percent ({eta_end_percent:g})."
             )
-        prompts = (source, positive, *([] if cfg == 1 else [negative]))
+        prompts = (source, positive, *([] if cfg == 1 or negative is None else [negative]))
         image = _image(model, latent_image, "BA Edit", *prompts)
         edit_mask = check_mask(mask, latent_image, image)
         if trajectory is None:

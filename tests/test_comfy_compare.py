@@ -9,14 +9,16 @@ import torch
 
 comfyui.require()
 
+import comfy.k_diffusion.sampling
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import comfy_models as models
 import folder_paths
 from ba_solver.bas_core import Guidance, load_sidenet, load_sit, model_field, solve, time_grid
-from ba_solver.nodes.compare_nodes import CompareSolvers, PromptLines, csv_path
+from ba_solver.nodes.compare_nodes import CompareSolvers, PromptLines, csv_path, pictures_or_none
 from ba_solver.nodes.comparing.compare import compare, jobs_for
+from ba_solver.nodes.comparing.table import table
 from ba_solver.nodes.folders import DEMO, SIDENETS, SITS
 from ba_solver.nodes.sampling.guider import guider_for
 from ba_solver.nodes.sidenet_nodes import ApplySideNet
@@ -145,6 +147,31 @@ def test_samplers_that_have_no_end_are_left_out_and_said(demo, caplog):
     found, _ = found_on(demo, ["euler", "euler_ancestral", "dpmpp_sde"], [4])
     assert {row.sampler for row in found.rows} == {"euler", "BA-Solver", "BA-Solver, no SideNet"}
     assert "euler_ancestral is left out at 4 calls. It adds noise on its way" in caplog.text
+
+
+def test_a_sampler_that_fails_is_left_out_and_said(demo, caplog, monkeypatch):
+    """As one of another pack did on small states; the others' rows are there."""
+
+    def broken(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        model(x, sigmas[0].expand(len(x)), **extra_args)
+        raise IndexError("index 2 is out of bounds for dimension 0 with size 2")
+
+    monkeypatch.setattr(comfy.k_diffusion.sampling, "sample_broken", broken, raising=False)
+    monkeypatch.setattr(comfy.samplers.KSampler, "SAMPLERS", [*comfy.samplers.KSampler.SAMPLERS, "broken"])
+    found, _ = found_on(demo, ["broken", "euler"], [4])
+    assert {row.sampler for row in found.rows} == {"euler", "BA-Solver", "BA-Solver, no SideNet"}
+    assert "broken is left out at 4 calls. index 2 is out of bounds" in caplog.text
+
+
+def test_a_picture_that_cannot_be_shown_loses_no_table(demo, caplog):
+    found, _ = found_on(demo, ["euler"], [4])
+
+    class Broken:
+        def decode(self, latent):
+            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    assert isinstance(pictures_or_none([found], Broken()), ExecutionBlocker)
+    assert "the pictures cannot be shown" in caplog.text and "euler" in table([found])
 
 
 def test_interruption_leaves_the_next_run_clean(demo, monkeypatch):

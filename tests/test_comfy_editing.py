@@ -87,7 +87,7 @@ def edited(model, image, source, positive, negative, **more):
     return [
         out["samples"]
         for out in BAEdit.execute(
-            model, {"samples": image}, source, positive, negative, **{"steps": STEPS, **more}
+            model, {"samples": image}, source, positive, **{"steps": STEPS, "negative": negative, **more}
         ).result
     ]
 
@@ -163,7 +163,7 @@ def test_the_latents_own_mask_is_used(tiny):
     mask = torch.zeros(1, 1, 8, 8)
     mask[..., :4] = 1
     latent = {"samples": image, "noise_mask": mask}
-    out = BAEdit.execute(model, latent, source, target, negative, STEPS).result[0]["samples"]
+    out = BAEdit.execute(model, latent, source, target, STEPS, negative).result[0]["samples"]
     assert (out - image)[..., 4:].abs().max() < 1e-5 < (out - image)[..., :4].abs().mean()
 
 

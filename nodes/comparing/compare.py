@@ -11,6 +11,7 @@ import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import comfy.utils
+import torch
 from torch import Tensor
 
 from ...training.baselines import run_baseline
@@ -98,7 +99,7 @@ def jobs_for(model: Any, samplers: Sequence[str], schedulers: Sequence[str]) -> 
 
     def grid(sampler: str, scheduler: str) -> Callable[[int], Tensor]:
         device = comfy.model_management.get_torch_device()
-        return lambda steps: known(model, steps, device, sampler, scheduler, 1.0).sigmas.cpu()
+        return lambda steps: known(model, steps, device, sampler, scheduler, 1.0).sigmas
 
     jobs = [Job(n, s, comfy.samplers.sampler_object(n), grid(n, s)) for n in samplers for s in schedulers]
     multistep = comfy.samplers.KSAMPLER(sample_ba_solver, {"options": Options(MULTISTEP)})
@@ -170,19 +171,34 @@ def _converged(prepared: Prepared, steps: int) -> Tensor:
 
 
 def _row(job: Job, calls: int, prepared: Prepared, reference: Tensor, on_call: Callable[[float], Any]) -> Row | None:
+    """A sampling; None for a sampler that has no end or fails, which is noted."""
     model, options = prepared.model, prepared.extra_args
     guider, noise = model.inner_model, model.noise
+    extra_args = {key: value for key, value in options.items() if key != "denoise_mask"}  # the sampler adds its own
+    counter = CallCounter(on_call=on_call)
+
+    def sigmas_of(steps: int) -> Tensor:
+        return job.sigmas_of(steps).to(noise.device)
+
     try:
-        steps = calls if job.fitted else steps_for(guider, job.sampler, job.sigmas_of, noise, calls)
-    except ValueError as error:
+        sigmas = sigmas_of(calls if job.fitted else steps_for(guider, job.sampler, sigmas_of, noise, calls))
+        began = time.perf_counter()
+        with counting(guider, counter):
+            end = job.sampler.sample(guider, sigmas, extra_args, None, noise, model.latent_image, None, True)
+        stored = end.cpu()  # waits for the device
+        seconds = (time.perf_counter() - began) / len(noise)
+    except comfy.model_management.InterruptProcessingException:
+        raise
+    except Exception as error:
+        if _out_of_memory(error):
+            raise
         warn(f"{job.name} is left out at {calls} calls. {error}")
         return None
-    extra_args = {key: value for key, value in options.items() if key != "denoise_mask"}  # the sampler adds its own
-    counter, began = CallCounter(on_call=on_call), time.perf_counter()
-    with counting(guider, counter):
-        end = job.sampler.sample(guider, job.sigmas_of(steps), extra_args, None, noise, model.latent_image, None, True)
-    seconds = (time.perf_counter() - began) / len(noise)
-    return Row(job.name, job.scheduler, calls, counter.nfe, _distance(end, reference), seconds, end.cpu())
+    return Row(job.name, job.scheduler, calls, counter.nfe, _distance(end, reference), seconds, stored)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.cuda.OutOfMemoryError | MemoryError)
 
 
 def _distance(x: Tensor, other: Tensor) -> float:

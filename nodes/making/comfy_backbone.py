@@ -107,7 +107,13 @@ def default_shift(model_sampling: Any) -> float:
 
 
 def open_model(
-    model: Any, positives: Sequence[Any], negative: Any, cfg: float, latent: Tensor, on_samples: Callable[[int], None]
+    model: Any,
+    positives: Sequence[Any],
+    negative: Any,
+    cfg: float,
+    latent: Tensor,
+    on_samples: Callable[[int], None],
+    batch: int = 1,
 ) -> ComfyBackbone:
     """A MODEL as a backbone.
 
@@ -116,6 +122,7 @@ def open_model(
         positives, negative, cfg: its guidance.
         latent: [B, C, *spatial] in the model's channels; its size is taken.
         on_samples: is given the number of samples of each model call.
+        batch: of the largest model call, for which ComfyUI keeps memory free.
 
     Raises:
         ValueError: a CFG scale without a negative, or a model that is neither a flow nor a diffusion model.
@@ -145,7 +152,7 @@ def open_model(
         start=float(parameterization.times(highest)) if parameterization.exploding else 1.0,
         device=comfy.model_management.get_torch_device(),
         conditions_digest=digest_of([*alone, *([negative] if cfg != 1 else [])]),
-        within=_within(guider, opened, latent.shape[1:]),
+        within=_within(guider, opened, (batch, *latent.shape[1:])),
         make_room=make_room,
         guider=guider,
         weights=weights,
@@ -155,7 +162,7 @@ def open_model(
 
 
 def _within(guider: PromptsGuider, opened: list[Prepared], shape: Sequence[int]) -> Within:
-    """Does work in the midst of ComfyUI's sampling of states [1, C, *spatial]; `opened` holds the model meanwhile."""
+    """Does work in the midst of ComfyUI's sampling of states [B, C, *spatial]; `opened` holds the model meanwhile."""
 
     def within(work: Callable[[], Any], gradients: bool = False) -> Any:
         if gradients:
@@ -170,7 +177,7 @@ def _within(guider: PromptsGuider, opened: list[Prepared], shape: Sequence[int])
             return prepared.model.noise
 
         sigmas = comfy.samplers.calculate_sigmas(guider.model_patcher.get_model_object("model_sampling"), "simple", 20)
-        noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
+        noise = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
         with torch.inference_mode():
             try:
                 guider.sample(noise, torch.zeros_like(noise), CallbackSampler(run), sigmas, disable_pbar=True, seed=0)

@@ -146,7 +146,7 @@ def make(
     with torch.inference_mode(False), torch.enable_grad(), listening(reporter.listener()):
 
         def at_scale(scale: float) -> ComfyBackbone:
-            return open_model(model, *prompts, scale, latent, reporter.on_samples)
+            return open_model(model, *prompts, scale, latent, reporter.on_samples, settings.record_batch)
 
         backbone = at_scale(settings.guidance[0])
         settings.check_recording(backbone)

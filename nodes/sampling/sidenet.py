@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import comfy.model_management
 import torch
 from torch import Tensor
 
@@ -82,6 +81,6 @@ def sidenet_chunk(sidenet: LoadedSideNet, x: Tensor) -> int | None:
     positions = math.prod(x.shape[2:]) / config.patch_size**2
     # The widest point, attention, holds the feature, its norm, q, k, v and their product; with as much again in use.
     each = 16 * config.base_channels * positions * sidenet.network.input_conv.weight.element_size()
-    samples = int(comfy.model_management.get_free_memory(x.device) / 2 / each)
+    samples = int(sidenet.patcher.get_free_memory(x.device) / 2 / each)
     batch = x.shape[0]
     return max(1, samples // batch) * batch
