@@ -99,7 +99,7 @@ def load_sit(
         raise CheckpointError(f"{path}: {error} {_hint(state, 'x_embedder.proj.weight')}".rstrip()) from error
     check_tensors(state, expected, path)
     model = SiT(config, device="meta")
-    model.load_state_dict({k: v.to(device, dtype) for k, v in state.items()}, assign=True)
+    model.load_state_dict({k: v.to(device, dtype, copy=True) for k, v in state.items()}, assign=True)
     return model.eval().requires_grad_(False)
 
 
@@ -303,5 +303,6 @@ def _fill(
     check_tensors(state, sidenet.state_dict(), path)
     # Tools that cast a part of a file alone leave it in several types, with which no layer computes.
     stored = functools.reduce(torch.promote_types, {v.dtype for v in state.values()})
-    sidenet.load_state_dict({k: v.to(device, dtype or stored) for k, v in state.items()}, assign=True)
+    # Copies: tensors as read are mapped to the file, and would change or fail with it.
+    sidenet.load_state_dict({k: v.to(device, dtype or stored, copy=True) for k, v in state.items()}, assign=True)
     return sidenet.eval().requires_grad_(False)

@@ -19,20 +19,27 @@ class NonFiniteError(ArithmeticError):
     """The backbone or the SideNet returned NaN or infinity."""
 
 
+WHOLE = (0.0, 1.0)
+# Times in float32 differ from the edges that people write by less.
+EDGE = 1e-6
+
+
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance v = v_u + scale (v_c - v_u) where lo < t <= hi, and v = v_c elsewhere.
+    """Classifier-free guidance v = v_u + scale (v_c - v_u) inside an interval of times, and v = v_c elsewhere.
 
     Attributes:
         scale: 1 = none. Below 1 the unconditional branch has a share too (the official sampler ignores such scales).
-        interval: (lo, hi) in flow time; the paper samples SiT with (0, 0.7).
+        interval: (lo, hi) in flow time. (0, 1) is all times, both ends included; another interval is lo < t <= hi, as
+            published, with edges compared to `EDGE`. The paper samples SiT with (0, 0.7).
     """
 
     scale: float = 1.0
-    interval: tuple[float, float] = (0.0, 1.0)
+    interval: tuple[float, float] = WHOLE
 
     def __post_init__(self) -> None:
-        lo, hi = self.interval
+        lo, hi = (float(edge) for edge in self.interval)
+        object.__setattr__(self, "interval", (lo, hi))
         if not math.isfinite(self.scale):
             raise ValueError(f"The guidance scale must be finite; got {self.scale}.")
         if not 0 <= lo <= hi <= 1:
@@ -40,8 +47,10 @@ class Guidance:
 
     def active(self, t: Tensor | float) -> bool:
         """Whether guidance changes the velocity at time t."""
+        if self.scale == 1 or self.interval == WHOLE:
+            return self.scale != 1
         lo, hi = self.interval
-        return self.scale != 1 and lo < float(t) <= hi
+        return lo + (EDGE if lo else 0) < float(t) <= hi + EDGE
 
     def combine(self, branches: Tensor, t: Tensor | float) -> Tensor:
         """Branches [K, B, ...] (conditional first) to the velocity [B, ...] at time t."""
@@ -57,7 +66,7 @@ NO_GUIDANCE = Guidance()
 def just_inside(t: Tensor | float) -> Tensor:
     """t, or the smallest time above 0 where t is 0.
 
-    The CFG interval excludes its lower end (lo < t, as published), so a field with the interval (0, 1] would jump at
+    A CFG interval excludes its lower end (lo < t, as published), so a field with the interval (0, hi] would jump at
     t = 0, where some solvers evaluate it. Deciding guidance by this time makes the field continuous there.
     """
     t = torch.as_tensor(t, dtype=torch.promote_types(torch.as_tensor(t).dtype, torch.float32))
@@ -114,7 +123,7 @@ class Field:
     @property
     def can_omit_unconditional(self) -> bool:
         """Whether a call can leave out the unconditional branch: CFG of two branches, at all times."""
-        return self.cfg.scale != 1 and self.cfg.interval == NO_GUIDANCE.interval
+        return self.cfg.scale != 1 and self.cfg.interval == WHOLE
 
     def __call__(self, x: Tensor, t: Tensor | float, branches: int = 1) -> Tensor:
         """The velocity at one time t for all samples, as the solver takes it.

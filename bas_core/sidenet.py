@@ -90,8 +90,10 @@ class SideNetConfig:
 
 
 def channel_norm(x: Tensor) -> Tensor:
-    """Root-mean-square norm over the channels of [B, C, H, W], without parameters."""
-    return x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + NORM_EPSILON)
+    """Root-mean-square norm over the channels of [B, C, H, W], without parameters; in float32, as squares overflow
+    float16 from 256 on."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().mean(dim=1, keepdim=True) + NORM_EPSILON)).to(x.dtype)
 
 
 def modulate(x: Tensor, style: Tensor) -> Tensor:
@@ -131,7 +133,8 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self.qkv(modulate(channel_norm(x), self.emb_proj(embedding)))
-        q, k, v = rearrange(h, "b (three n d) y x -> three b n (y x) d", three=3, n=self.num_heads)
+        # Contiguous: fused kernels take no other last dimension, and without them memory grows with the square.
+        q, k, v = rearrange(h, "b (three n d) y x -> three b n (y x) d", three=3, n=self.num_heads).contiguous()
         h = F.scaled_dot_product_attention(q, k, v)
         return x + self.proj(rearrange(h, "b n (y x) d -> b (n d) y x", y=x.shape[2]))
 

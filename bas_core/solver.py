@@ -4,7 +4,7 @@
 field's guidance combines the branches of CFG at every node's time, the SideNet predicts velocities
 (`prediction.predict`), and the hook of a schedule adjusts states and model calls (`schedule.ScheduleHook`).
 
-Gradients are left as the caller has them: sample under `torch.inference_mode()`.
+`solve` keeps no gradients. `run_bi_anchor`, which fitting calls, leaves them as the caller has them.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ class Step:
         x: state at `time`.
         velocity: guided velocity at `time`.
         x_next: state at `next_time`.
-        calls: model calls so far.
+        calls: model calls so far, in this sampling.
     """
 
     index: int
@@ -247,7 +247,7 @@ def run_steps(step: StepFunction, field: Field, x: Tensor, times: Times, callbac
         NonFiniteError: a step met NaN or infinity; the message says at which step and times.
     """
     memory: Any = None
-    total = len(times) - 1
+    total, calls_before = len(times) - 1, field.calls
     for index, (t, s) in enumerate(pairwise(times)):
         try:
             result = step(index, x, memory)
@@ -256,7 +256,8 @@ def run_steps(step: StepFunction, field: Field, x: Tensor, times: Times, callbac
         except NonFiniteError as error:
             raise NonFiniteError(f"Step {index + 1} of {total}, from t = {float(t):.4g}: {error}") from error
         if callback is not None:
-            callback(Step(index, total, float(t), float(s), x, result.velocity, result.x, field.calls))
+            calls = field.calls - calls_before
+            callback(Step(index, total, float(t), float(s), x, result.velocity, result.x, calls))
         x, memory = result.x, result.memory
     return x
 
@@ -302,7 +303,8 @@ def solve(
     Args:
         field: the velocity field; it is called as often as the schedule says (`Schedule.calls`).
         sidenet: a `SideNet` or its like; None = the straight line through two anchors, which is the Adams-Bashforth 2 /
-            trapezoid predictor-corrector. One without a data mean calls the model for an analytic first step.
+            trapezoid predictor-corrector; with a fitted schedule, the schedule alone. One without a data mean calls
+            the model for an analytic first step.
         x: [B, C, *spatial] state at the schedule's first time; half precision is integrated in float32.
         schedule: a `Schedule`, such as `card.schedules_for(cfg)[5]`; or plain times [N + 1], strictly descending
             (sampling) or ascending (inversion), within [0, 1], for N model calls.
@@ -329,13 +331,20 @@ def solve(
         hook, usual, analytic = StepHook(), Schedule.rule, False
     elif schedule.fitted and method != "bi_anchor":
         raise ValueError(f"The schedule's coefficients were fitted for bi_anchor; got method {method!r}.")
+    elif schedule.fitted and rule is not None and get_rule(rule).name != schedule.rule:
+        raise ValueError(
+            f"The schedule's coefficients were fitted for the rule {schedule.rule}; got {get_rule(rule).name}. Leave "
+            "the rule out, or give the schedule's times alone."
+        )
     else:
         times, hook, usual = schedule.grid_in(x.dtype), schedule.hook(), schedule.rule
         analytic = schedule.analytic_first_step
     if method == "single_anchor":
-        solver = make_solver(field, sidenet, rule or SINGLE_ANCHOR_RULE, hook, chunk, analytic)
-        return run_single_anchor(solver, x, times, callback)
-    return run_bi_anchor(make_solver(field, sidenet, rule or usual, hook, chunk, analytic), x, times, callback)
+        run, rule = run_single_anchor, rule or SINGLE_ANCHOR_RULE
+    else:
+        run, rule = run_bi_anchor, rule or usual
+    with torch.no_grad():
+        return run(make_solver(field, sidenet, rule, hook, chunk, analytic), x, times, callback)
 
 
 def as_state(x: Tensor) -> Tensor:

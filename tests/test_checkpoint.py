@@ -359,3 +359,16 @@ def test_written_files_are_as_readable_as_any_other(tmp_path):
     save_sidenet(tmp_path / "net.safetensors", small_sidenet())
     (tmp_path / "other").touch()
     assert (tmp_path / "net.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_a_loaded_network_does_not_depend_on_its_file(tmp_path):
+    """Overwritten in place, as a careless download does; tensors that are mapped to the file would change."""
+    path, _, _ = stored(tmp_path)
+    loaded = load_sidenet(path)[0]
+    before = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.seek(size // 2)
+        file.write(b"\x11" * (size - size // 2))
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, before[name]), name

@@ -101,17 +101,19 @@ class Counted:
 
 
 def test_it_is_run_by_the_rule_that_it_was_fitted_for():
-    """The trapezoid asks once a step, lobatto4 three times ahead and twice back; who names a rule gets that one."""
+    """The trapezoid asks once a step, lobatto4 three times ahead and twice back; another rule is refused."""
     x, ends, asked = noise(1, 2, 4, 4, dtype=torch.float32), [], []
-    for run, rule in ((fitted(rule="lobatto2"), None), (fitted(), None), (fitted(rule="lobatto2"), "lobatto4")):
+    field = guided_field(1, Guidance(2.0), "combined")
+    for schedule, rule in ((fitted(rule="lobatto2"), None), (fitted(), None), (fitted(), "lobatto4")):
         sidenet = Counted(small_sidenet(dtype=torch.float32, anchors=2, data_mean_size=2))
-        ends.append(solve(guided_field(1, Guidance(2.0), "combined"), sidenet, x, run, rule=rule))
+        ends.append(solve(field, sidenet, x, schedule, rule=rule))
         asked.append(sidenet.asked)
     assert asked == [5, 5 * 3 + 4 * 2, 5 * 3 + 4 * 2]
     torch.testing.assert_close(ends[1], ends[2])
     assert not torch.allclose(ends[0], ends[1], atol=1e-3)
-    run = fitted(rule="lobatto2")
-    assert {run.with_times(TIMES).rule, run.scaled(0.9).rule} == {"lobatto2"}
+    with pytest.raises(ValueError, match="fitted for the rule lobatto2; got lobatto4"):
+        solve(field, sidenet, x, fitted(rule="lobatto2"), rule="lobatto4")
+    assert {fitted(rule="lobatto2").with_times(TIMES).rule, fitted(rule="lobatto2").scaled(0.9).rule} == {"lobatto2"}
 
 
 def test_files_keep_every_part(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ba_solver.bas_core import SideNet, SideNetConfig
-from ba_solver.bas_core.sidenet import ARCHITECTURES
+from ba_solver.bas_core.sidenet import ARCHITECTURES, channel_norm
 from ba_solver.bas_core.sit import sincos_position_table
 from problems import NULL, labels, noise, randomise, small_sidenet, spread
 from reference import naive_sidenet
@@ -320,3 +320,10 @@ def test_wrong_inputs_are_refused(change, message):
     given = {"x": x, "v": v, "t": t, "h": h, "cond": y, "scale": torch.ones(2)} | change
     with pytest.raises(ValueError, match=message):
         small_sidenet(cfg_input=True)(**given)
+
+
+def test_norms_do_not_overflow_in_half_precision():
+    """The square of 300 is more than float16 holds."""
+    for dtype in (torch.float16, torch.bfloat16):
+        normed = channel_norm(torch.full((1, 8, 2, 2), 300.0, dtype=dtype))
+        torch.testing.assert_close(normed, torch.ones_like(normed), rtol=1e-2, atol=1e-2)
