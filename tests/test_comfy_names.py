@@ -51,7 +51,7 @@ def test_names_of_comfyui_are_there(tmp_path):
     ("file", "name"),
     [
         ("notify.py", "get_executing_context"),
-        ("sampling/sidenet.py", "get_free_memory"),
+        ("making/comfy_backbone.py", "soft_empty_cache"),
         ("sampling/guider.py", "CALC_COND_BATCH"),
         ("inputs.py", "io.Combo"),
     ],
