@@ -422,6 +422,24 @@ def test_cancelled_and_resumed_it_makes_the_same_sidenet(demo, preset, monkeypat
     assert made_on_demo(demo, preset=preset)[0].card.own_schedules == again.card.own_schedules
 
 
+def test_a_sidenet_of_this_name_made_for_something_else_is_not_taken(demo):
+    """Another model, other prompts or another size: refused, naming what differs; nothing is lost."""
+    sd3, other = models.make_model("sd3"), models.make_model("sd3", seed=1)
+    texts, latent = [models.text("sd3", seed) for seed in (1, 2)], torch.zeros(1, *models.TINY["sd3"].latent)
+    made(sd3, texts, latent)
+    before = sidenet_file().read_bytes()
+    wider = torch.zeros(*latent.shape[:-1], 2 * latent.shape[-1])
+    for model, prompts, size, message in (
+        (other, texts, latent, "made for another model"),
+        (sd3, texts[::-1], latent, "made for other prompts"),
+        (sd3, texts, wider, "made for another size"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            made(model, prompts, size)
+    assert sidenet_file().read_bytes() == before
+    assert made(sd3, texts, latent)[0].card.own_schedules
+
+
 def test_what_cannot_be_done_is_said_in_a_sentence(demo, monkeypatch):
     positive, null = classes(demo)
     latent = torch.zeros(1, 3, 32, 32)

@@ -30,6 +30,7 @@ from ba_solver.nodes.models import compatibility
 from ba_solver.nodes.models.attach import applied_sidenet
 from ba_solver.nodes.models.compatibility import facts_of
 from ba_solver.nodes.models.parameterization import flow_interval
+from ba_solver.nodes.sampling.guider import guider_for
 from ba_solver.nodes.sampling.sampler import METHODS, Options, sample_ba_solver
 from ba_solver.nodes.sampling_nodes import BASampler, BAScheduler
 from ba_solver.nodes.sidenet_nodes import ApplySideNet
@@ -342,6 +343,63 @@ def test_hooks_have_whole_calls_and_the_combined_velocity(change, velocity, mode
     if change in (with_apg, with_patch_that_asks, with_post_cfg):  # the power of this test: they do act
         plain = run(model("sd3"), "sd3", reference(path), sigmas)
         assert (theirs - plain).abs().max() > 100 * CLOSE["atol"]
+
+
+@pytest.mark.parametrize("velocity", ["combined", "per_branch"])
+def test_a_sampling_function_of_another_pack_has_whole_calls(velocity, model, tmp_path, monkeypatch, caplog):
+    """AnimateDiff-Evolved puts its own in ComfyUI's place; it never calls the hooks before CFG."""
+
+    def animated(model, x, timestep, uncond, cond, cond_scale, model_options=None, seed=None):
+        outs = comfy.samplers.calc_cond_batch(model, [cond, uncond], x, timestep, model_options or {})
+        return outs[1] + (outs[0] - outs[1]) * cond_scale
+
+    path = tmp_path / "conditional.safetensors"
+    net, _ = sidenet_with_conditional_calls(path, velocity)
+    applied, sigmas = models.with_sidenet(model("sd3"), net), torch.tensor([1.0, 0.8, 0.25, 0.0])
+    monkeypatch.setattr(comfy.samplers, "sampling_function", animated)
+    ours = run(applied, "sd3", sampler(), sigmas)
+    assert WHOLE_CALLS in caplog.text
+    spread_times = BAScheduler.execute(applied, 3).result[0]
+    torch.testing.assert_close(ours, run(model("sd3"), "sd3", reference(path), spread_times), **CLOSE)
+
+
+@pytest.mark.parametrize("velocity", ["combined", "per_branch"])
+def test_a_function_around_the_model_that_hides_the_latent(velocity, model, tmp_path):
+    """Detail Daemon hands a sampler a function with `inner_model` and `sigmas` alone; what a mask keeps stays exact."""
+    path = tmp_path / "conditional.safetensors"
+    net, _ = sidenet_with_conditional_calls(path, velocity)
+    inner = sampler()
+
+    def daemon(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        def wrapped(x, sigma, **more):
+            return model(x, sigma, **more)
+
+        wrapped.inner_model, wrapped.sigmas = model.inner_model, model.sigmas
+        return inner.sampler_function(
+            wrapped, x, sigmas, extra_args=extra_args, callback=callback, disable=disable, **inner.extra_options
+        )
+
+    applied = models.with_sidenet(model("sd3"), net)
+    z, latent = models.noise("sd3"), models.noise("sd3", seed=4)
+    mask = torch.zeros(1, 1, *z.shape[2:])
+    mask[..., : z.shape[-1] // 2] = 1
+    end = run(
+        applied, "sd3", comfy.samplers.KSAMPLER(daemon), sigmas_of(applied, 3), z=z, latent=latent, noise_mask=mask
+    )
+    kept = slice(z.shape[-1] // 2, None)
+    torch.testing.assert_close(end[..., kept], latent[..., kept], rtol=1e-5, atol=1e-5)
+    assert (
+        end.isfinite().all() and run(applied, "sd3", comfy.samplers.KSAMPLER(daemon), sigmas_of(applied, 3)).std() > 0
+    )
+
+
+def test_a_negative_that_is_used_at_cfg_1_reaches_our_guiders(model):
+    """NAG sets this option, so that distilled models have a negative."""
+    changed = model("sd3").clone()
+    changed.set_model_sampler_post_cfg_function(lambda a: a["denoised"], disable_cfg1_optimization=True)
+    for which, expected in ((model("sd3"), {"positive"}), (changed, {"positive", "negative"})):
+        guider = guider_for(which, models.text("sd3", 1), models.text("sd3", 2), 1.0)
+        assert set(guider.original_conds) == expected
 
 
 def with_lora(model):

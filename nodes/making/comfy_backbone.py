@@ -151,7 +151,7 @@ def open_model(
         shift=default_shift(model_sampling),
         start=float(parameterization.times(highest)) if parameterization.exploding else 1.0,
         device=comfy.model_management.get_torch_device(),
-        conditions_digest=digest_of([*alone, *([negative] if cfg != 1 else [])]),
+        conditions_digest=digest_of([*alone, *([negative] if "negative" in guider.original_conds else [])]),
         within=_within(guider, opened, (batch, *latent.shape[1:])),
         make_room=make_room,
         guider=guider,

@@ -107,6 +107,26 @@ def existing_card(path: Path, settings: MakeSettings) -> SideNetCard | None:
     return card
 
 
+def check_made_for(card: SideNetCard, backbone: ComfyBackbone, path: Path) -> None:
+    """Refuse a finished SideNet that was made for another model, other prompts or another size.
+
+    Raises:
+        ValueError: saying which.
+    """
+    recorded = card.training.get("recorded", {})
+    compared = {
+        "another model, other LoRAs or another precision": (card.backbone.get("fingerprint"), backbone.fingerprint),
+        "another size": (recorded.get("shape"), list(backbone.shape)),
+        "other prompts": (recorded.get("prompts"), backbone.conditions_digest),
+    }
+    differing = [what for what, (was, now) in compared.items() if was != now]
+    if differing:
+        raise ValueError(
+            f"There is a SideNet of the name {path.stem!r} already, made for {' and '.join(differing)}. Choose another "
+            f"output_name, or delete {path} and the folders beside it."
+        )
+
+
 def make(
     model: Any,
     prompts: tuple[Sequence[Any], Any],
@@ -135,6 +155,13 @@ def make(
     settings = replace(settings, accumulate=0, tune=0)
     card = existing_card(settings.out, settings)
     missing = len(set(settings.extra_guidance) - set(card.schedules if card else ()))
+
+    def at_scale(scale: float) -> ComfyBackbone:
+        return open_model(model, *prompts, scale, latent, reporter.on_samples, settings.record_batch)
+
+    backbone = at_scale(settings.guidance[0])
+    if card is not None:
+        check_made_for(card, backbone, settings.out)
     if card is not None and not missing:
         reporter.show_text("This SideNet is there already; nothing was to be done.")
         return card
@@ -144,11 +171,6 @@ def make(
     reporter.planned = planned_nfe(settings) if card is None else missing * nfe_for_cfg(settings)
     # Nodes run in inference mode, whose tensors cannot be trained on.
     with torch.inference_mode(False), torch.enable_grad(), listening(reporter.listener()):
-
-        def at_scale(scale: float) -> ComfyBackbone:
-            return open_model(model, *prompts, scale, latent, reporter.on_samples, settings.record_batch)
-
-        backbone = at_scale(settings.guidance[0])
         settings.check_recording(backbone)
         say(plan_text(settings, reporter.planned, backbone))
         folder = cache or settings.out.with_suffix(".trajectories")

@@ -42,7 +42,11 @@ def identity_of(model: Any) -> Identity:
 def _weights(model: Any) -> str:
     digest = hashlib.sha256()
     prefix = "diffusion_model."
-    for name, value in sorted(model.model.diffusion_model.state_dict().items()):
+    network = model.model.diffusion_model
+    parameters = dict(network.named_parameters())
+    for name, value in sorted(network.state_dict().items()):
+        # GGUF loaders show empty tensors here, and keep the quantised bytes in the parameters themselves.
+        value = parameters.get(name, value) if value.is_meta else value
         # Where a LoRA has been added to a weight on its way to the GPU, ComfyUI keeps the weight itself here.
         backup = model.backup.get(prefix + name)
         _add_tensor(digest, name, value if backup is None else backup.weight)

@@ -29,15 +29,21 @@ def guider_for(model: Any, positive: Any, negative: Any, cfg: float) -> Any:
 
 
 def set_prompts(guider: Any, positives: Mapping[str, Any], negative: Any, cfg: float) -> None:
-    """Give a CFG guider its CONDITIONINGs by name, and the negative where the scale is not 1.
+    """Give a CFG guider its CONDITIONINGs by name, and the negative where it is used.
 
     Raises:
         ValueError: a CFG scale other than 1 without a negative.
     """
     if cfg != 1 and negative is None:
         raise ValueError(f"A CFG of {cfg:g} needs a negative conditioning. Connect 'negative', or set cfg to 1.")
-    guider.inner_set_conds(dict(positives) if cfg == 1 else {**positives, "negative": negative})
+    uses_negative = negative is not None and takes_negative(guider.model_options, cfg)
+    guider.inner_set_conds({**positives, "negative": negative} if uses_negative else dict(positives))
     guider.set_cfg(cfg)
+
+
+def takes_negative(model_options: Mapping[str, Any], cfg: float) -> bool:
+    """Whether ComfyUI evaluates the negative: where CFG is not 1, or a node such as NAG uses it at 1 too."""
+    return cfg != 1 or bool(model_options.get("disable_cfg1_optimization"))
 
 
 def cfg_of(guider: Any) -> float:
@@ -92,4 +98,29 @@ def is_plain_cfg(guider: Any, model_options: dict[str, Any]) -> bool:
         if key != COMPILE_KEY
     ]
     patched = any(any(inside.get(key, {}).values()) for key in ("patches", "patches_replace"))
-    return is_comfyui_cfg(guider) and not (wrappers or patched or any(model_options.get(key) for key in HOOKS))
+    hooked = wrappers or patched or any(model_options.get(key) for key in HOOKS)
+    return is_comfyui_cfg(guider) and is_comfyui_sampling() and not hooked
+
+
+def is_comfyui_sampling() -> bool:
+    """Whether CFG is computed by ComfyUI's own function, and not by one that a pack put in its place, as AnimateDiff
+    does: such functions may never call the hooks."""
+    code = getattr(comfy.samplers.sampling_function, "__code__", None)
+    return code is not None and code.co_filename == comfyui_samplers_file()
+
+
+def comfyui_samplers_file() -> str:
+    """The file of ComfyUI's samplers, as its functions name it."""
+    return str(comfy.samplers.CFGGuider.predict_noise.__code__.co_filename)
+
+
+def may_split(model: Any, extra_args: Mapping[str, Any]) -> bool:
+    """Whether the branches of CFG may be taken apart in a sampling: CFG is plain, and an inpaint mask can be applied to
+    each of them, which a function around ComfyUI's model, such as Detail Daemon's, may not allow.
+
+    Args:
+        model: ComfyUI's `KSamplerX0Inpaint`, or a function around it.
+        extra_args: of the sampler.
+    """
+    unmasked = extra_args.get("denoise_mask") is None or hasattr(model, "latent_image")
+    return unmasked and is_plain_cfg(model.inner_model, extra_args.get("model_options", {}))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...bas_core.flow import x0_to_velocity
 from ..models.parameterization import AnySigma, SigmaSchedule
-from .guider import cfg_of, is_plain_cfg
+from .guider import cfg_of, may_split
 
 # What nodes have hooked into the computation of CFG. It does not act where there is no CFG.
 CFG_HOOKS = ("sampler_pre_cfg_function", "sampler_cfg_function")
@@ -56,8 +56,8 @@ class ModelCaller:
 
     @property
     def can_split(self) -> bool:
-        """Whether the branches of CFG may be taken apart; see `is_plain_cfg`."""
-        return is_plain_cfg(self.guider, self.options)
+        """Whether the branches of CFG may be taken apart."""
+        return may_split(self.model, self.extra_args)
 
     def combined(self, x: Tensor, time: Tensor) -> Tensor:
         """The velocity [B, C, *spatial] that the guider gives, at a flow state x of that shape and time [B]."""

@@ -19,7 +19,7 @@ from ..models.attach import LoadedSideNet, applied_sidenet
 from ..models.parameterization import SigmaSchedule, flow_interval, parameterization_of
 from ..notify import log, warn
 from .field import field_of
-from .guider import cfg_of, is_comfyui_cfg, is_plain_cfg, known_guidance
+from .guider import cfg_of, is_comfyui_cfg, known_guidance, may_split
 from .model_caller import ModelCaller
 from .schedule import Circumstances, schedule_for
 from .sidenet import check_latent, guidance_warnings, predictor_of, sidenet_chunk
@@ -134,7 +134,7 @@ def choose_schedule(
     highest = torch.as_tensor(float(model_sampling.sigma_max), dtype=torch.float64)
     circumstances = Circumstances(
         not_random_noise(model, extra_args, x) if sidenet is not None and sidenet.has_data_mean else "",
-        cfg_of(guider) != 1 and is_plain_cfg(guider, extra_args.get("model_options", {})),
+        cfg_of(guider) != 1 and may_split(model, extra_args),
         (options.start_percent, options.end_percent) == (0.0, 1.0),
     )
     start = min(1.0, float(given.parameterization.times(highest)))
