@@ -26,6 +26,7 @@ from ba_solver.bas_core import (
 from ba_solver.bas_core.flow import time_to_ve_sigma, ve_sigma_to_time, ve_to_flow, x0_to_velocity
 from ba_solver.bas_core.guidance import NO_GUIDANCE
 from ba_solver.bas_core.schedule import Schedule
+from ba_solver.nodes import notify
 from ba_solver.nodes.models import compatibility
 from ba_solver.nodes.models.attach import applied_sidenet
 from ba_solver.nodes.models.compatibility import facts_of
@@ -561,15 +562,15 @@ def test_others_see_the_sigmas_that_are_sampled(model, tmp_path):
         assert sampled == pytest.approx([1.0, 0.8, 0.5, 0.25, 0.0]) and sigma == pytest.approx(sampled[number])
 
 
-def test_a_note_is_shown_once_however_many_tiles_a_node_samples(caplog):
-    from ba_solver.nodes import notify
-
+def test_a_note_is_shown_once_however_many_tiles_a_node_samples(caplog, monkeypatch):
+    shown = []
+    monkeypatch.setattr(notify, "_show_on_node", shown.append)
     with caplog.at_level(logging.WARNING):
         for prompt in ("a", "b"):
             with CurrentNodeContext(prompt, "7"):
                 for _ in range(16):
                     notify.warn("it is less accurate.")
-    assert caplog.text.count("it is less accurate.") == 2
+    assert caplog.text.count("it is less accurate.") == 2 and shown == ["Note: it is less accurate."] * 2
 
 
 def test_a_largest_sigma_that_was_rounded_up_is_1(model, sidenet):
