@@ -66,10 +66,14 @@ def resample_grid(times: Tensor, intervals: int) -> Tensor:
     known = as_grid(times)
     if len(known) == intervals + 1:
         return known
-    position = torch.linspace(0, len(known) - 1, intervals + 1, dtype=torch.float64)
-    left = position.floor().long().clamp(max=len(known) - 2)
-    values = known.double()
-    return torch.lerp(values[left], values[left + 1], position - left).to(times.dtype)
+    return times_at(known, torch.linspace(0, len(known) - 1, intervals + 1, dtype=torch.float64)).to(times.dtype)
+
+
+def times_at(times: Tensor, positions: Tensor) -> Tensor:
+    """The times of a grid [N + 1] at positions from 0 (its first) to N (its last), float64, by linear interpolation."""
+    left = positions.floor().long().clamp(max=len(times) - 2)
+    values = times.double()
+    return torch.lerp(values[left], values[left + 1], positions - left)
 
 
 # The longest analytic first step (see `schedule.Schedule`), over the mean step. Its error grows with the square of its

@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .grids import grid_for_nfe, resample_grid
+from .grids import has_short_first_step, resample_grid, times_at
 from .schedule import Schedule, plain_schedule
 
 # From this many times a fitted schedule's model calls on, plain steps on its times end nearer than the schedule itself.
@@ -44,12 +44,12 @@ def select_schedule(
     usable = {nfe: schedule for nfe, schedule in usable.items() if schedule.nfe <= steps}
     if usable:
         largest = usable[max(usable)]
-        if steps < (PLAIN_FROM if largest.fitted else 1) * largest.nfe or steps == largest.nfe:
+        if steps == largest.nfe or (largest.fitted and steps < PLAIN_FROM * largest.nfe):
             return largest
         return Schedule(spread(schedules, steps).tolist())
-    nearest = torch.tensor(schedules[min(schedules)].times, dtype=torch.float32)
-    whole = grid_for_nfe(lambda n: resample_grid(nearest, n), steps, analytic)
-    return plain_schedule(whole if len(whole) > steps + 1 else spread(schedules, steps), analytic)
+    longer = resample_grid(torch.tensor(schedules[min(schedules)].times, dtype=torch.float32), steps + 1)
+    fewest = longer if analytic and has_short_first_step(longer) else spread(schedules, steps)
+    return plain_schedule(fewest, analytic)
 
 
 def select_part(schedules: Mapping[int, Schedule], start: float, end: float, steps: int) -> Schedule:
@@ -73,9 +73,9 @@ def select_part(schedules: Mapping[int, Schedule], start: float, end: float, ste
     grids = {nfe: spread(schedules, nfe) for nfe in schedules}
     shares = {nfe: _position(grid, end) - _position(grid, start) for nfe, grid in grids.items()}
     nfe = min(shares, key=lambda nfe: abs(nfe - steps / max(shares[nfe], 1e-6)))
-    times = grids[nfe].double()
-    first, last = _position(times, start), _position(times, end)
-    inside = _at(times, torch.linspace(first, last, steps + 1, dtype=torch.float64))
+    times = grids[nfe]
+    first, last = (len(times) - 1) * _position(times, start), (len(times) - 1) * _position(times, end)
+    inside = times_at(times, torch.linspace(first, last, steps + 1, dtype=torch.float64))
     return Schedule([start, *inside[1:-1].tolist(), end])
 
 
@@ -106,10 +106,3 @@ def _position(times: Tensor, t: float) -> float:
         if t >= after:
             return (i + min(1.0, max(0.0, (before - t) / (before - after)))) / (len(values) - 1)
     return 1.0
-
-
-def _at(times: Tensor, positions: Tensor) -> Tensor:
-    """The times at positions from 0 to 1."""
-    place = positions * (len(times) - 1)
-    left = place.floor().long().clamp(max=len(times) - 2)
-    return torch.lerp(times[left], times[left + 1], place - left)

@@ -64,7 +64,7 @@ ORDERS = {
         ("sit", "sidenet"),
         ("prediction",),
         ("strength", "schedule"),
-        ("solver",),
+        ("solver", "selection"),
         ("checkpoint", "editing"),
     ),
     "training": (

@@ -187,18 +187,12 @@ def _row(job: Job, calls: int, prepared: Prepared, reference: Tensor, on_call: C
             end = job.sampler.sample(guider, sigmas, extra_args, None, noise, model.latent_image, None, True)
         stored = end.cpu()  # waits for the device
         seconds = (time.perf_counter() - began) / len(noise)
-    except comfy.model_management.InterruptProcessingException:
+    except (comfy.model_management.InterruptProcessingException, torch.cuda.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
-        if _out_of_memory(error):
-            raise
         warn(f"{job.name} is left out at {calls} calls. {error}")
         return None
     return Row(job.name, job.scheduler, calls, counter.nfe, _distance(end, reference), seconds, stored)
-
-
-def _out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.cuda.OutOfMemoryError | MemoryError)
 
 
 def _distance(x: Tensor, other: Tensor) -> float:

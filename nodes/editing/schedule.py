@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from ...bas_core.editing import T_MIN, editing_grid
 from ..models.attach import applied_sidenet
-from ..models.parameterization import SigmaSchedule, parameterization_of
+from ..models.parameterization import SigmaSchedule, flow_time, parameterization_of
 from ..sampling.schedule import sigmas_for
 
 
@@ -28,8 +26,7 @@ def editing_schedule(model: Any, steps: int, denoise: float) -> SigmaSchedule:
     sidenet = applied_sidenet(model)
     sigmas = sigmas_for(sampling, steps - 1, denoise, sidenet.card.own_schedules if sidenet else {})
     # Diffusion models have a smallest noise level.
-    smallest = float(parameterization.times(torch.as_tensor(float(sampling.sigma_min), dtype=torch.float64)))
-    start = max(T_MIN, smallest)
+    start = max(T_MIN, flow_time(sampling, sampling.sigma_min))
     times = parameterization.times(sigmas.double())
     if times[0] <= start:
         raise ValueError(f"A denoise of {denoise:g} leaves nothing to edit. Set it higher; 0.6 to 1 is usual.")

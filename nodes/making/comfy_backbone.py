@@ -15,7 +15,7 @@ from torch import Tensor
 from ...bas_core.guidance import CFGMode, Evaluate, Field, Guidance
 from ...training.backbones.base import Backbone, Within
 from ..models.identity import Identity, identity_of
-from ..models.parameterization import AnySigma, parameterization_of
+from ..models.parameterization import AnySigma, flow_time, parameterization_of
 from ..models.sit_model import find_sit_config
 from ..sampling.callback_sampler import CallbackSampler, Prepared
 from ..sampling.field import WHOLE_RANGE
@@ -131,7 +131,6 @@ def open_model(
     guider = PromptsGuider(model, alone, negative, cfg)
     model_sampling = model.get_model_object("model_sampling")
     parameterization = parameterization_of(model_sampling)
-    highest = torch.as_tensor(float(model_sampling.sigma_max), dtype=torch.float64)
     labels, sit = class_labels(alone), find_sit_config(model)
     classes = sit.num_classes if sit else 0
     every_class = labels is not None and labels == list(range(classes))
@@ -149,7 +148,7 @@ def open_model(
         embedded_guidance=True,
         patch_size=sit.patch_size if sit else Backbone.patch_size,
         shift=default_shift(model_sampling),
-        start=float(parameterization.times(highest)) if parameterization.exploding else 1.0,
+        start=flow_time(model_sampling, model_sampling.sigma_max) if parameterization.exploding else 1.0,
         device=comfy.model_management.get_torch_device(),
         conditions_digest=digest_of([*alone, *([negative] if "negative" in guider.original_conds else [])]),
         within=_within(guider, opened, (batch, *latent.shape[1:])),

@@ -76,6 +76,12 @@ def parameterization_of(model_sampling: Any) -> Parameterization:
     )
 
 
+def flow_time(model_sampling: Any, sigma: Any) -> float:
+    """The flow time of one of a MODEL's sigmas, such as its largest, where sampling starts; at most 1."""
+    times = parameterization_of(model_sampling).times(torch.as_tensor(float(sigma), dtype=torch.float64))
+    return min(1.0, float(times))
+
+
 def flow_interval(model_sampling: Any, start_percent: float, end_percent: float) -> tuple[float, float]:
     """The flow times (lo, hi) between two shares of a sampling, as ComfyUI's `percent_to_sigma` means them.
 
@@ -83,13 +89,11 @@ def flow_interval(model_sampling: Any, start_percent: float, end_percent: float)
         model_sampling: of a MODEL.
         start_percent, end_percent: in [0, 1], in order; 0 gives hi = 1 and 1 gives lo = 0 exactly.
     """
-    parameterization = parameterization_of(model_sampling)
 
     def time(percent: float) -> float:
         if percent in (0, 1):
             return 1.0 - percent
-        sigma = torch.tensor(float(model_sampling.percent_to_sigma(percent)), dtype=torch.float64)
-        return min(1.0, float(parameterization.times(sigma)))
+        return flow_time(model_sampling, model_sampling.percent_to_sigma(percent))
 
     return time(end_percent), time(start_percent)
 

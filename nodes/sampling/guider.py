@@ -106,12 +106,7 @@ def is_comfyui_sampling() -> bool:
     """Whether CFG is computed by ComfyUI's own function, and not by one that a pack put in its place, as AnimateDiff
     does: such functions may never call the hooks."""
     code = getattr(comfy.samplers.sampling_function, "__code__", None)
-    return code is not None and code.co_filename == comfyui_samplers_file()
-
-
-def comfyui_samplers_file() -> str:
-    """The file of ComfyUI's samplers, as its functions name it."""
-    return str(comfy.samplers.CFGGuider.predict_noise.__code__.co_filename)
+    return code is not None and code.co_filename == comfy.samplers.CFGGuider.predict_noise.__code__.co_filename
 
 
 def may_split(model: Any, extra_args: Mapping[str, Any]) -> bool:

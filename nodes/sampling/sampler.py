@@ -16,7 +16,7 @@ from ...bas_core.prediction import SideNetProtocol
 from ...bas_core.schedule import Schedule
 from ...bas_core.solver import Step, solve
 from ..models.attach import LoadedSideNet, applied_sidenet
-from ..models.parameterization import SigmaSchedule, flow_interval, parameterization_of
+from ..models.parameterization import SigmaSchedule, flow_interval, flow_time, parameterization_of
 from ..notify import log, warn
 from .field import field_of
 from .guider import cfg_of, is_comfyui_cfg, known_guidance, may_split
@@ -131,14 +131,13 @@ def choose_schedule(
     if options.follow_sigmas or not options.default_solver:
         return Schedule(given.times.tolist()), "the scheduler's times"
     model_sampling = guider.inner_model.model_sampling
-    highest = torch.as_tensor(float(model_sampling.sigma_max), dtype=torch.float64)
     circumstances = Circumstances(
         not_random_noise(model, extra_args, x) if sidenet is not None and sidenet.has_data_mean else "",
         cfg_of(guider) != 1 and may_split(model, extra_args),
         (options.start_percent, options.end_percent) == (0.0, 1.0),
     )
-    start = min(1.0, float(given.parameterization.times(highest)))
-    return schedule_for(sidenet, given, start, known_guidance(guider), circumstances)
+    highest = flow_time(model_sampling, model_sampling.sigma_max)
+    return schedule_for(sidenet, given, highest, known_guidance(guider), circumstances)
 
 
 def with_sample_sigmas(extra_args: dict[str, Any], sigmas: Tensor) -> dict[str, Any]:
@@ -174,9 +173,9 @@ class SolverInputs(NamedTuple):
         else:
             solver = f"the SideNet {self.sidenet.name!r} at strength {self.sidenet.strength:g}"
         log(f"{schedule.nfe:g} model calls, CFG {self.caller.cfg:g}, {solver}, {text}.")
-        self.warn(schedule)
+        self.warn()
 
-    def warn(self, schedule: Schedule | None = None) -> None:
+    def warn(self) -> None:
         """Tell the user where the SideNet and its schedule are less good than they could be."""
         if self.sidenet is None:
             return

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import comfy.samplers
-import torch
 from torch import Tensor
 
 from ...bas_core.schedule import Schedule, describe_schedule
 from ...bas_core.selection import select_part, select_schedule, spread
 from ..models.attach import LoadedSideNet
-from ..models.parameterization import SigmaSchedule, parameterization_of
+from ..models.parameterization import SigmaSchedule, flow_time, parameterization_of
 
 # Schedulers start a little below the model's largest sigma, and end a little above 0, by rounding or by design.
 WHOLE_FROM, WHOLE_UNTIL = 0.98, 1e-4
@@ -91,6 +90,5 @@ def sigmas_for(model_sampling: Any, steps: int, denoise: float, schedules: Mappi
 def _sigmas_of(model_sampling: Any, times: Tensor) -> Tensor:
     """Sigmas of flow times, shrunk for diffusion models, which start below t = 1, at their largest sigma."""
     parameterization = parameterization_of(model_sampling)
-    highest = torch.as_tensor(float(model_sampling.sigma_max), dtype=torch.float64)
-    shrink = torch.clamp(parameterization.times(highest) / times[0], max=1.0)
-    return parameterization.sigmas(times.double() * shrink).clamp(max=highest).float()
+    shrink = min(1.0, flow_time(model_sampling, model_sampling.sigma_max) / float(times[0]))
+    return parameterization.sigmas(times.double() * shrink).clamp(max=float(model_sampling.sigma_max)).float()
