@@ -33,7 +33,6 @@ from ..bas_core.solver import solve
 from ..bas_core.strength import WeightedSideNet
 from ..training.backbones import Backbone, BackboneChoice, open_backbone
 from ..training.demo.assets import Grids, load_grids
-from ..training.measuring.rivals import unipc
 from ..training.progress import progress, say
 from ..training.schedules.solvers import GridShape, Solver, baseline_solver, endpoint_errors
 from ..training.settings import UsageError, parse_nfe, prepare_folder
@@ -178,7 +177,7 @@ def converged_ends(field: Field, noise: Tensor, start: float, tolerance: float) 
 
 def rival(name: str, start: float) -> Solver:
     """A solver without a SideNet."""
-    return Solver(name, "UniPC", unipc, start=start) if name == "unipc" else baseline_solver(name, start)
+    return baseline_solver(name, start)
 
 
 def best_grids(settings: BenchmarkSettings, backbone: Backbone, rivals: Sequence[Solver]) -> Grids:

@@ -17,7 +17,6 @@ from ..bas_core.schedule import Schedule
 from ..bas_core.sidenet import SideNet
 from ..bas_core.solver import solve
 from ..training.baselines import run_baseline
-from ..training.measuring.rivals import unipc
 
 STEPS = 7
 
@@ -58,7 +57,7 @@ def cost(field: Field, sidenet: SideNet, noise: Tensor, schedule: Schedule) -> d
     times, device = time_grid(round(schedule.nfe)) * schedule.grid[0], noise.device
     samplings: dict[str, Callable[[], Tensor]] = {
         "euler": lambda: run_baseline("euler", field, noise, times),
-        "unipc": lambda: unipc(field, noise, times),
+        "unipc": lambda: run_baseline("unipc", field, noise, times),
         "ba_solver": lambda: solve(field, sidenet, noise, schedule),
     }
     with torch.inference_mode():

@@ -221,7 +221,7 @@ def test_from_a_folder_to_a_report(name, saved, tmp_path):
     command += "--prefixes 6 --points 16 --record-batch 6 --steps 120 --batch 32 --warmup 5 "
     command += "--base-channels 16 --embedding-dim 16 --architecture conv --kernel-size 3 --no-muon "
     command += "--num-layers 2 --patch-size 1 --learning-rate 5e-3 "
-    command += "--ema 0.9 --nfe 4 --noises 1 --search-noises 0 --reference 24 --validation 2 --tune 0"
+    command += "--ema 0.9 --nfe 4 --noises 1 --search-noises 0 --reference 24 --validation 2"
     command += LEARNS_LITTLE.get(name, "")
     assert main([*command.split(), *sizes]) == 0
     sidenet, card = load_sidenet(out)

@@ -14,11 +14,11 @@ from ba_solver.bas_core import (
     model_field,
     save_sidenet,
     solve,
+    time_grid,
 )
 from ba_solver.bas_core.guidance import NO_GUIDANCE
 from ba_solver.bas_core.schedule import ScheduleHook, StepHook
-from ba_solver.training.schedules.fitting import Fitting, fit_schedule, fit_schedules, takes_conditional_only
-from ba_solver.training.schedules.time_search import search_times
+from ba_solver.training.schedules.fitting import Fitting, fit_schedule, takes_conditional_only
 from checks import check_refused_in_a_file, guided_field
 from problems import class_velocity, labels, noise, small_sidenet
 
@@ -95,7 +95,7 @@ def check_fit_finds_the_weights():
     whole = solve(field, None, start(), times)
     fitting = Fitting(None, field, start(), lambda t: whole)
     field.calls = 0
-    run = fit_schedules({5: Schedule(times)}, fitting)[5]
+    run = fit_schedule(fitting, Schedule(times), True)[1]
     assert field.calls == 6 and [bool(row) for row in run.cfg_coefficients] == [False, False, False, True, False, True]
     field = model_field(alike, *labels(2), Guidance(SCALE), "combined")
     thrifty = solve(field, None, start(), replace(run, coefficients=()))
@@ -193,8 +193,8 @@ def test_what_a_budget_is_spent_on():
     assert [bool(row) for row in run.cfg_coefficients] == [False, False, True, False, True]
 
 
-def test_searched_grids_spend_the_budget_and_are_worth_it():
-    """On a guided nonlinear flow, 5 calls of which some are half ones come nearer than 5 whole ones."""
+def test_conditional_only_calls_are_worth_it():
+    """On a guided nonlinear flow, 6 calls of which two are conditional-only come nearer than 5 whole ones."""
     x = start()
     fine = torch.linspace(1, 0, 401, dtype=torch.float64)
     field = guided_field(2, Guidance(SCALE), "combined")
@@ -208,7 +208,9 @@ def test_searched_grids_spend_the_budget_and_are_worth_it():
     whole = Field(lambda x, t, count: field.cfg.combine(field.evaluate(x, t, 2), t[0])[None])
     for kind, tried in {"half": field, "whole": whole}.items():
         fitting = Fitting(None, tried, x, truth)
-        run = fit_schedules(search_times(fitting, [5], 2), fitting)[5]
+        grids = [time_grid(5 + (kind == "half"), shift) for shift in (0.7, 1.0, 1.4, 2.0)]
+        runs = [fit_schedule(fitting, Schedule(grid.tolist()), kind == "half") for grid in grids]
+        run = min(runs, key=lambda pair: (pair[0] - states[-1]).norm())[1]
         before = tried.nfe
         end = solve(tried, None, x, run.with_times(torch.tensor(run.times, dtype=torch.float64)))
         assert tried.nfe - before == 5

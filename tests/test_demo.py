@@ -13,7 +13,7 @@ from ba_solver.training.baselines import run_baseline
 from ba_solver.training.cli import main
 from ba_solver.training.demo import show
 from ba_solver.training.demo.assets import CLASSIFIER_FILE, demo_noise, load_demo
-from ba_solver.training.measuring.rivals import converged_reference, unipc
+from ba_solver.training.measuring.rivals import converged_reference
 from ba_solver.training.schedules.solvers import baseline_solver, endpoint_errors, search_grid, sidenet_solver
 from matplotlib.image import imread
 
@@ -98,7 +98,7 @@ def test_learned_grids_spend_what_they_say_and_beat_the_best_rival(demo, run, ca
     assert sum(evaluated) == 2 * 16 * calls and field.nfe == calls
     with torch.inference_mode():
         times = time_grid(calls, *demo.grids["unipc"][calls])
-        assert ours < 0.8 * endpoint_errors(unipc(field, noise, times), reference).mean()
+        assert ours < 0.8 * endpoint_errors(run_baseline("unipc", field, noise, times), reference).mean()
 
 
 def test_odd_budgets_are_spent_exactly(demo):
@@ -109,14 +109,22 @@ def test_odd_budgets_are_spent_exactly(demo):
         assert field.calls == calls
 
 
-def test_unipc_of_diffusers_runs_on_our_field_and_converges(demo, run):
-    noise, labels, reference = run
+@pytest.mark.parametrize("steps", [1, 2, 3, 6])
+@pytest.mark.parametrize("start", [1.0, 0.97])
+def test_unipc_is_that_of_diffusers(demo, run, steps, start):
+    diffusers = pytest.importorskip("diffusers")
+    noise, labels = (part[:2] for part in run[:2])
+    times, field = start * time_grid(steps, 1.5), demo.field(labels)
+    scheduler = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0
+    )
+    scheduler.set_timesteps(sigmas=times[:-1].double().numpy())
+    theirs = noise
     with torch.inference_mode():
-        errors = [
-            endpoint_errors(unipc(demo.field(labels[:4]), noise[:4], time_grid(n)), reference[:4]).mean()
-            for n in (8, 32)
-        ]
-    assert errors[1] < errors[0] / 3
+        for sigma, step in zip(times[:-1], scheduler.timesteps, strict=True):
+            theirs = scheduler.step(field.velocity(theirs, sigma), step, theirs, return_dict=False)[0]
+        ours = run_baseline("unipc", field, noise, times)
+    torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=0)
 
 
 def test_grid_search_finds_a_better_grid(demo, run):

@@ -9,6 +9,7 @@ from ba_solver.training.backbones import BackboneChoice, open_backbone
 from ba_solver.training.cli import main
 from ba_solver.training.make import MakeSettings, planned_nfe
 from ba_solver.training.measuring.rivals import converged_reference
+from ba_solver.training.presets import PRESETS
 from ba_solver.training.schedules.solvers import endpoint_errors
 from training_problems import BACKBONE
 
@@ -19,7 +20,7 @@ MORE = 6.0
 def made(tmp_path_factory):
     """A quick SideNet for CFG 2, with runs for another scale."""
     out = tmp_path_factory.mktemp("scales") / "mine.safetensors"
-    command = ["make", "--backbone", BACKBONE, "--out", str(out), "--preset", "quick", "--nfe", "6"]
+    command = ["make", "--backbone", BACKBONE, "--out", str(out), "--preset", "quick", "--nfe", "8", "--points", "36"]
     command += ["--guidance", "2", "--extra-guidance", f"{MORE:g}"]
     main(command)
     return out, command
@@ -51,7 +52,7 @@ def test_they_are_in_the_file(made, tmp_path):
     out, _ = made
     sidenet, card = load_sidenet(out)
     assert set(card.schedules) == {2.0, MORE} and card.describe_cfg() == "2 and 6"
-    assert card.schedules[MORE][6].times != card.own_schedules[6].times
+    assert card.schedules[MORE][8].times != card.own_schedules[8].times
     copied = tmp_path / "copy.safetensors"
     save_sidenet(copied, sidenet, card)
     assert load_sidenet(copied)[1] == card
@@ -68,7 +69,7 @@ def test_each_scale_is_sampled_best_by_its_own_runs(made):
         with torch.inference_mode():
             exact = converged_reference(field, noise)
             own, others = (
-                endpoint_errors(solve(field, sidenet, noise, card.schedules_for(at)[6]), exact).mean()
+                endpoint_errors(solve(field, sidenet, noise, card.schedules_for(at)[8]), exact).mean()
                 for at in (scale, other)
             )
         assert own < 0.7 * others
@@ -76,12 +77,10 @@ def test_each_scale_is_sampled_best_by_its_own_runs(made):
 
 def test_the_cost_is_what_was_planned(made):
     card = load_sidenet(made[0])[1]
-    settings = MakeSettings(
-        backbone=BACKBONE, out=made[0], preset="quick", nfe="6", guidance=(2.0,), trajectories=19, points=22, prefixes=0
-    )
+    settings = MakeSettings(**PRESETS["quick"], backbone=BACKBONE, out=made[0], nfe="8", guidance=(2.0,), points=36)
     more = dataclasses.replace(settings, extra_guidance=(MORE,))
     planned = planned_nfe(more) - planned_nfe(settings)
-    assert 0.8 * planned < card.training["backbone_calls"]["CFG 6"] <= planned
+    assert card.training["backbone_calls"]["CFG 6"] == pytest.approx(planned, rel=0.05)
 
 
 def test_the_same_command_again_adds_nothing(made, capsys):

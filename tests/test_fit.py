@@ -8,9 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ba_solver.bas_core import load_sidenet, model_field, save_sidenet, solve
+from ba_solver.bas_core import load_sidenet, save_sidenet
 from ba_solver.bas_core.files import read_pickled_tensors, read_safetensors, write_safetensors
-from ba_solver.training import train as training
 from ba_solver.training.cli import main
 from ba_solver.training.network import published, stages
 from ba_solver.training.network.loop import LoopSettings, Microbatch, train
@@ -18,9 +17,8 @@ from ba_solver.training.network.new_sidenet import new_sidenet
 from ba_solver.training.network.options import Training
 from ba_solver.training.network.published import load_latents, published_loss, signed_steps
 from ba_solver.training.recording.record import PREFIXES
-from ba_solver.training.schedules import surrogate_search, tuning
+from ba_solver.training.schedules import search
 from ba_solver.training.schedules.fitting import FIT_TRAJECTORIES
-from ba_solver.training.schedules.time_search import coordinate_search
 from ba_solver.training.sidenet_files import describe_sidenet
 from training_checks import (
     QUICK,
@@ -28,15 +26,17 @@ from training_checks import (
     TRANSFORMER,
     check_fitted_coefficients,
     check_pairs,
-    check_tuning,
     record,
     rollout_error,
     run,
     train_on_pairs,
 )
-from training_problems import BACKBONE, GAUSSIAN_MEAN, SHAPE, environment, in_two_processes, swirl
+from training_problems import BACKBONE, GAUSSIAN_MEAN, SHAPE, environment, in_two_processes
 
 torch.set_num_threads(1)
+
+# Two trajectories of 40 points; and on two noises 40 points, every second of them and ten calls of a multistep method.
+PILOT_CALLS = 2 * 40 + 2 * (40 + 21 + 10)
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +51,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def quick_search(monkeypatch):
-    """One search for times that moves none: what the search finds is for `test_surrogate.py`."""
-    monkeypatch.setattr(surrogate_search, "SEARCHES", 1)
-    monkeypatch.setattr(surrogate_search, "SURROGATE_ROUNDS", 0)
+    """One round: what the search finds is for `test_surrogate.py`."""
+    monkeypatch.setattr(search, "ROUNDS", (1,))
 
 
 def tensors(path):
@@ -122,11 +121,11 @@ def test_a_killed_training_goes_on_from_its_last_save(folder, tmp_path):
 def test_two_processes_equal_one(folder, tmp_path, monkeypatch):
     """Two CPU processes of accelerate share each batch and come to the one-process weights, to rounding.
 
-    So do they where they tune.
+    One of them fits the schedules.
     """
     monkeypatch.undo()  # the processes search as usual
     options = [*QUICK, "--steps", "12", "--save-every", "6", "--warmup", "2"]
-    options += ["--backbone", BACKBONE, "--nfe", "4", "--tune", "40"]
+    options += ["--backbone", BACKBONE, "--nfe", "4"]
     card = run(folder / "combined", tmp_path / "one.safetensors", *options)[1]
     command = ["train", "--recordings", str(folder / "combined"), "--out", str(tmp_path / "two.safetensors"), *options]
     said = in_two_processes(command, tmp_path)
@@ -135,10 +134,10 @@ def test_two_processes_equal_one(folder, tmp_path, monkeypatch):
     assert_same_weights(one, two)
     assert max((one[name] - start[name]).abs().max() for name in one) > 0.02
     assert "Written:" in said[0] and not said[1]
-    assert "did not help" not in said[0]
-    sidenet, again = load_sidenet(tmp_path / "two.safetensors")
+    again = load_sidenet(tmp_path / "two.safetensors")[1]
     assert again.training["backbone_calls"] == card.training["backbone_calls"]
-    assert_same_schedule(again.own_schedules[4], card.own_schedules[4], sidenet)
+    one, two = (torch.tensor(each.own_schedules[4].times) for each in (card, again))
+    torch.testing.assert_close(one, two, atol=1e-3, rtol=0)
 
 
 def tensors_of_untrained(folder, tmp_path):
@@ -181,9 +180,8 @@ def test_training_from_chains_beats_the_solver_without_a_sidenet(folder, trained
     check_pairs(folder / "combined", trained[0], tmp_path)
 
 
-@pytest.mark.parametrize("check", [check_fitted_coefficients, check_tuning])
-def test_each_later_stage_lowers_the_error_of_the_real_sampler(check, folder, trained, tmp_path):
-    check(folder / "combined", trained[0], tmp_path)
+def test_coefficients_lower_the_error_of_the_real_sampler(folder, trained, tmp_path):
+    check_fitted_coefficients(folder / "combined", trained[0], tmp_path)
 
 
 def test_the_default_body_and_optimizer_learn_with_starts_at_hand(tmp_path):
@@ -193,10 +191,9 @@ def test_the_default_body_and_optimizer_learn_with_starts_at_hand(tmp_path):
     assert len(list((folder / PREFIXES).glob("*.safetensors"))) == 6
     quick = ("--warmup", "10", "--learning-rate", "2e-2", "--ema", "0.9", "--batch", "64", "--steps", "150")
     sidenet, card = run(folder, tmp_path / "a.safetensors", *TRANSFORMER, *quick)
-    assert sidenet.config.architecture == "transformer" and card.training["backbone_calls"] == {
-        "trajectories": 64 * 40,
-        "prefixes": 96 * 10,
-    }
+    assert sidenet.config.architecture == "transformer"
+    spent = card.training["backbone_calls"]
+    assert spent == {"pilot": PILOT_CALLS, "trajectories": 64 * 40, "prefixes": 96 * 10}
     assert card.evaluation["variance_unexplained"]["kind"]["beyond"] < 0.9
     (folder / PREFIXES / "trajectories-0001-00003.safetensors").write_bytes(b"damaged")
     assert main(["train", "--recordings", str(folder), "--out", str(tmp_path / "b.safetensors")]) == 1
@@ -227,7 +224,8 @@ def test_the_card_says_how_it_was_made(folder, trained):
     assert card.cfg_mode == "combined" and card.cfg_range == (2.0, 2.0)
     assert card.backbone == {"name": "swirl", "kind": "python", "fingerprint": "swirl-1"}
     training = card.training
-    assert training["backbone_calls"] == {"trajectories": 96 * 40} and training["trajectories"] == 96
+    assert training["backbone_calls"] == {"pilot": PILOT_CALLS, "trajectories": 96 * 40}
+    assert training["trajectories"] == 96
     assert training["validation_trajectories"] == 12 and training["settings"]["learning_rate"] == 0.01
     assert training["settings"]["recordings"] == ["combined"] and "/" not in json.dumps(training["settings"])
     assert training["recorded"]["reference_error"] > 0
@@ -235,109 +233,26 @@ def test_the_card_says_how_it_was_made(folder, trained):
     assert list((journal / "tensorboard").iterdir()) and (journal / "all_pairs_loss.png").stat().st_size > 5000
 
 
-def test_learned_runs_spend_what_they_say_and_lower_the_error(folder, trained, tmp_path):
-    """Learned times with weights and half calls end nearer than the uniform grid, and are counted."""
+def test_schedules_with_a_network_spend_what_they_say_and_lower_the_error(folder, trained, tmp_path):
+    """They end nearer than the uniform grid; coefficients for the network are tried, and all is counted."""
     out, sidenet, _ = trained
     options = ("--steps", "0", "--start-from", out, "--backbone", BACKBONE, *QUICK)
     learned, card = run(folder / "combined", tmp_path / "g.safetensors", *options, "--nfe", "5")
-    grid = torch.tensor(card.own_schedules[5].times)
-    assert grid[0] == 1 and grid[-1] == 0 and (grid.diff() < 0).all() and len(grid) == 7
-    assert card.own_schedules[5].conditional_only == 2
-    weighted = rollout_error(learned, folder / "combined", card.own_schedules[5])
-    assert weighted < 0.4 * rollout_error(sidenet, folder / "combined")
-    assert card.training["backbone_calls"]["coefficients"] == 6 * FIT_TRAJECTORIES
-
-
-def test_tuning_is_counted_and_the_past_is_kept(folder, trained, tmp_path):
-    out, sidenet, _ = trained
-    options = ("--steps", "0", "--start-from", out, "--backbone", BACKBONE, "--nfe", "4")
-    card = run(folder / "combined", tmp_path / "t.safetensors", *options, *QUICK, "--tune", "2")[1]
-    # Two steps on two runs, two reports and two scores at the end on the twelve that were held out.
-    assert card.training["backbone_calls"]["tuning"] == 4 * (2 * 2 + 4 * 12)
-    assert card.own_schedules[4].conditional_only == 2
+    schedule = card.own_schedules[5]
+    grid = torch.tensor(schedule.times)
+    assert grid[0] == 1 and grid[-1] == 0 and (grid.diff() < 0).all() and schedule.nfe == 5
+    fitted = rollout_error(learned, folder / "combined", schedule)
+    assert fitted < 0.4 * rollout_error(sidenet, folder / "combined")
+    assert card.training["backbone_calls"]["coefficients"] == schedule.calls * FIT_TRAJECTORIES
     # What it began as is not forgotten.
     assert card.training["started_from"] == trained[2].training
     assert f"began as:   one trained: {trained[2].training['objective']}" in describe_sidenet(sidenet, card)
-
-
-def test_tuning_that_does_not_help_is_undone(folder, trained, tmp_path, monkeypatch, capsys):
-    """With too high a learning rate the run gets worse; what is written is what least squares found."""
-    options = ("--steps", "0", "--start-from", trained[0], "--backbone", BACKBONE, "--nfe", "5", *QUICK)
-    fitted = run(folder / "combined", tmp_path / "fitted.safetensors", *options)[1]
-    monkeypatch.setattr(tuning, "LEARNING_RATE", 3.0)
-    tuned = run(folder / "combined", tmp_path / "tuned.safetensors", *options, "--tune", "4")[1]
-    assert "did not help" in capsys.readouterr().out
-    assert tuned.own_schedules == fitted.own_schedules
-
-
-def test_without_the_memory_for_gradients_a_schedule_stays_as_it_was(folder, trained, tmp_path, monkeypatch, capsys):
-    """That of one number of calls; the other is tuned."""
-    options = ("--steps", "0", "--start-from", trained[0], "--backbone", BACKBONE, "--nfe", "4,5", *QUICK)
-    fitted = run(folder / "combined", tmp_path / "fitted.safetensors", *options)[1]
-    real = tuning.train
-
-    def too_large(parameters, loss_at, loop, name, *rest):
-        if name == "tune_5":
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return real(parameters, loss_at, loop, name, *rest)
-
-    monkeypatch.setattr(tuning, "train", too_large)
-    tuned = run(folder / "combined", tmp_path / "tuned.safetensors", *options, "--tune", "40")[1]
-    assert "not enough memory for a call with gradients" in capsys.readouterr().out
-    assert tuned.own_schedules[5] == fitted.own_schedules[5] and tuned.own_schedules[4] != fitted.own_schedules[4]
 
 
 def test_the_network_has_its_models_patches():
     metadata = {"shape": [4, 8, 8], "guidance": [1.0, 1.0], "num_classes": 0, "patch_size": 4}
     assert new_sidenet(Training(), metadata).config.patch_size == 4
     assert new_sidenet(Training(patch_size=1), metadata).config.patch_size == 1
-
-
-def ends_of(schedule, sidenet):
-    labels, noise = torch.arange(8) % 2, torch.randn(8, *SHAPE, generator=torch.Generator().manual_seed(5))
-    with torch.inference_mode():
-        return solve(model_field(swirl, labels), sidenet, noise, schedule)
-
-
-def assert_same_schedule(one, other, sidenet):
-    """By its ends, for coefficients of terms that are nearly alike may differ and mean the same."""
-    assert (one.conditional_only, one.calls, one.analytic_first_step) == (
-        other.conditional_only,
-        other.calls,
-        other.analytic_first_step,
-    )
-    torch.testing.assert_close(ends_of(one, sidenet), ends_of(other, sidenet), rtol=0, atol=0.02)
-
-
-def test_an_interrupted_tuning_goes_on_to_the_same_numbers(folder, trained, tmp_path, monkeypatch, capsys):
-    """Neither the search for times nor a schedule that is tuned is done again."""
-    options = ("--steps", "0", "--start-from", trained[0], "--backbone", BACKBONE, "--nfe", "4,5", *QUICK)
-    options += ("--tune", "40", "--resume")
-    monkeypatch.setattr(tuning, "LEARNING_RATE", 3e-3)
-    whole = run(folder / "combined", tmp_path / "whole.safetensors", *options)[1]
-    assert "did not help" not in capsys.readouterr().out
-    real, seen = tuning.TunedSchedule.forward, []
-
-    def interrupted(*args):
-        seen.append(None)
-        if len(seen) == 60:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(tuning.TunedSchedule, "forward", interrupted)
-    out = tmp_path / "resumed.safetensors"
-    command = ["train", "--recordings", str(folder / "combined"), "--out", str(out), *map(str, options)]
-    assert main(command) == 130 and not out.exists()
-    assert {path.name for path in out.with_suffix(".run").glob("*.pt")} == {"schedules.pt", "tune_4.pt", "tune_5.pt"}
-    monkeypatch.setattr(tuning.TunedSchedule, "forward", real)
-    monkeypatch.setattr(training, "search_on_surrogate", None)
-    resumed = run(folder / "combined", out, *options)[1]
-    for n in (4, 5):
-        assert_same_schedule(resumed.own_schedules[n], whole.own_schedules[n], trained[1])
-    # What was spent before the interruption counts, finished steps' results or not.
-    once, twice = (card.training["backbone_calls"] for card in (whole, resumed))
-    assert twice["rollouts"] == once["rollouts"] and once["tuning"] < twice["tuning"] < 1.5 * once["tuning"]
-    assert not list(out.with_suffix(".run").glob("*.pt"))
 
 
 def test_branches_and_guidance_ranges_train(folder, tmp_path):
@@ -424,12 +339,6 @@ def test_latents_come_from_folders_of_images(tmp_path):
         load_latents(tmp_path / "none", backbone)
 
 
-def test_coordinate_search_finds_the_minimum():
-    target = torch.tensor([1.0, 0.9, 0.45, 0.05, 0.0])
-    found = coordinate_search(lambda grid: (grid - target).square().sum().item(), torch.linspace(1, 0, 5), rounds=30)
-    torch.testing.assert_close(found, target, atol=0.01, rtol=0)
-
-
 def test_bfloat16_trains(folder, tmp_path):
     _, card = run(
         folder / "combined",
@@ -452,7 +361,6 @@ def test_bfloat16_trains(folder, tmp_path):
         (("--objective", "magic"), "--objective must be one of all_pairs, published"),
         (("--objective", "published"), "--latents and --objective published go together"),
         (("--nfe", "5"), "need --backbone"),
-        (("--tune", "5"), "give --nfe too"),
         (("--architecture", "mlp"), "--architecture must be one of conv, transformer"),
         (("--objective", "published", "--latents", "x", "--nfe", "5"), "fits no schedules"),
         (

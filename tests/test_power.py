@@ -7,7 +7,7 @@ import torch
 from ba_solver.bas_core import Guidance, editing, prediction, solver, time_grid
 from ba_solver.training.baselines import BASELINES
 from ba_solver.training.network import loop, stages
-from ba_solver.training.schedules import fitting, tuning
+from ba_solver.training.schedules import end_fit, fitting, linear_form, surrogate
 from checks import (
     check_baseline_order,
     check_calls,
@@ -24,9 +24,9 @@ from checks import (
 )
 from problems import FunctionSideNet, Oracle, small_sidenet
 from training_checks import (
+    check_end_fit,
     check_fitted_coefficients,
     check_pairs,
-    check_tuning,
     record,
     train_on_pairs,
 )
@@ -419,19 +419,42 @@ def elsewhere(truth):
 
 def shuffle_the_targets(patch):
     """Everything that is trained or fitted is compared with the truth of something else."""
-    pairs, tuned, fitted = stages.relative_loss, tuning.endpoint_errors, fitting.least_squares
+    pairs, fitted = stages.relative_loss, fitting.least_squares
     patch.setattr(
         stages, "relative_loss", lambda net, e, n: pairs(net, dataclasses.replace(e, target=elsewhere(e.target)), n)
     )
-    patch.setattr(tuning, "endpoint_errors", lambda x, truth: tuned(x, elsewhere(truth)))
     patch.setattr(fitting, "least_squares", lambda columns, target: fitted(columns, elsewhere(target)))
 
 
-TRAINED_CHECKS = [check_pairs, check_tuning]
+def forget_the_rollouts(patch):
+    """The surrogate stays as it was before any."""
+    patch.setattr(surrogate.Surrogate, "learn", lambda self: None)
+
+
+def another_unit(patch):
+    """Derivatives are taken for other numbers than those that are moved."""
+    patch.setattr(end_fit, "from_numbers", lambda numbers, *rest: linear_form.from_numbers(numbers.flip(-1), *rest))
+
+
+def forget_a_row(patch):
+    """One step's weights are lost where a method becomes a schedule's numbers."""
+    real = linear_form.from_numbers
+
+    def damaged(numbers, steps, start):
+        times, weights = real(numbers, steps, start)
+        weights[:, -1] = weights[:, -2] * times[:, -1:].sub(times[:, :1]) / times[:, -2:-1].sub(times[:, :1])
+        return times, weights
+
+    patch.setattr(linear_form, "from_numbers", damaged)
+
+
 TRAINER_DAMAGES = [
-    (forget_the_gradients, TRAINED_CHECKS),
-    (climb, TRAINED_CHECKS),
-    (shuffle_the_targets, [check_pairs, check_tuning, check_fitted_coefficients]),
+    (forget_the_gradients, [check_pairs]),
+    (climb, [check_pairs]),
+    (shuffle_the_targets, [check_pairs, check_fitted_coefficients]),
+    (forget_the_rollouts, [check_end_fit]),
+    (another_unit, [check_end_fit]),
+    (forget_a_row, [check_end_fit]),
 ]
 
 

@@ -10,7 +10,7 @@ from ba_solver.training.backbones.base import BackboneChoice
 from ba_solver.training.baselines import run_baseline
 from ba_solver.training.cli import main
 from ba_solver.training.recording import record as recording
-from ba_solver.training.recording.reference_solver import record_trajectory
+from ba_solver.training.recording.reference_solver import LAST_TIME, default_times, record_trajectory
 from ba_solver.training.recording.shards import open_shard, save_shard
 from ba_solver.training.recording.trajectories import Trajectories, open_trajectories
 from training_problems import BACKBONE, in_two_processes, swirl
@@ -136,45 +136,71 @@ def test_guidance_range_is_recorded_with_its_scales(tmp_path):
 def test_an_interrupted_recording_goes_on_to_the_same_chains(tmp_path, monkeypatch, capsys):
     whole, _ = record(tmp_path / "whole")
     out, count = tmp_path / "parts", []
-    real = recording.record_shard
+    real = recording.recorded
 
     def interrupted(*rest):
-        if len(count) == 1:
+        if len(count) == 2:  # the pilot, and a shard
             raise KeyboardInterrupt
         count.append(rest)
         return real(*rest)
 
-    monkeypatch.setattr(recording, "record_shard", interrupted)
+    monkeypatch.setattr(recording, "recorded", interrupted)
     assert main(["record", *arguments(out)]) == 130
     assert len(list(out.glob("*.safetensors"))) == 1
-    monkeypatch.setattr(recording, "record_shard", real)
+    monkeypatch.setattr(recording, "recorded", real)
     resumed, _ = record(out)
     assert "1 of 3 shards are already recorded" in capsys.readouterr().out
     assert_same_trajectories(resumed, whole)
 
 
 def test_a_coarse_reference_solver_is_measured_and_warned_about(tmp_path, capsys):
-    """The measured error is the distance from the converged end, and few points are called coarse."""
+    """The measured error is about the distance from the converged end, and few points are called coarse."""
     choice = BackboneChoice(backbone=BACKBONE, guidance=(2.0,))
     backbone = open_backbone(choice)
-    errors = {}
-    for points in (10, 96):
-        settings = recording.Recording(trajectories=8, points=points, record_batch=8)
-        whole = recording.stretches(settings, Path(), backbone)[0]
-        errors[points] = recording.reference_error(settings, whole, choice, backbone)["reference_error"]
-        drawn = recording.draw_batch(settings, whole, choice, backbone, 0)
-        field = backbone.field(drawn["labels"], 2.0)
-        times = drawn["times"]
-        converged = run_baseline("rk4", field, drawn["noise"], torch.linspace(1, 0.01, 400))
-        ends = record_trajectory(field, drawn["noise"], times)[0][:, -1]
-        truth = (ends - converged).square().mean().sqrt()
-        assert errors[points] == pytest.approx(truth.item(), rel=0.35)
-    assert errors[96] < errors[10] / 50
+    for points in (24, 48, 96):
+        settings = recording.Recording(checked=8)
+        times = default_times(points)
+        found = recording.reference_error(settings, times, choice, backbone)
+        assert found["reference_calls"] == 8 * (points + points // 2 + 1 + 10)
+        field = backbone.field(torch.arange(16) % 2, 2.0)
+        noise = torch.randn(16, *backbone.shape, generator=torch.Generator().manual_seed(3))
+        converged = run_baseline("rk4", field, noise, torch.linspace(1, LAST_TIME, 400))
+        ends = record_trajectory(field, noise, times)[0][:, -1]
+        truth = (ends - converged).square().mean().sqrt().item()
+        assert 0.4 * truth < found["reference_error"] < 8 * truth, (points, truth, found)
     capsys.readouterr()
     record(tmp_path / "fine", points=96)
     assert "coarse" not in capsys.readouterr().out
     record(tmp_path / "coarse", points=10)
     assert "Warning: that is coarse" in capsys.readouterr().out
+
+
+def test_open_points_are_as_many_as_it_takes(tmp_path, monkeypatch):
+    """The pilot's file says how many, and is not made twice."""
+    monkeypatch.setattr(recording, "COARSE", 1e-3)
+    _, metadata = record(tmp_path / "open", points=0)
+    assert metadata["points"] in recording.POINTS[1:] and metadata["reference_relative_error"] <= recording.COARSE
+    spent = metadata["pilot_calls"]
+    tried = recording.POINTS[: recording.POINTS.index(metadata["points"]) + 1]
+    assert spent == 2 * 40 + sum(2 * (points + -(-points // 2) + (points % 2 == 0) + 10) for points in tried)
+    before = (tmp_path / "open" / "pilot" / "pilot.safetensors").stat().st_mtime_ns
+    record(tmp_path / "open", points=0)
+    assert (tmp_path / "open" / "pilot" / "pilot.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_recording_grows_without_loss(tmp_path):
+    """Its last shard was short."""
+    assert len(record(tmp_path / "trajectories", trajectories=10)[0]) == 10
+    grown, _ = record(tmp_path / "trajectories", trajectories=15)
+    assert len(grown) == 15 and len({float(grown.states[i][0].sum()) for i in range(15)}) == 15
+
+
+def test_without_jitter_all_times_are_alike(tmp_path):
+    assert main(["record", *arguments(tmp_path / "still"), "--no-jitter"]) == 0
+    recorded, _ = open_trajectories([tmp_path / "still"])
+    assert (recorded.times == recorded.times[0]).all()
+    moved, _ = record(tmp_path / "moved")
+    assert not (moved.times == moved.times[0]).all()
 
 
 def refused(capsys, *command):
@@ -187,11 +213,11 @@ def refused(capsys, *command):
 def test_what_is_there_is_never_overwritten(tmp_path, capsys):
     out = tmp_path / "trajectories"
     record(out)
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    before = {path.name: path.read_bytes() for path in out.rglob("*.safetensors")}
     said = refused(capsys, "record", *arguments(out, guidance=3.0))
     assert "guidance was [2.0, 2.0], now [3.0, 3.0]" in said and "nothing is overwritten" in said
     assert "record_batch was 4, now 5" in refused(capsys, "record", *arguments(out, record_batch=5))
-    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+    assert before == {path.name: path.read_bytes() for path in out.rglob("*.safetensors")}
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "holiday.jpg").write_text("dear")
     assert "holds other things (holiday.jpg)" in refused(capsys, "record", *arguments(tmp_path / "other"))

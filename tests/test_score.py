@@ -76,7 +76,6 @@ def made(tmp_path_factory):
     command = f"make --backbone {BACKBONE} --guidance 2 --trajectories 48 --points 32 --record-batch 16 --out {out} "
     command += "--base-channels 16 --embedding-dim 16 --num-layers 2 --patch-size 1 --batch 64 --steps 250 --warmup 10 "
     command += "--learning-rate 1e-2 --ema 0.95 --nfe 4,6 --noises 12 --noise-batch 6 --search-noises 4 --reference 64 "
-    command += "--tune 60"
     assert main(command.split()) == 0
     return out
 

@@ -9,7 +9,13 @@ from ba_solver.training.measuring.rivals import converged_reference
 from ba_solver.training.network.loop import LoopSettings, train
 from ba_solver.training.network.losses import squared_errors
 from ba_solver.training.network.pairs import KINDS, QueryRange, draw_examples, draw_queries
-from ba_solver.training.recording.reference_solver import LAST_TIME, random_times, record_trajectory
+from ba_solver.training.recording.reference_solver import (
+    LAST_TIME,
+    adapted_times,
+    default_times,
+    jittered,
+    record_trajectory,
+)
 from ba_solver.training.recording.trajectories import Trajectories
 from training_problems import SHAPE, swirl, trajectories_of
 
@@ -27,7 +33,7 @@ def generator(seed=0):
 def test_trajectories_hold_the_field_along_its_path():
     """Each recorded velocity is the field at its recorded state, and the path follows it; one call a point."""
     field = model_field(swirl, torch.tensor([0, 1, 0]))
-    times = random_times(160, generator())
+    times = jittered(default_times(160), generator())
     states, velocities = record_trajectory(field, torch.randn(3, *SHAPE, generator=generator()), times)
     assert field.calls == 160
     for i in (0, 57, 159):
@@ -40,10 +46,34 @@ def test_trajectories_hold_the_field_along_its_path():
 def test_recorded_times_fall_between_their_ends_and_begin_finely(shift, start, until):
     """They fall, whatever the jitter; two recordings differ; a multistep solver finds short first steps."""
     for seed in range(20):
-        times = random_times(24, generator(seed), shift, start, until)
+        times = jittered(default_times(24, shift, start, until), generator(seed))
         assert times[0] == torch.tensor(start) and times[-1] == torch.tensor(until) and (times.diff() < 0).all()
         assert times.diff()[0].abs() < 0.25 * times.diff().abs().max()
-    assert (random_times(24, generator(1)) != random_times(24, generator(2))).sum() == 22
+    usual = default_times(24)
+    assert (jittered(usual, generator(1)) != jittered(usual, generator(2))).sum() == 22
+
+
+@pytest.mark.parametrize("bend", [0.85, 0.1])
+def test_adapted_times_lie_where_the_velocity_bends(bend):
+    """At either end of the path; the ends stay, and with as many points the reference solver ends nearer."""
+
+    def field(x, t, y):
+        return -x * (1 + 8 * torch.exp(-(((t - bend) / 0.04) ** 2)))[:, None, None, None]
+
+    labels = torch.zeros(4, dtype=torch.long)
+    noise = torch.randn(4, *SHAPE, generator=generator(1))
+    usual = default_times(40)
+    _, velocities = record_trajectory(model_field(field, labels), noise, usual)
+    found = adapted_times(24, usual, velocities)
+    assert found[0] == 1 and found[-1] == usual[-1] and (found.diff() < 0).all() and len(found) == 24
+    near = ((found - bend).abs() < 0.08).sum()
+    assert near > 1.7 * ((default_times(24) - bend).abs() < 0.08).sum()
+    truth = record_trajectory(model_field(field, labels), noise, default_times(1000))[0][:, -1]
+    errors = [
+        (record_trajectory(model_field(field, labels), noise, times)[0][:, -1] - truth).norm()
+        for times in (found, default_times(24))
+    ]
+    assert errors[0] < 0.5 * errors[1], errors
 
 
 def test_prefixes_end_early_and_trajectories_know_their_ends():

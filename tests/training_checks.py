@@ -5,7 +5,6 @@ Trained numbers differ from processor to processor. Each effect asked for here i
 """
 
 from dataclasses import replace
-from functools import partial
 
 import torch
 from ba_solver.bas_core import Schedule, load_sidenet, solve, time_grid
@@ -13,11 +12,12 @@ from ba_solver.training.backbones import BackboneChoice, open_backbone
 from ba_solver.training.cli import main
 from ba_solver.training.recording.replay import Replay
 from ba_solver.training.recording.trajectories import open_trajectories
-from ba_solver.training.schedules.fitting import Fitting, fit_coefficients
+from ba_solver.training.schedules.fitting import fit_coefficients
+from ba_solver.training.schedules.linear_form import linear_form
+from ba_solver.training.schedules.search import Candidate, Search, SearchData
 from ba_solver.training.schedules.solvers import endpoint_errors
-from ba_solver.training.schedules.time_search import search_times
-from ba_solver.training.schedules.tuning import tune, tuning_loop
-from training_problems import BACKBONE
+from ba_solver.training.schedules.surrogate import mean_error
+from training_problems import BACKBONE, swirl, swirl_backbone, trajectories_of
 
 SMALL = ("--base-channels", "16", "--embedding-dim", "16", "--num-layers", "2", "--patch-size", "1", "--batch", "16")
 SMALL += ("--architecture", "conv", "--kernel-size", "3", "--no-muon")
@@ -74,28 +74,36 @@ def parts_of(folder):
     return tuple(Replay(backbone, part, metadata) for part in trajectories.split(12))
 
 
-def fitted_in_the_family(sidenet, replay):
-    """A schedule of 5 calls on the best grid of the family, with coefficients."""
-    rows = replay.median_cfg_rows(8)
-    fitting = Fitting(sidenet, replay.field_of(rows), replay.noise(rows), partial(replay.truth, rows))
-    with torch.inference_mode():
-        found = search_times(fitting, [5], 0)
-    return fit_coefficients(sidenet, replay, found)[5]
+def fitted_on_a_grid(sidenet, replay):
+    """A schedule of 5 calls on a grid of the family, with coefficients."""
+    plain = Schedule(time_grid(5, 1.2, 0.2).tolist())
+    return fit_coefficients(sidenet, replay, {5: plain})[5]
 
 
 def check_fitted_coefficients(folder, trained, tmp_path):
     """Coefficients by least squares are most of what a schedule gains, on trajectories that it was not fitted on."""
     sidenet, parts = load_sidenet(trained)[0], parts_of(folder)
-    fitted = fitted_in_the_family(sidenet, parts[0])
+    fitted = fitted_on_a_grid(sidenet, parts[0])
     errors = [rollout_error(sidenet, folder, each) for each in (fitted, replace(fitted, coefficients=()))]
     assert errors[0] < 0.4 * errors[1], errors
 
 
-def check_tuning(folder, trained, tmp_path):
-    """Gradients through whole samplings find coefficients where there are none: from the published step on."""
-    sidenet, parts = load_sidenet(trained)[0], parts_of(folder)
-    fitted = fitted_in_the_family(sidenet, parts[0])
-    begun = replace(fitted, coefficients=[[0.0] * len(row) for row in fitted.coefficients])
-    tuned = tune(sidenet, parts, begun, 5, tuning_loop(60), tmp_path)
-    errors = [rollout_error(sidenet, folder, each) for each in (begun, tuned)]
-    assert errors[1] < 0.4 * errors[0], errors
+def fit_data(count):
+    """Trajectories of the swirl beside it and a surrogate."""
+    metadata = {"guidance": [1.0, 1.0], "guidance_interval": [0.0, 1.0], "cfg_mode": "combined", "record_batch": 8}
+    trajectories = trajectories_of(swirl, torch.arange(count) % 2, 48)
+    return SearchData(Replay(swirl_backbone(None, None), trajectories, metadata), count, None)
+
+
+def check_end_fit(folder, trained, tmp_path):
+    """Rollouts and fits in turn find times and weights that end far nearer than the method they began with."""
+    data = fit_data(12)
+    search = Search(data, [5])
+    search.run()
+    rows = torch.arange(12)
+    begun = Candidate("", linear_form("predictor_corrector", time_grid(5, dtype=torch.float64)))
+    errors = [
+        mean_error(data.coordinates.of(data.roll_out(each, rows).ends) - data.data.ends, data.size)
+        for each in (search.best[5], begun)
+    ]
+    assert errors[0] < 0.5 * errors[1], errors

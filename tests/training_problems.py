@@ -9,7 +9,13 @@ import torch
 from ba_solver.bas_core import model_field
 from ba_solver.training.backbones import Backbone
 from ba_solver.training.recording import trajectories
-from ba_solver.training.recording.reference_solver import LAST_TIME, batch_generator, random_times, record_trajectory
+from ba_solver.training.recording.reference_solver import (
+    LAST_TIME,
+    batch_generator,
+    default_times,
+    jittered,
+    record_trajectory,
+)
 from ba_solver.training.recording.trajectories import Trajectories
 
 SHAPE = (2, 4, 4)
@@ -88,7 +94,7 @@ def trajectories_of(field, labels, points, seed=3, until=LAST_TIME, batch=8):
     parts = []
     for index, rows in enumerate(labels.split(batch)):
         generator = batch_generator(seed, index)
-        times = random_times(points, generator, until=until)
+        times = jittered(default_times(points, until=until), generator)
         noise = torch.randn((len(rows), *SHAPE), generator=generator)
         parts.append((times.expand(len(rows), -1), *record_trajectory(model_field(field, rows), noise, times)))
     return Trajectories(*(torch.cat(column).clone() for column in zip(*parts, strict=True)), labels)

@@ -1,7 +1,7 @@
 """Training-free solvers to compare with: each a short step `(velocity, x, t0, t1, history) -> (x at t1, history)`.
 
 `velocity(x, t)` is the guided velocity; `history` holds the (time, velocity) pairs of earlier steps, latest last.
-UniPC, and the converged reference, are taken from `diffusers` and `torchdiffeq` (see `training/measuring`).
+The converged reference is taken from `torchdiffeq` (see `training/measuring`).
 """
 
 from __future__ import annotations
@@ -205,6 +205,61 @@ def dpmpp_2m(velocity: Velocity, x: Tensor, t0: Tensor, t1: Tensor, history: His
     return t1 / t0 * x + shrink * guess, ((t0, data),)
 
 
+def unipc(velocity: Velocity, x: Tensor, t0: Tensor, t1: Tensor, history: History) -> tuple[Tensor, History]:
+    """UniPC (Zhao et al. 2023, algorithms 7 and 8) on the flow path: order 2, data prediction, B(h) = exp(-h) - 1.
+
+    A step corrects the state that it begins at, after the call, and predicts the next one. The last step, onto t = 0, is
+    of first order, as in diffusers' scheduler of this name.
+    """
+    if float(t0) == 0:
+        raise ValueError("UniPC predicts the data and cannot leave t = 0; start the time grid above 0.")
+    data = velocity_to_x0(x, velocity(x, t0), t0)
+    known = [(_log_odds(t), each) for t, each in history[:-1]]
+    lam, lam_next = _log_odds(t0), _log_odds(t1)
+    if history:
+        time, before = history[-1]
+        lam_before, data_before = known[-1]
+        x = _exponential_euler(before, data_before, time, t0)
+        shares = _unipc_corrector(lam - lam_before, [lam_before - each for each, _ in known[:-1]])
+        scale = float(1 - t0) * -float(np.expm1(lam_before - lam))
+        for share, other in zip(shares, [*(d for _, d in known[:-1]), data], strict=True):
+            x = x + scale * share * (other - data_before)
+    x_next = _exponential_euler(x, data, t0, t1)
+    if history and float(t1) > 0:
+        ratio = (lam - known[-1][0]) / (lam_next - lam)
+        scale = float(1 - t1) * -float(np.expm1(lam - lam_next))
+        x_next = x_next + scale / (2 * ratio) * (data - known[-1][1])
+    return x_next, (*history[-2:-1], (t0, data), (t0, x))
+
+
+def _log_odds(t: Tensor) -> float:
+    """log((1 - t) / t), the half log SNR; at t = 1 that of 1 - 1e-6, as in diffusers."""
+    noise = min(max(float(t), 1e-6), 1 - 1e-6)
+    return float(np.log(1 - noise) - np.log(noise))
+
+
+def _exponential_euler(x: Tensor, data: Tensor, t0: Tensor, t1: Tensor) -> Tensor:
+    """The step to t1 along which the predicted data stays."""
+    return t1 / t0 * x + ((1 - t1) - (1 - t0) * t1 / t0) * data
+
+
+def _unipc_corrector(step: float, earlier: Sequence[float]) -> list[float]:
+    """Weights of the differences of data: at an earlier time if there is one, and at the step's end (UniPC, equation 5).
+
+    Args:
+        step: h, in half log SNR.
+        earlier: how far before the step's start the earlier time lies.
+    """
+    if not earlier:
+        return [0.5]
+    total = float(np.expm1(-step))
+    first = -total / step - 1
+    moments = first / total, 2 * (-first / step - 0.5) / total
+    ratio = -earlier[0] / step
+    share = (moments[1] - moments[0]) / (ratio - 1)
+    return [share / ratio, moments[0] - share]
+
+
 @dataclass(frozen=True)
 class Baseline:
     """A training-free solver.
@@ -242,6 +297,7 @@ BASELINES: dict[str, Baseline] = {
         Baseline("deis", "DEIS", 3, 1, deis),
         Baseline("dpm_2", "DPM-Solver-2", 2, 2, dpm_2),
         Baseline("ipndm", "iPNDM", 1, 1, ipndm),
+        Baseline("unipc", "UniPC", 2, 1, unipc),
         Baseline("res_multistep", "RES multistep", 2, 1, res_multistep),
     )
 }

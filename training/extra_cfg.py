@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 from ..bas_core.checkpoint import SideNetCard, load_sidenet, save_sidenet
 from ..bas_core.sidenet import SideNet
 from .backbones import Backbone
-from .presets import CHECKED, PRESETS, QUICK
+from .presets import PRESETS, QUICK
 from .progress import say
 from .recording.record import record
 from .recording.replay import Replay
 from .recording.trajectories import open_trajectories
-from .schedules.fitting import Schedules, fit_coefficients
-from .schedules.surrogate_search import search_on_surrogate, surrogate_search_nfe
+from .schedules.fitting import Schedules
+from .schedules.search import search_nfe, search_schedules
 from .settings import UsageError, parse_nfe
 
 if TYPE_CHECKING:
@@ -25,15 +25,16 @@ if TYPE_CHECKING:
 
 
 def recording_for(settings: MakeSettings) -> MakeSettings:
-    """The settings with no more trajectories and points than the quick preset records."""
-    trajectories, points = (min(getattr(settings, name), PRESETS[QUICK][name]) for name in ("trajectories", "points"))
-    return dataclasses.replace(settings, prefixes=0, trajectories=trajectories, points=points)
+    """The settings with the quick preset's recording."""
+    names = ("trajectories", "validation", "prefixes", "jitter", "checked")
+    return dataclasses.replace(settings, **{name: PRESETS[QUICK][name] for name in names})
 
 
 def nfe_for_cfg(settings: MakeSettings) -> int:
-    """About how many model calls one scale more takes."""
+    """How many model calls one scale more takes; see `make.planned_nfe`."""
     few = recording_for(settings)
-    return few.trajectories * few.points + surrogate_search_nfe(few.trajectories, parse_nfe(settings.nfe))
+    fitted = few.trajectories - few.validation
+    return few.model_calls + search_nfe(fitted, few.validation, parse_nfe(settings.nfe), True)
 
 
 def check_extra_cfg(settings: MakeSettings) -> None:
@@ -54,13 +55,14 @@ def schedules_at(
 ) -> Schedules:
     """Record a few trajectories at a CFG scale, and fit schedules on them; the model calls are added to `nfe`."""
     few = dataclasses.replace(recording_for(settings), guidance=(scale,))
-    record(few, few, folder, backbone, CHECKED)
+    record(few, few, folder, backbone)
     trajectories, metadata = open_trajectories((folder,))
-    replay = Replay(backbone, trajectories, metadata, nfe)
-    nfe["trajectories"] += len(trajectories) * metadata["points"]
+    fit, validation = (Replay(backbone, part, metadata, nfe) for part in trajectories.split(few.validation))
+    nfe["trajectories"] += len(trajectories) * metadata["points"] + metadata.get("pilot_calls", 0)
     mean = sidenet.data_mean if sidenet.has_data_mean else None
     numbers = parse_nfe(settings.nfe)
-    return backbone.within(lambda: fit_coefficients(sidenet, replay, search_on_surrogate(replay, numbers, mean)))
+    found = backbone.within(lambda: search_schedules(fit, validation, numbers, mean))
+    return {n: each.schedule for n, each in found.items()}
 
 
 def add_extra_cfg(settings: MakeSettings, folder: Path, open_at: Callable[[float], Backbone]) -> SideNetCard:

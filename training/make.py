@@ -10,13 +10,12 @@ from .backbones import BackboneChoice, open_backbone
 from .extra_cfg import add_extra_cfg, check_extra_cfg, nfe_for_cfg
 from .measuring.evaluate import Evaluation, check_evaluation, evaluate
 from .measuring.rivals import Measurement
-from .measuring.validation import RIVALS, VALIDATED
 from .network.options import Training
-from .presets import CHECKED, FULL, QUICK
+from .presets import FULL, QUICK
 from .progress import say
-from .recording.record import COMPARED_NFE, Recording, record
-from .schedules.surrogate_search import surrogate_search_nfe
-from .schedules.tuning import BATCH
+from .recording.record import Recording, record
+from .schedules.fitting import FIT_TRAJECTORIES
+from .schedules.search import search_nfe
 from .settings import parse_nfe, plain, prepare_folder
 from .train import check_out, train_from
 
@@ -34,33 +33,29 @@ class MakeSettings(BackboneChoice, Recording, Training, Evaluation):
             schedules serve from half to one and a half times of it.
         nfe: numbers of model calls to fit schedules for and to evaluate, such as 5,7,10.
         trajectories: how many to record.
-        tune: steps that tune each schedule by gradients through the backbone; 0 = none, where there is no memory for a
-            model call with gradients. Undone where it does not help on validation trajectories.
         seed: of noises, weights and batches.
     """
 
     out: Path
     preset: str = FULL
     extra_guidance: tuple[float, ...] = ()
-    nfe: str = "5,7,10"
+    nfe: str = "4,5,6,7,8,9,10,12"
     seed: int = 1
-    tune: int = 480
 
 
 def planned_nfe(settings: MakeSettings) -> int:
-    """About how many model calls recording, training and validation take, each for one sample.
+    """How many model calls recording, training and validation take, each for one sample.
 
-    A call with gradients counts as three.
+    More where the model needs more points than `POINTS[0]`; fewer where it has no guidance of two branches.
     """
     numbers = parse_nfe(settings.nfe)
-    calls = sum(n + 1 for n in numbers)  # with conditional-only calls, a schedule makes one call more than its NFE
+    guided = settings.scales != (1.0, 1.0)
     validation = settings.validation_count(settings.trajectories)
-    total = settings.model_calls
-    total += CHECKED * (3 * settings.points + COMPARED_NFE)
-    total += surrogate_search_nfe(settings.trajectories - validation, numbers)
-    total += 3 * settings.tune * BATCH * calls
-    total += len(settings.extra_guidance) * nfe_for_cfg(settings)
-    return total + min(VALIDATED, validation) * (1 + len(RIVALS)) * calls
+    fitted = settings.trajectories - validation
+    total = settings.model_calls + search_nfe(fitted, validation, numbers, guided)
+    if settings.steps or settings.start_from:
+        total += (min(FIT_TRAJECTORIES, fitted) + validation) * sum(n + guided for n in numbers)
+    return total + len(settings.extra_guidance) * nfe_for_cfg(settings)
 
 
 def run_make(settings: MakeSettings) -> list[Measurement]:
@@ -71,7 +66,7 @@ def run_make(settings: MakeSettings) -> list[Measurement]:
     """
     training = settings
     if settings.objective == "published" or settings.cfg_mode == "per_branch":
-        training = dataclasses.replace(settings, nfe="", tune=0)  # no schedules are fitted
+        training = dataclasses.replace(settings, nfe="")  # no schedules are fitted
     training.check()
     check_evaluation(settings)
     check_extra_cfg(settings)
@@ -82,7 +77,7 @@ def run_make(settings: MakeSettings) -> list[Measurement]:
     prepare_folder(report)
     backbone = open_backbone(settings)
     say("1 of 3: record")
-    record(settings, settings, trajectories, backbone, CHECKED)
+    record(settings, settings, trajectories, backbone)
     say("2 of 3: train")
     if trained:
         say(f"{settings.out} is trained already.")

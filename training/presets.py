@@ -11,14 +11,12 @@ QUICK, FULL = "quick", "full"
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     QUICK: {
         "steps": 0,
-        "trajectories": 19,
-        "validation": 3,
-        "points": 22,
+        "trajectories": 10,
+        "validation": 2,
         "prefixes": 0,
+        "jitter": False,
+        "checked": 1,
         "record_batch": 8,
-        "tune": 0,
     },
     FULL: {},
 }
-# The reference solver's exactness is measured on so many trajectories: more would be a large part of the quick preset.
-CHECKED = 1

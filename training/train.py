@@ -1,8 +1,8 @@
 """`ba-solver train`: a SideNet from recorded trajectories, in stages each of which can be interrupted.
 
-1. the times of the schedules, searched on a surrogate of the model (needs the backbone);
+1. schedules, fitted on a surrogate of the model and on rollouts (needs the backbone);
 2. the network, from pairs of the trajectories' points (or by the published objective, which needs backbone and data);
-3. the schedules' coefficients, and if asked for, schedules tuned by gradients (needs the backbone).
+3. the schedules' coefficients anew with the network, kept where that ends nearer (needs the backbone).
 """
 
 from __future__ import annotations
@@ -27,17 +27,16 @@ from ..bas_core.schedule import Schedule
 from ..bas_core.sidenet import SideNet
 from .backbones import Backbone, BackboneChoice, open_backbone
 from .measuring.report import table as error_table
-from .measuring.validation import VALIDATED, score_validation
+from .measuring.validation import validation_rows
 from .network.new_sidenet import data_mean, mean_in, new_sidenet
 from .network.options import Training
 from .network.stages import Job, all_pairs_stage, published_stage, variance_unexplained
-from .processes import MAIN_PROCESS
+from .processes import MAIN_PROCESS, processes
 from .progress import say
 from .recording.record import PREFIXES
 from .recording.trajectories import Trajectories, check_same_recording, open_trajectories
 from .schedules.fitting import fit_coefficients
-from .schedules.surrogate_search import search_on_surrogate
-from .schedules.tuning import tune, tuning_loop
+from .schedules.search import Found, judge, search_schedules
 from .settings import UsageError, check_device, differences, parse_nfe, plain, prepare_folder, shareable
 
 # The objective of a SideNet whose network is not trained.
@@ -126,74 +125,84 @@ def split_validation(trajectories: Trajectories, training: Training) -> tuple[Tr
     return trajectories.split(validation)
 
 
-def search_schedules(job: Job, mean: Tensor | None) -> dict[int, Schedule]:
-    """The times of the schedules, searched or read from before an interruption."""
+def search(job: Job, mean: Tensor | None) -> dict[int, Found]:
+    """Schedules without the network, found or read from before an interruption."""
     path = job.folder / "schedules.pt"
-    if path.exists():
-        return {int(n): Schedule(**parts) for n, parts in read_pickled_tensors(path).items()}
-    numbers = parse_nfe(job.training.nfe)
-    found = job.within(lambda: search_on_surrogate(job.replay(job.trajectories), numbers, mean))
-    if MAIN_PROCESS:
-        parts = {n: vars(schedule) for n, schedule in found.items()}
+    rank, _, wait_for_all = processes(job.device.type == "cpu")
+    if rank == 0 and not path.exists():
+        numbers = parse_nfe(job.training.nfe)
+        replays = job.replay(job.trajectories), job.replay(job.validation)
+        found = job.within(lambda: search_schedules(*replays, numbers, mean, job.folder / "rollouts.pt"))
+        parts = {n: vars(each) | {"schedule": vars(each.schedule)} for n, each in found.items()}
         write_atomically(path, lambda temporary: torch.save(parts, temporary))
-    return found
+    wait_for_all()  # one process searches, so that all train for the same schedules
+    stored = read_pickled_tensors(path).items()
+    return {int(n): Found(**parts | {"schedule": Schedule(**parts["schedule"])}) for n, parts in stored}
 
 
-def finish_schedules(job: Job, sidenet: SideNet) -> dict[int, Schedule]:
-    """The schedules with their coefficients, tuned if that is asked for."""
-    training = job.training
-    schedules = fit_coefficients(sidenet, job.replay(job.trajectories), job.schedules)
-    if training.tune:
-        loop = tuning_loop(training.tune, training.precision, training.seed)
-        parts = job.replay(job.trajectories), job.replay(job.validation)
-        for n, schedule in list(schedules.items()):
-            schedules[n] = tune(sidenet, parts, schedule, n, loop, job.folder)
-    return schedules
+def with_network(job: Job, sidenet: SideNet, found: dict[int, Found]) -> dict[int, Found]:
+    """The schedules with coefficients for the network, where they end nearer on validation trajectories."""
+    schedules = {n: each.schedule for n, each in found.items()}
+    fitted = fit_coefficients(sidenet, job.replay(job.trajectories), schedules)
+    best = dict(found)
+    with torch.inference_mode():
+        for n, schedule in fitted.items():
+            judged = judge(sidenet, schedule, job.replay(job.validation))
+            say(f"{n} calls with the network: {judged.mean:.3g} ± {judged.standard_error:.2g}")
+            if judged.mean < best[n].error:
+                best[n] = dataclasses.replace(
+                    best[n], schedule=schedule, error=judged.mean, standard_error=judged.standard_error,
+                    seconds=judged.seconds,
+                )  # fmt: skip
+    return best
 
 
-def fit(job: Job) -> SideNet:
-    """All stages that are asked for."""
+def fit(job: Job) -> tuple[SideNet, dict[int, Found]]:
+    """All stages that are asked for: the SideNet, and schedules by NFE."""
     training = job.training
     # The search decides whether a first step is analytic; without it, the first velocities do.
     tolerance = {"tolerance": math.inf} if training.nfe else {}
     mean = data_mean(job.trajectories, job.metadata["start"], training.data_mean_size, **tolerance)
+    found: dict[int, Found] = {}
     if training.nfe:
-        job.schedules = search_schedules(job, mean)
-        mean = mean if any(schedule.analytic_first_step for schedule in job.schedules.values()) else None
+        found = search(job, mean)
+        mean = mean if any(each.schedule.analytic_first_step for each in found.values()) else None
     sidenet = new_sidenet(training, job.metadata, mean)
     job.mean = mean_in(sidenet, job.metadata["shape"])
     sidenet = sidenet.to(job.device)
     if training.steps:
         sidenet = (published_stage if training.objective == "published" else all_pairs_stage)(job, sidenet)
     sidenet = sidenet.eval().requires_grad_(False)
-    if job.schedules:
-        job.schedules = job.within(lambda: finish_schedules(job, sidenet), gradients=bool(training.tune))
-    return sidenet
+    if found and (training.steps or training.start_from):
+        found = job.within(lambda: with_network(job, sidenet, found))
+    return sidenet, found
 
 
-def validate(job: Job, sidenet: SideNet) -> dict[str, Any]:
+def validate(job: Job, sidenet: SideNet, found: dict[int, Found]) -> dict[str, Any]:
     """Measurements on validation trajectories: of a trained network the fraction of variance unexplained, of schedules
     the end-point errors."""
-    found: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
     if job.training.steps or job.training.start_from:
-        found["variance_unexplained"] = unexplained = variance_unexplained(sidenet, job)
+        measured["variance_unexplained"] = unexplained = variance_unexplained(sidenet, job)
         kinds = ", ".join(f"{kind} {value:.2f}" for kind, value in unexplained["kind"].items())
         say(f"Fraction of variance unexplained on validation trajectories (1 = a straight line): {kinds}")
-    if job.schedules:
-        rows = job.within(lambda: score_validation(sidenet, job.schedules, job.replay(job.validation)))
+    if found:
+        rows = validation_rows(found)
         say(error_table(rows))
-        found |= {
+        measured |= {
             "guidance": job.metadata["guidance"][0],
-            "noises": min(VALIDATED, len(job.validation)),
+            "noises": len(job.validation),
             "endpoint_error": [dataclasses.asdict(row) for row in rows],
         }
-    return found
+    return measured
 
 
-def card_of(job: Job, settings: Any, seconds: float, evaluation: dict[str, Any]) -> SideNetCard:
+def card_of(
+    job: Job, settings: Any, seconds: float, schedules: dict[int, Schedule], evaluation: dict[str, Any]
+) -> SideNetCard:
     """The metadata of the SideNet's file."""
     count = (len(job.trajectories) + len(job.validation)) // job.trajectories.branches
-    recorded = {"trajectories": count * job.metadata["points"]}
+    recorded = {"pilot": job.metadata.get("pilot_calls", 0), "trajectories": count * job.metadata["points"]}
     if job.prefixes is not None:
         recorded["prefixes"] = len(job.prefixes) // job.trajectories.branches * job.prefixes.times.shape[1]
     nfe = dict(job.nfe) if job.training.objective == "published" else {**recorded, **job.nfe}
@@ -204,7 +213,7 @@ def card_of(job: Job, settings: Any, seconds: float, evaluation: dict[str, Any])
         cfg_mode=job.metadata["cfg_mode"],
         cfg_range=(low, high),
         backbone=job.metadata["backbone"],
-        schedules={(low + high) / 2: job.schedules} if job.schedules else {},
+        schedules={(low + high) / 2: schedules} if schedules else {},
         training={
             "objective": job.training.objective if job.training.steps or begun else NO_NETWORK,
             "trajectories": count,
@@ -297,9 +306,10 @@ def train_from(
     parts = split_validation(trajectories, training)
     job = Job(training, *parts, metadata, check_device(choice.device), folder, backbone, prefixes)
     with account(folder / "nfe.json", job.nfe) as seconds:
-        sidenet = fit(job)
-        evaluation = validate(job, sidenet)
-    card = card_of(job, settings, seconds(), evaluation)
+        sidenet, found = fit(job)
+        evaluation = validate(job, sidenet, found)
+    schedules = {n: each.schedule for n, each in found.items()}
+    card = card_of(job, settings, seconds(), schedules, evaluation)
     if MAIN_PROCESS:
         save_sidenet(out, sidenet, card)
         for state in folder.glob("*.pt"):

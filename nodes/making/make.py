@@ -15,9 +15,8 @@ from torch import Tensor
 from ...bas_core.checkpoint import SideNetCard, load_sidenet
 from ...training.extra_cfg import add_extra_cfg, check_extra_cfg, nfe_for_cfg
 from ...training.make import MakeSettings, planned_nfe
-from ...training.presets import CHECKED
 from ...training.progress import Listener, listening, say
-from ...training.recording.record import record
+from ...training.recording.record import POINTS, record
 from ...training.recording.shards import shard_bytes
 from ...training.settings import UsageError, differences, prepare_folder, shareable
 from ...training.train import train_from
@@ -151,8 +150,7 @@ def make(
     Raises:
         ValueError: something cannot be done; the message says what, and what to do.
     """
-    # Never with gradients through the model (`tune`): its weights may be streamed, fp8 or GGUF.
-    settings = replace(settings, accumulate=0, tune=0)
+    settings = replace(settings, accumulate=0)
     card = existing_card(settings.out, settings)
     missing = len(set(settings.extra_guidance) - set(card.schedules if card else ()))
 
@@ -181,7 +179,7 @@ def make(
 
 def plan_text(settings: MakeSettings, calls: int, backbone: ComfyBackbone) -> str:
     """The cost, before the work starts; the recording says what it needs on disk."""
-    memory = shard_bytes(backbone.shape, settings.points, 1) * settings.record_batch
+    memory = shard_bytes(backbone.shape, settings.points or POINTS[0], 1) * settings.record_batch
     return (
         f"Making {settings.out.stem!r} for {backbone.name}: {calls:,} model calls in batches of "
         f"{settings.record_batch}, and {memory / 1e6:.3g} MB of memory beside sampling."
@@ -192,7 +190,7 @@ def record_and_train(settings: MakeSettings, backbone: ComfyBackbone, folder: Pa
     """Record into a folder, and train on it."""
     guidance = float(backbone.within(backbone.sidenet_guidance))
     choice = replace(settings, guidance=(guidance,), device=str(backbone.device))
-    record(choice, choice, folder, backbone, CHECKED)
+    record(choice, choice, folder, backbone)
     return train_from(replace(choice, resume=True), choice, (folder,), settings.out, settings, backbone)
 
 

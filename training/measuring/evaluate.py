@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,22 +15,18 @@ from torch import Tensor
 from ...bas_core.checkpoint import SideNetCard, load_sidenet, save_sidenet
 from ...bas_core.files import CheckpointError, write_text
 from ...bas_core.guidance import Field
-from ...bas_core.sidenet import SideNet
 from ..backbones import Backbone, BackboneChoice, open_backbone
 from ..progress import progress, say
 from ..recording.replay import Replay
 from ..recording.trajectories import open_trajectories
-from ..schedules.fitting import FIT_TRAJECTORIES, Fitting, Schedules, fit_schedules
+from ..schedules.fitting import FIT_TRAJECTORIES, Schedules
 from ..schedules.solvers import UNIFORM, GridShape, Solver, endpoint_errors, search_grid, sidenet_solver
-from ..schedules.time_search import search_times
 from ..settings import UsageError, check_positive, parse_nfe, plain, prepare_folder
 from .learned_multistep import LearnedMultistep
 from .reference import Paths, draw_paths
 from .report import SHOWN, plot_errors, plot_images, summary, table, write_csv
 from .rivals import Measurement, line_up, measure, rivals
 
-# Rounds of the search for schedules of NFE that the file has none for.
-SEARCH_ROUNDS = 2
 # Noises of an evaluation, and of its grid search, are none that were recorded or trained on.
 REPORT_SEED, SEARCH_SEED = 6_000_000, 7_000_000
 
@@ -47,7 +42,7 @@ class Evaluation:
         nfe: numbers of model calls, separated by commas.
         noises: from which every solver samples.
         noise_batch: noises sampled at once.
-        search_noises: on which every solver's best time grid is searched; 0 = uniform grids, and the file's schedules.
+        search_noises: on which every rival's best time grid is searched; 0 = uniform grids.
         reference: points of the reference solution.
     """
 
@@ -144,11 +139,7 @@ def learned_multistep(
 
 def competitors(backbone: Backbone, multistep: Solver | None) -> list[Solver]:
     """Every solver of the table but ours."""
-    others = rivals(backbone.start)
-    if importlib.util.find_spec("diffusers") is None:
-        say("UniPC is left out: it needs diffusers, which the extra brings: ba-solver[bench].")
-        others = [solver for solver in others if solver.name != "unipc"]
-    return [*others, *([multistep] if multistep else [])]
+    return [*rivals(backbone.start), *([multistep] if multistep else [])]
 
 
 Shapes = dict[tuple[str, int], GridShape]
@@ -160,12 +151,6 @@ def search_shapes(jobs: Sequence[tuple[Solver, int]], search: Paths) -> Shapes:
         (solver.name, n): search_grid(solver, search.field, search.noise, search.ends, n)
         for solver, n in progress(jobs, "grid search")
     }
-
-
-def schedules_on(search: Paths, sidenet: SideNet, numbers: Sequence[int], start: float) -> Schedules:
-    """Schedules for more NFE, fitted on the search noises."""
-    fitting = Fitting(sidenet, search.field, search.noise, search.truth, start)
-    return fit_schedules(search_times(fitting, numbers, SEARCH_ROUNDS), fitting)
 
 
 def jobs_for(
@@ -255,8 +240,6 @@ def evaluate(
         others, shapes = competitors(backbone, multistep), {}
         if search:
             shapes = search_shapes([(solver, n) for n in numbers for solver in others], search)
-            unknown = [n for n in numbers if n not in schedules]
-            schedules = schedules | schedules_on(search, sidenet, unknown, backbone.start)
         ours = sidenet_solver(sidenet, start=backbone.start)
         rows, samples = measure_all(jobs_for(others, ours, numbers, schedules, shapes), paths)
     searched = search.field.calls if search else 0
@@ -267,9 +250,7 @@ def evaluate(
         "endpoint_error": [dataclasses.asdict(row) for row in rows],
         "batched_backbone_calls": {"measure": sum(p.field.calls for p in paths), "search": searched},
     }
-    # Schedules found here are stored with those of their own scale.
-    own = {scale: schedules} if scale == card.cfg and schedules else {}
-    card = dataclasses.replace(card, schedules=card.schedules | own, evaluation={**card.evaluation, **found})
+    card = dataclasses.replace(card, evaluation={**card.evaluation, **found})
     save_sidenet(path, load_sidenet(path)[0], card)
     write_report(out, rows, {"settings": more["settings"], "sidenet": str(path), **found})
     draw_images(out / "images.png", rows, numbers, samples, paths[0].ends[:SHOWN], backbone)

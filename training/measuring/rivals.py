@@ -13,17 +13,6 @@ from ...bas_core.guidance import Field
 from ..schedules.solvers import GridShape, Solver, baseline_solver, endpoint_errors
 
 
-def unipc(field: Field, x: Tensor, times: Tensor) -> Tensor:
-    """UniPC (Zhao et al. 2023) as `diffusers` has it, order 2, bh2, on flow sigmas."""
-    from diffusers import UniPCMultistepScheduler
-
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0)
-    scheduler.set_timesteps(sigmas=times[:-1].double().numpy(), device=x.device)
-    for sigma, step in zip(times[:-1], scheduler.timesteps, strict=True):
-        x = scheduler.step(field.velocity(x, sigma), step, x, return_dict=False)[0]
-    return x
-
-
 def rivals(start: float = 1.0) -> list[Solver]:
     """The training-free solvers that BA-solver is measured against."""
     return [
@@ -31,7 +20,7 @@ def rivals(start: float = 1.0) -> list[Solver]:
         baseline_solver("heun", start),
         baseline_solver("adams_bashforth2", start),
         baseline_solver("dpmpp_2m", start),
-        Solver("unipc", "UniPC", unipc, start=start),
+        baseline_solver("unipc", start),
         baseline_solver("predictor_corrector", start),
     ]
 

@@ -49,8 +49,6 @@ class Training:
         patch_size: side of its patches; 0 = as the model has it, or 2 where that is not known.
         kernel_size: of its first and last convolution.
         nfe: fit schedules for these numbers of model calls, such as 5,7,10 (needs --backbone).
-        tune: steps that tune each schedule by gradients through the backbone (needs --nfe, and the memory for gradients
-            through one model call). A few hundred; undone where it does not help on validation trajectories.
         seed: of weights and batches.
         resume: continue an unfinished training.
     """
@@ -81,7 +79,6 @@ class Training:
     patch_size: int = 0
     kernel_size: int = 1
     nfe: str = ""
-    tune: int = 0
     seed: int = 1
     resume: bool = False
 
@@ -121,7 +118,7 @@ class Training:
         low, high = self.nfe_range
         if not 2 <= low <= high <= 100:
             raise UsageError(f"--nfe-range must be two numbers from 2 to 100, the lower first; got {self.nfe_range}.")
-        for name in ("steps", "tune", "validation", "accumulate"):
+        for name in ("steps", "validation", "accumulate"):
             if getattr(self, name) < 0:
                 raise UsageError(f"--{name} must not be negative; got {getattr(self, name)}.")
         self._check_schedules()
@@ -131,8 +128,6 @@ class Training:
             parse_nfe(self.nfe)
         if self.objective == "published" and self.nfe:
             raise UsageError("The published objective fits no schedules: leave --nfe out.")
-        if self.tune and not self.nfe:
-            raise UsageError("--tune tunes schedules: give --nfe too, such as --nfe 5,7,10.")
 
     def validation_count(self, trajectories: int) -> int:
         """How many of so many trajectories to validate on."""

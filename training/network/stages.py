@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ...bas_core.quadrature import Rule, get_rule
-from ...bas_core.schedule import Schedule
 from ...bas_core.sidenet import SideNet
 from ..backbones import Backbone
 from ..progress import say
@@ -51,7 +50,6 @@ class Job:
         prefixes: of more trajectories to train on, if they were recorded.
         mean: of the data, as a state, if the SideNet keeps it.
         nfe: model calls by stage, each for one sample.
-        schedules: by NFE.
     """
 
     training: Training
@@ -64,7 +62,6 @@ class Job:
     prefixes: Trajectories | None = None
     mean: Tensor | None = None
     nfe: Counter[str] = field(default_factory=Counter)
-    schedules: dict[int, Schedule] = field(default_factory=dict)
 
     def examples(self, trajectories: Trajectories, sidenet: SideNet, count: int, seed: torch.Generator) -> Examples:
         """A batch drawn from trajectories; for training, from the prefixes too."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,19 +25,26 @@ from ..text_files import read_user_text
 from .reference_solver import (
     LAST_TIME,
     REFERENCE_SOLVER,
+    adapted_times,
     batch_generator,
-    random_times,
+    default_times,
+    jittered,
     record_branches,
     record_trajectory,
-    refined_times,
 )
 from .shards import open_shard, save_shard, shard_bytes
 
-# The reference solver's own error is warned about above this share of the error of so many calls of a multistep method:
-# a SideNet cannot become more exact than the trajectories that it learns from.
-COARSE = 0.1
-COMPARED_NFE = 10
-CHECKED_TRAJECTORIES = 8
+# A few trajectories, on usual times, show where the model's velocity bends; the points of the recording lie there.
+PILOT, PILOT_TRAJECTORIES, PILOT_POINTS = "pilot", 2, 40
+PILOT_SEEDS, CHECK_SEEDS = 400_000, 450_000
+# Points of a trajectory, where it is left open: the first of these with which the reference solver's own error is no
+# more than the share COARSE of the error of so many calls of a multistep method. What is fitted comes to about .4 of that
+# error, and cannot become more exact than the trajectories that it is fitted on.
+POINTS = (36, 54, 80)
+COARSE, COMPARED_NFE = 0.1, 10
+# The solver's error, over the distance between its ends on all times and on every second one. It is of order 4, but not
+# yet with so few points: measured on three models with 24 to 40, it is a sixth to a third.
+REFINEMENT = 0.25
 # Shards of the prefixes lie in this subfolder. They end where the first two intervals of few-step grids do.
 PREFIXES = "prefixes"
 PREFIXES_UNTIL = 0.69
@@ -49,10 +58,12 @@ class Recording:
 
     Attributes:
         trajectories: how many.
-        points: points of a trajectory, which are as many model calls.
+        points: points of a trajectory, which are as many model calls; 0 = as many as the reference solver needs.
         prefixes: how many more trajectories to record from the noise for a first stretch only: what becomes of a
             noise is decided there, and takes many noises to learn.
         prefix_points: points of these.
+        jitter: whether batches have times moved at random, so that a network sees all times; schedules need none.
+        checked: on so many noises the reference solver's own error is measured.
         record_batch: trajectories recorded together, and in one shard.
         cfg_mode: combined (the SideNet predicts the velocity of combined CFG) or per_branch (each branch of CFG, as in
             the paper).
@@ -61,9 +72,11 @@ class Recording:
     """
 
     trajectories: int = 256
-    points: int = 40
+    points: int = 0
     prefixes: int = 320
     prefix_points: int = 8
+    jitter: bool = True
+    checked: int = 2
     record_batch: int = 32
     cfg_mode: str = "combined"
     storage: str = "float32"
@@ -75,14 +88,14 @@ class Recording:
         Raises:
             UsageError: saying which setting and why.
         """
-        check_positive(self, "trajectories", "record_batch")
+        check_positive(self, "trajectories", "record_batch", "checked")
         if self.prefixes < 0 or self.prefix_points < 4:
             raise UsageError(
                 f"--prefixes must not be negative and --prefix-points at least 4; got {self.prefixes} and "
                 f"{self.prefix_points}."
             )
-        if self.points < 8:
-            raise UsageError(f"--points must be at least 8, to be finer than what is trained; got {self.points}.")
+        if self.points and self.points < 8:
+            raise UsageError(f"--points must be at least 8, to be finer than what is trained, or 0; got {self.points}.")
         for name, valid in (("cfg_mode", CFG_MODES), ("storage", ("float32", "float16"))):
             if getattr(self, name) not in valid:
                 flag = name.replace("_", "-")
@@ -95,8 +108,12 @@ class Recording:
 
     @property
     def model_calls(self) -> int:
-        """Model calls of the whole recording, each for one sample."""
-        return self.trajectories * self.points + self.prefixes * self.prefix_points
+        """Model calls of the whole recording with its pilot, each for one sample; more where the points are left open
+        and `POINTS[0]` are too few."""
+        points = self.points or POINTS[0]
+        checked = self.checked * (points + -(-points // 2) + COMPARED_NFE)
+        pilot = PILOT_TRAJECTORIES * PILOT_POINTS
+        return pilot + checked + self.trajectories * points + self.prefixes * self.prefix_points
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,24 +134,39 @@ class Stretch:
     Attributes:
         folder: for the shards.
         count: how many trajectories.
-        points: of each.
-        until: time of the last point.
+        times: [points] of each, before jitter.
         seed_offset: makes other noises of the same seed.
+        measured: what is known of the reference solver's own error.
     """
 
     folder: Path
     count: int
-    points: int
-    until: float
+    times: Tensor
     seed_offset: int = 0
+    measured: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def points(self) -> int:
+        """Of each trajectory."""
+        return len(self.times)
 
 
-def stretches(recording: Recording, out: Path, backbone: Backbone) -> list[Stretch]:
-    """The parts of a recording: whole trajectories, and the prefixes."""
+def usual_times(points: int, backbone: Backbone, until: float = LAST_TIME) -> Tensor:
+    """Times for a model of which nothing is known but its shift."""
+    # The root of the model's own shift: fine where it is sampled finely, and still not coarse near the data.
+    return default_times(points, backbone.shift**0.5, backbone.start, until)
+
+
+def prefix_stretch(recording: Recording, out: Path, backbone: Backbone) -> Stretch:
+    """The prefixes."""
     until = time_shift(torch.tensor(PREFIXES_UNTIL), backbone.shift).item() * backbone.start
-    whole = Stretch(out, recording.trajectories, recording.points, LAST_TIME)
-    prefixes = Stretch(out / PREFIXES, recording.prefixes, recording.prefix_points, until, PREFIX_SEEDS)
-    return [whole, prefixes] if recording.prefixes else [whole]
+    times = usual_times(recording.prefix_points, backbone, until)
+    return Stretch(out / PREFIXES, recording.prefixes, times, PREFIX_SEEDS)
+
+
+def pilot_stretch(out: Path, backbone: Backbone) -> Stretch:
+    """The pilot."""
+    return Stretch(out / PILOT, PILOT_TRAJECTORIES, usual_times(PILOT_POINTS, backbone), PILOT_SEEDS)
 
 
 def describe(settings: BackboneChoice, recording: Recording, stretch: Stretch, backbone: Backbone) -> dict[str, Any]:
@@ -147,7 +179,8 @@ def describe(settings: BackboneChoice, recording: Recording, stretch: Stretch, b
         "guidance": list(settings.scales),
         "guidance_interval": list(settings.guidance_interval),
         "points": stretch.points,
-        "until": stretch.until,
+        "until": float(stretch.times[-1]),
+        "jitter": recording.jitter,
         "reference_solver": REFERENCE_SOLVER,
         "patch_size": backbone.patch_size,
         "shift": backbone.shift,
@@ -165,15 +198,18 @@ def describe(settings: BackboneChoice, recording: Recording, stretch: Stretch, b
     }
 
 
+def batch_size(recording: Recording, stretch: Stretch, index: int) -> int:
+    """How many trajectories a shard has."""
+    return min(recording.record_batch, stretch.count - index * recording.record_batch)
+
+
 def draw_batch(
     recording: Recording, stretch: Stretch, choice: BackboneChoice, backbone: Backbone, index: int
 ) -> dict[str, Any]:
     """Times [N], noise [m, C, *spatial], labels [m] and the CFG scale of one shard."""
     generator = batch_generator(recording.seed + stretch.seed_offset, index)
-    first = index * recording.record_batch
-    count = min(recording.record_batch, stretch.count - first)
-    # The root of the model's own shift: fine where it is sampled finely, and still not coarse near the data.
-    times = random_times(stretch.points, generator, backbone.shift**0.5, backbone.start, stretch.until)
+    first, count = index * recording.record_batch, batch_size(recording, stretch, index)
+    times = jittered(stretch.times, generator) if recording.jitter else stretch.times
     low, high = choice.scales
     return {
         "times": times,
@@ -183,9 +219,10 @@ def draw_batch(
     }
 
 
-def record_shard(path: Path, drawn: dict[str, Any], recording: Recording, choice: BackboneChoice, backbone: Backbone,
-                 metadata: dict[str, Any]) -> None:  # fmt: skip
-    """Record one batch of trajectories and write it."""
+def recorded(
+    drawn: dict[str, Any], recording: Recording, choice: BackboneChoice, backbone: Backbone
+) -> dict[str, Tensor]:
+    """The tensors of one batch's shard: see `save_shard`."""
     noise, times, labels = drawn["noise"].to(backbone.device), drawn["times"], drawn["labels"]
     mode = cast(CFGMode, recording.cfg_mode)
     field = backbone.field(labels, drawn["scale"], choice.guidance_interval, mode)
@@ -201,51 +238,101 @@ def record_shard(path: Path, drawn: dict[str, Any], recording: Recording, choice
         raise ArithmeticError("The trajectories do not fit into float16. Record with --storage float32.")
     count = len(labels)
     rows = {"times": times.expand(count, -1), "labels": labels, "scales": torch.full((count,), drawn["scale"])}
-    save_shard(path, tensors | rows, metadata)
+    return tensors | rows
 
 
 def reference_error(
-    recording: Recording, whole: Stretch, choice: BackboneChoice, backbone: Backbone, count: int = CHECKED_TRAJECTORIES
+    recording: Recording, times: Tensor, choice: BackboneChoice, backbone: Backbone
 ) -> dict[str, float]:
-    """How far the reference solver's ends are from those on twice as many intervals, on the first `count` noises.
+    """How exact the reference solver is on some times: from its ends on every second of them.
 
     Returns:
-        `reference_error`: root-mean-square distance. `reference_relative_error`: the same over the error of ten calls
-        of the multistep method from the same noises.
+        `reference_error`: root-mean-square distance from the exact ends, about. `reference_relative_error`: the same
+        over the error of ten calls of a multistep method from the same noises. `reference_calls`: model calls spent.
     """
-    drawn = draw_batch(recording, whole, choice, backbone, 0)
-    noise, labels = drawn["noise"][:count].to(backbone.device), drawn["labels"][:count]
-    times = drawn["times"]
-    field = backbone.field(labels, drawn["scale"], choice.guidance_interval)
+    few = dataclasses.replace(recording, jitter=False, record_batch=recording.checked)
+    drawn = draw_batch(few, Stretch(Path(), recording.checked, times, CHECK_SEEDS), choice, backbone, 0)
+    noise = drawn["noise"].to(backbone.device)
+    field = backbone.field(drawn["labels"], drawn["scale"], choice.guidance_interval)
     coarse_grid = LAST_TIME + (backbone.start - LAST_TIME) * time_grid(COMPARED_NFE, backbone.shift)
 
     def distance(x: Tensor, reference: Tensor) -> float:
         return (x - reference).square().mean().sqrt().item()
 
     with torch.inference_mode():
-        fine, own = (record_trajectory(field, noise, grid)[0][:, -1].clone() for grid in (refined_times(times), times))
-        error = distance(own, fine)
-        relative = error / max(distance(run_baseline("adams_bashforth2", field, noise, coarse_grid), fine), 1e-12)
+        own, half = (record_trajectory(field, noise, grid)[0][:, -1].clone() for grid in (times, every_second(times)))
+        multistep = distance(run_baseline("adams_bashforth2", field, noise, coarse_grid), own)
+    error = REFINEMENT * distance(half, own)
+    relative = error / max(multistep, 1e-12)
     say(
-        f"The reference solver's own error is {error:.2g}, {100 * relative:.2g} % of that of ten calls of a multistep "
-        f"method ({field.calls * len(noise)} calls to find out)."
+        f"With {len(times)} points the reference solver's own error is about {error:.2g}, {100 * relative:.2g} % of that "
+        f"of {COMPARED_NFE} calls of a multistep method."
     )
-    if relative > COARSE:
+    calls = field.calls * len(noise)
+    return {"reference_error": error, "reference_relative_error": relative, "reference_calls": calls}
+
+
+def every_second(times: Tensor) -> Tensor:
+    """Half of the times, with both ends."""
+    return torch.cat([times[:-1:2], times[-1:]])
+
+
+def planned_stretch(recording: Recording, out: Path, choice: BackboneChoice, backbone: Backbone) -> Stretch:
+    """Where the points of whole trajectories lie, and how many there are: from the pilot, recorded or read."""
+    pilot = pilot_stretch(out, backbone)
+    path = pilot.folder / "pilot.safetensors"
+    asked = describe(choice, recording, pilot, backbone) | {"asked_points": recording.points}
+    if not path.exists():
+        measure_pilot(path, pilot, recording, choice, backbone, asked)
+    tensors, found = open_shard(path)
+    differing = differences(found, asked, ("trajectories", "record_batch"))
+    if differing:
+        raise CheckpointError(
+            f"--out {out} holds another recording ({differing}). Choose another folder; nothing is overwritten."
+        )
+    times = adapted_times(found["chosen_points"], tensors["times"][0], tensors["velocities"])
+    return Stretch(out, recording.trajectories, times, measured=found["measured"])
+
+
+def measure_pilot(
+    path: Path,
+    pilot: Stretch,
+    recording: Recording,
+    choice: BackboneChoice,
+    backbone: Backbone,
+    metadata: dict[str, Any],
+) -> None:
+    """Record the pilot, choose the number of points by the reference solver's error, and write both."""
+    own = dataclasses.replace(recording, jitter=False, cfg_mode="combined", record_batch=PILOT_TRAJECTORIES)
+    drawn = draw_batch(own, pilot, choice, backbone, 0)
+    tensors = recorded(drawn, own, choice, backbone)
+    calls = PILOT_TRAJECTORIES * PILOT_POINTS
+    measured: dict[str, float] = {}
+    for points in (recording.points,) if recording.points else POINTS:
+        times = adapted_times(points, tensors["times"][0], tensors["velocities"])
+        measured = reference_error(own, times, choice, backbone)
+        calls += int(measured["reference_calls"])
+        if measured["reference_relative_error"] <= COARSE:
+            break
+    else:
         say(
             "Warning: that is coarse, and a SideNet learns the reference solver's error too. Record with more --points "
-            f"than {recording.points}."
+            f"than {points}."
         )
-    return {"reference_error": error, "reference_relative_error": relative}
+    prepare_folder(path.parent)
+    measured["pilot_calls"] = calls
+    save_shard(path, tensors, metadata | {"chosen_points": points, "measured": measured})
 
 
-def plan_text(recording: Recording, backbone: Backbone) -> str:
+def plan_text(recording: Recording, stretch: Stretch, backbone: Backbone) -> str:
     """What a recording will cost."""
     velocities = 2 if recording.cfg_mode == "per_branch" and backbone.null is not None else 1
-    size = shard_bytes(backbone.shape, recording.model_calls, velocities, 2 if recording.storage == "float16" else 4)
+    calls = recording.trajectories * stretch.points + recording.prefixes * recording.prefix_points
+    size = shard_bytes(backbone.shape, calls, velocities, 2 if recording.storage == "float16" else 4)
     prefixes = f", and the prefixes of {recording.prefixes} more" if recording.prefixes else ""
     return (
-        f"Recording {recording.trajectories} trajectories of {recording.points} points of {backbone.name}{prefixes}: "
-        f"{recording.model_calls:,} model calls (in batches of {recording.record_batch}), {size / 1e9:.3g} GB on disk."
+        f"Recording {recording.trajectories} trajectories of {stretch.points} points of {backbone.name}{prefixes}: "
+        f"{calls:,} model calls (in batches of {recording.record_batch}), {size / 1e9:.3g} GB on disk."
     )
 
 
@@ -257,7 +344,7 @@ def check_out(out: Path) -> None:
     """
     prepare_folder(out)
     others = (path for path in out.iterdir() if path.suffix != ".safetensors" and not path.name.startswith("."))
-    strange = sorted({path.name for path in others} - {PREFIXES})
+    strange = sorted({path.name for path in others} - {PREFIXES, PILOT})
     if strange:
         raise UsageError(
             f"--out {out} holds other things ({strange[0]}). Choose an empty folder, or that of an unfinished "
@@ -265,21 +352,23 @@ def check_out(out: Path) -> None:
         )
 
 
-def finished_shards(out: Path, metadata: dict[str, Any]) -> set[Path]:
-    """The shards that an earlier call finished.
+def finished_shards(out: Path, metadata: dict[str, Any]) -> dict[Path, int]:
+    """The shards that an earlier call finished, and how many trajectories each has.
 
     Raises:
         CheckpointError: one is damaged, or of another recording.
     """
-    shards = set(out.glob("*.safetensors"))
-    for path in sorted(shards):
-        differing = differences(open_shard(path)[1], metadata, ("trajectories",))
+    found = {}
+    for path in sorted(out.glob("*.safetensors")):
+        tensors, own = open_shard(path)
+        found[path] = len(tensors["labels"])
+        differing = differences(own, metadata, ("trajectories",))
         if differing:
             raise CheckpointError(
                 f"--out {out} holds another recording ({path.name}: {differing}). Choose another folder; nothing is "
                 "overwritten."
             )
-    return shards
+    return found
 
 
 def shard_path(recording: Recording, stretch: Stretch, index: int) -> Path:
@@ -287,48 +376,63 @@ def shard_path(recording: Recording, stretch: Stretch, index: int) -> Path:
     return stretch.folder / f"trajectories-{recording.seed:04d}-{index:05d}.safetensors"
 
 
-def record(
-    choice: BackboneChoice, recording: Recording, out: Path, backbone: Backbone, checked: int = CHECKED_TRAJECTORIES
-) -> None:
+def record(choice: BackboneChoice, recording: Recording, out: Path, backbone: Backbone) -> None:
     """Record the missing shards of a recording. Several processes (`accelerate launch`) share them.
 
     Args:
         choice, recording: settings.
         out: folder.
         backbone: what `choice` names.
-        checked: on so many trajectories the reference solver's own error is measured.
     """
     choice.check_guidance(backbone)
     recording.check_recording(backbone)
-    metadata = {part: describe(choice, recording, part, backbone) for part in stretches(recording, out, backbone)}
-    for stretch in metadata:
+    check_out(out)
+    rank, _, wait_for_all = processes(backbone.device.type == "cpu")
+    if rank == 0:
+        backbone.within(lambda: planned_stretch(recording, out, choice, backbone))
+    wait_for_all()  # the others read what the first one measured
+    whole = backbone.within(lambda: planned_stretch(recording, out, choice, backbone))
+    stretches = [whole, prefix_stretch(recording, out, backbone)][: 2 if recording.prefixes else 1]
+    say(plan_text(recording, whole, backbone))
+    record_stretches(stretches, choice, recording, backbone)
+
+
+def record_stretches(
+    stretches: Sequence[Stretch], choice: BackboneChoice, recording: Recording, backbone: Backbone
+) -> None:
+    """Record what is missing of some stretches."""
+    metadata = [describe(choice, recording, part, backbone) | {**stretches[0].measured} for part in stretches]
+    for stretch in stretches:
         check_out(stretch.folder)
-    say(plan_text(recording, backbone))
-    jobs = [(part, index) for part in metadata for index in range(-(-part.count // recording.record_batch))]
-    finished = {path for part in metadata for path in finished_shards(part.folder, metadata[part])}
-    rank, processes_count, wait_for_all = processes(backbone.device.type == "cpu")
+    jobs = [(i, n) for i, part in enumerate(stretches) for n in range(-(-part.count // recording.record_batch))]
+    known = {k: n for i, part in enumerate(stretches) for k, n in finished_shards(part.folder, metadata[i]).items()}
+    rank, count, wait_for_all = processes(backbone.device.type == "cpu")
     wait_for_all()  # none may write before all have seen the same shards
-    missing = [job for job in jobs if shard_path(recording, *job) not in finished]
-    if finished:
+    # A recording's last shard may be short; where more trajectories are asked for, it is recorded anew.
+    missing = [
+        (i, n)
+        for i, n in jobs
+        if known.get(shard_path(recording, stretches[i], n), 0) < batch_size(recording, stretches[i], n)
+    ]
+    if known:
         say(f"{len(jobs) - len(missing)} of {len(jobs)} shards are already recorded; the others follow.")
-    if not missing:
-        return
 
     def record_missing() -> None:
-        measured = reference_error(recording, next(iter(metadata)), choice, backbone, checked)
-        mine = missing[rank::processes_count]
+        mine = missing[rank::count]
         seconds = time.perf_counter()
-        for number, (stretch, index) in enumerate(progress(mine, "record")):
-            drawn = draw_batch(recording, stretch, choice, backbone, index)
-            own = metadata[stretch] | measured | {"shard": index}
-            record_shard(shard_path(recording, stretch, index), drawn, recording, choice, backbone, own)
+        for number, (i, n) in enumerate(progress(mine, "record")):
+            stretch = stretches[i]
+            drawn = draw_batch(recording, stretch, choice, backbone, n)
+            tensors = recorded(drawn, recording, choice, backbone)
+            save_shard(shard_path(recording, stretch, n), tensors, metadata[i] | {"shard": n})
             if number == 0:
                 seconds = time.perf_counter() - seconds
-                left = seconds * (sum(part.points for part, _ in mine) / stretch.points - 1) / 60
+                left = seconds * (sum(stretches[j].points for j, _ in mine) / stretch.points - 1) / 60
                 say(f"The first {len(drawn['labels'])} trajectories took {seconds:.3g} s; about {left:.2g} min to go.")
 
-    backbone.within(record_missing)
-    wait_for_all()
+    if missing:
+        backbone.within(record_missing)
+        wait_for_all()
 
 
 def run_record(settings: RecordSettings) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,17 +19,20 @@ FIRST_GAP = 0.1
 JITTER = 0.8
 
 
-def random_times(
-    points: int, generator: torch.Generator, shift: float = 1.0, start: float = 1.0, until: float = LAST_TIME
-) -> Tensor:
-    """[points] descending times from `start` to `until`, jittered, so that batches together cover all times.
+# Times that follow the model lie as densely as this power of the velocity's third derivative, with a floor of a share of
+# the mean density. Their first fifth of gaps grows from .3 of the usual one.
+DENSITY_POWER, DENSITY_FLOOR, SMOOTHED = 1 / 3, 0.1, 5
+ADAPTED_FIRST_GAP, ADAPTED_RAMP = 0.3, 0.2
+
+
+def default_times(points: int, shift: float = 1.0, start: float = 1.0, until: float = LAST_TIME) -> Tensor:
+    """[points] descending times from `start` to `until`.
 
     The gaps are even, but for the first third, where they grow from a tenth: a multistep solver begins as Euler's
     method, and its first steps would otherwise make most of its error.
 
     Args:
         points: how many.
-        generator: of the jitter.
         shift: see `time_shift`; above 1 there are more points near the noise.
         start, until: first and last time.
     """
@@ -37,11 +41,45 @@ def random_times(
     ramp = max(1, (points - 1) // 3)
     gaps[:ramp] = torch.linspace(FIRST_GAP, 1, ramp + 1)[:-1]
     gaps *= (1 - last) / gaps.sum()
-    t = 1 - torch.cat([torch.zeros(1), gaps.cumsum(0)])
-    t[1:-1] += (torch.rand(points - 2, generator=generator) - 0.5) * JITTER * torch.minimum(gaps[1:], gaps[:-1])
-    t = time_shift(t, shift) * start
+    t = time_shift(1 - torch.cat([torch.zeros(1), gaps.cumsum(0)]), shift) * start
     t[0], t[-1] = start, until  # rounding must not move the ends
     return t
+
+
+def jittered(times: Tensor, generator: torch.Generator) -> Tensor:
+    """Times whose inner ones are moved at random, so that batches together cover all times."""
+    gaps = -times.diff()
+    moved = times.clone()
+    moved[1:-1] += (torch.rand(len(times) - 2, generator=generator) - 0.5) * JITTER * torch.minimum(gaps[1:], gaps[:-1])
+    return moved
+
+
+def adapted_times(points: int, times: Tensor, velocities: Tensor) -> Tensor:
+    """[points] descending times that lie densely where the velocity along the path bends.
+
+    Args:
+        points: how many.
+        times: [N] of a few trajectories' points, N at least 8; the result has the same ends.
+        velocities: [B, N, C, *spatial] there.
+    """
+    t = times.double().numpy()
+    divided = velocities.double().flatten(2).transpose(0, 1).numpy()
+    for order in (1, 2, 3):
+        divided = (divided[1:] - divided[:-1]) / (t[order:] - t[:-order])[:, None, None]
+    density = np.sqrt(np.square(divided).mean((1, 2))) ** DENSITY_POWER
+    edge = SMOOTHED // 2
+    density = np.convolve(np.pad(density, edge, mode="edge"), np.ones(SMOOTHED) / SMOOTHED, "valid")
+    fine = np.linspace(t[0], t[-1], 2001)
+    density = np.interp(-fine, -(t[3:] + t[:-3]) / 2, density)
+    density = np.maximum(density, DENSITY_FLOOR * density.mean() + 1e-12)
+    places = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    gaps = np.ones(points - 1)
+    ramp = max(1, int((points - 1) * ADAPTED_RAMP))
+    gaps[:ramp] = np.linspace(ADAPTED_FIRST_GAP, 1, ramp + 1)[:-1]
+    wanted = np.concatenate([[0], np.cumsum(gaps)]) / gaps.sum()
+    found = torch.from_numpy(np.interp(wanted, places / places[-1], fine)).float()
+    found[0], found[-1] = times[0], times[-1]  # rounding must not move the ends
+    return found
 
 
 def refined_times(times: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from .shards import open_shard
 # What shards may differ in and still be trained on together.
 MAY_DIFFER = (
     "seed", "shard", "trajectories", "patch_size", "record_batch", "prompts", "conditions", "storage",
-    "reference_error", "reference_relative_error",
+    "reference_error", "reference_relative_error", "reference_calls", "pilot_calls",
 )  # fmt: skip
 
 

@@ -19,14 +19,12 @@ from ...bas_core.schedule import Schedule, ScheduleHook, StepState, linear_combi
 from ...bas_core.solver import Callback, make_solver, run_bi_anchor
 from ..progress import progress
 from ..recording.replay import Replay
+from .linear_form import RULE
 
 # A step has about as many coefficients as there are steps, and a state thousands of numbers: few trajectories will do.
-FIT_TRAJECTORIES = 32
+FIT_TRAJECTORIES = 16
 # Conditional-only calls, counted from a schedule's end. Two in a row, or any earlier, cost more than they save.
 CONDITIONAL_ONLY = (-1, -3)
-# The quadrature rule of schedules: it asks the SideNet once a step (lobatto4: five times), and the coefficients make up
-# for its lower order.
-RULE = "lobatto2"
 # Over the Gram matrix's mean diagonal: velocities of neighbouring times are nearly alike.
 RIDGE = 1e-9
 
@@ -138,8 +136,7 @@ def fit_schedules(schedules: Mapping[int, Schedule], fitting: Fitting) -> Schedu
     """Schedules by NFE, with coefficients fitted on their times."""
     fitted: Schedules = {}
     for nfe, schedule in progress(list(schedules.items()), "fit coefficients"):
-        conditional_only = takes_conditional_only(fitting.field, nfe)
-        found = fit_schedule(fitting, schedule.scaled(fitting.start), conditional_only)[1]
+        found = fit_schedule(fitting, schedule.scaled(fitting.start), schedule.conditional_only > 0)[1]
         fitted[nfe] = found.with_times(schedule.times)
     return fitted
 

@@ -1,235 +1,266 @@
-"""A surrogate of the model's velocity field, made of recorded trajectories; it costs no model calls.
+"""A surrogate of the model's velocity field, made of recorded trajectories and a few rollouts; it costs no model calls.
 
-On a trajectory the velocity is the recorded one. A solver of few steps leaves the trajectory, and how its early errors
-grow depends on how the velocity changes beside it. That is learned from a few rollouts on the model, which show both:
-how far they were from the trajectory, and by how much the velocity differed.
+On a trajectory the velocity is the recorded one. A solver of few steps leaves the trajectory, and what comes of its
+deviation d depends on how the velocity changes beside the trajectory, v(x + d) = v(x) + J d. For J there is
 
-Only sums over a state's numbers are looked at. So a few hundred of them, drawn at random, stand for all, and a search
-costs as much on a large model as on a small one.
+- a prior: that of a Gaussian with the spectrum of the recorded ends. Along a direction in which data has the variance s
+  the velocity's derivative is (t - (1 - t) s) / ((1 - t)^2 s + t^2): 1 / t where there is noise alone, -1 / (1 - t) where
+  the data spreads widely;
+- what rollouts show: pairs of a deviation and the velocity's change. J is taken to be the prior plus a Gaussian random
+  operator, alike at neighbouring times, and its mean given the pairs is used (Gaussian process regression; Rasmussen
+  and Williams 2006, equation 2.25).
+
+Only sums over a state's numbers are looked at. So a few hundred cosine coefficients, drawn by how much they change along
+a path and weighted so that sums are kept on average, stand for all: a fit costs as much on a large model as on a small
+one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ...bas_core.flow import per_sample
-from ...bas_core.guidance import Field
-from ...bas_core.prediction import StraightLine
-from ...bas_core.sidenet import spread_mean
-from ..network.new_sidenet import pooled
-from ..recording.reference_solver import LAST_TIME
 from ..recording.trajectories import Trajectories
 
 # Numbers of each state that are used.
-COORDINATES = 512
-# The gain before a rollout: the velocity's change beside the trajectory, over the distance from it. On the models
-# looked at, -2 to -3 in the middle of the path, and about 0 in its first tenth (docs/training.md).
-DEFAULT_GAIN, FULL_FROM = -3.0, 0.1
-# Over the mean square of the deviations: two rollouts of one state hardly differ.
-DEVIATION_RIDGE = 0.1
-
-Gain = Callable[[float], float]
+COORDINATES = 384
+# Share of the coordinates that are drawn evenly; the others by how much they change.
+EVENLY = 0.5
+# How far in log(t / (1 - t)) pairs tell of J at other times, and how much of a pair's change of velocity is not linear
+# (share of variance).
+TIME_SCALE, NONLINEAR = 1.0, 0.02
 
 
-def default_gain(t: float) -> float:
-    """The gain for a model of which no rollouts are known."""
-    return DEFAULT_GAIN * min(1.0, (1 - t) / FULL_FROM)
+# --- the coordinates --------------------------------------------------------------------------------------------------
 
 
-class MeanLine(StraightLine):
-    """A straight line through two anchors, and a first velocity from the data mean [D, 1, 1], or one a trajectory."""
+def cosine_basis(size: int) -> Tensor:
+    """[size, size] the orthonormal cosine transform (DCT-II), one frequency a row."""
+    k = torch.arange(size, dtype=torch.float64)
+    basis = torch.cos(math.pi / size * (k + 0.5) * k[:, None]) * math.sqrt(2 / size)
+    basis[0] /= math.sqrt(2)
+    return basis
 
-    has_data_mean = True
 
-    def __init__(self, mean: Tensor) -> None:
-        self.mean = mean
+def cosine_transform(x: Tensor) -> Tensor:
+    """The cosine coefficients over the last two dimensions of states, in double precision."""
+    height, width = x.shape[-2:]
+    return cosine_basis(height) @ x.double() @ cosine_basis(width).T
 
-    def analytic_velocity(self, x: Tensor, t: Tensor) -> Tensor:
-        """See `SideNet.analytic_velocity`."""
-        return (x - self.mean) / t.to(x)
+
+def over_bands(values: Tensor) -> Tensor:
+    """Values [C, *spatial] of cosine coefficients, each replaced by the mean over those of like channel and frequency."""
+    height, width = values.shape[-2:]
+    rows, columns = (torch.arange(n, dtype=torch.float64) * max(height, width) / n for n in (height, width))
+    bands = torch.hypot(rows[:, None], columns).round().long().flatten()
+    flat = values.flatten(1, -3).mean(1).flatten(1) if values.ndim == 4 else values.flatten(1)
+    total = flat.new_zeros(len(flat), int(bands.max()) + 1)
+    counts = total.new_zeros(total.shape[1]).index_add(0, bands, torch.ones(len(bands), dtype=total.dtype))
+    means = (total.index_add(1, bands, flat) / counts.clamp_min(1))[:, bands].unflatten(1, (height, width))
+    return means[:, None].expand(values.shape) if values.ndim == 4 else means
 
 
 @dataclass(frozen=True)
-class SubsampledTrajectories:
-    """Trajectories with D numbers of each state, in memory.
+class Coordinates:
+    """Which numbers of a state are used.
 
     Attributes:
-        trajectories: M of them; states and velocities [M, N, D, 1, 1].
-        index: [D] which numbers of a state.
-        means: [M, D, 1, 1] the data mean as trajectories of other conditions show it; None where it is not wanted.
+        index: [D] of its cosine coefficients.
+        scale: [D] by which they are multiplied, so that sums of squares are those of the whole state on average.
     """
 
-    trajectories: Trajectories
     index: Tensor
-    means: Tensor | None
+    scale: Tensor
 
-    def __len__(self) -> int:
-        return len(self.trajectories)
-
-    def first(self, count: int) -> SubsampledTrajectories:
-        """The first few."""
-        means = None if self.means is None else self.means[:count]
-        return SubsampledTrajectories(self.trajectories.rows(slice(None, count)), self.index, means)
-
-    def subsample(self, x: Tensor) -> Tensor:
-        """The numbers [M, D, 1, 1] of states [M, ...], on the CPU."""
-        return x.flatten(1)[:, self.index.to(x.device), None, None].cpu().float()
-
-    @property
-    def noise(self) -> Tensor:
-        """[M, D, 1, 1] where they begin."""
-        rows = torch.arange(len(self))
-        return self.trajectories.states[rows, torch.zeros_like(rows)]
-
-    def truth(self, t: Tensor) -> Tensor:
-        """[M, D, 1, 1] states at time t."""
-        return self.trajectories.truth(torch.arange(len(self)), t)
+    def of(self, x: Tensor) -> Tensor:
+        """States [..., C, *spatial] of M samples -> [M, D], on the CPU in double precision; one after another."""
+        rows = [cosine_transform(row.cpu()).flatten()[self.index] * self.scale for row in x]
+        return torch.stack(rows)
 
 
-def subsampled(
-    trajectories: Trajectories, rows: Tensor, data_mean_size: int, count: int = COORDINATES
-) -> SubsampledTrajectories:
-    """Some of the trajectories with `count` numbers of each state; they are read one after another.
-
-    Args:
-        trajectories: of combined CFG.
-        rows: which.
-        data_mean_size: side of the grid that the data mean is averaged on; 0 = no data mean.
-        count: D.
-    """
-    shape = trajectories.states.shape[2:]
-    size = int(np.prod(shape))
-    index = torch.randperm(size, generator=torch.Generator().manual_seed(size))[:count]
-    parts: list[tuple[Tensor, Tensor]] = []
-    means: list[Tensor] = []
-    for row in rows.tolist():
-        states, velocities = trajectories.states[row].float(), trajectories.velocities[row].float()
-        parts.append((states.flatten(1)[:, index], velocities.flatten(1)[:, index]))
-        means += [pooled(states[0] - velocities[0], data_mean_size)] if data_mean_size else []
-    x, v = (torch.stack(part)[..., None, None] for part in zip(*parts, strict=True))
-    labels = trajectories.labels[rows]
-    some = Trajectories(trajectories.times[rows], x, v, labels)
-    if not data_mean_size:
-        return SubsampledTrajectories(some, index, None)
-    others = [spread_mean(mean, shape).flatten()[index] for mean in means_of_others(torch.stack(means), labels)]
-    return SubsampledTrajectories(some, index, torch.stack(others)[..., None, None])
+def draw_coordinates(changes: Tensor, count: int = COORDINATES) -> Coordinates:
+    """Coordinates for states whose cosine coefficients change along a path by the mean squares [C, *spatial]."""
+    size = changes.numel()
+    if size <= count:
+        return Coordinates(torch.arange(size), torch.ones(size, dtype=torch.float64))
+    shares = over_bands(changes).flatten()
+    chances = EVENLY / size + (1 - EVENLY) * shares / shares.sum().clamp_min(1e-30)
+    drawn = torch.multinomial(chances, count, replacement=True, generator=torch.Generator().manual_seed(size))
+    return Coordinates(drawn, (count * chances[drawn]).rsqrt())
 
 
-def means_of_others(means: Tensor, labels: Tensor) -> list[Tensor]:
-    """For each trajectory the mean [C, H, W] over those of other conditions, or over all others where there are none.
-
-    A trajectory's own condition tells nothing about prompts that were not recorded.
-    """
-    found = []
-    for row, label in enumerate(labels):
-        chosen = labels != label
-        if not chosen.any():
-            chosen = torch.arange(len(labels)) != row
-        found.append(means[chosen].mean(0) if chosen.any() else means[row])
-    return found
-
-
-def velocity_at(trajectories: Trajectories, t: float) -> Tensor:
-    """[M, ...] recorded velocities at a time, by the cubic through the four points around it."""
-    times = trajectories.times.double()
-    t = max(t, LAST_TIME)
-    after = (times >= t).sum(1).clamp(2, times.shape[1] - 2)
-    points = after[:, None] + torch.arange(-2, 2)
-    near = times.gather(1, points)
-    gaps = near[:, :, None] - near[:, None, :] + torch.eye(4)
-    factors = ((t - near)[:, None, :].expand(-1, 4, -1) * (1 - torch.eye(4)) + torch.eye(4)).prod(2) / gaps.prod(2)
-    rows = torch.arange(len(times))
-    parts = [trajectories.velocities[rows, points[:, i]] for i in range(4)]
-    return torch.stack([per_sample(f, v) * v for f, v in zip(factors.T, parts, strict=True)]).sum(0)
+# --- trajectories in coordinates --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Deviations:
-    """How rollouts on the model deviated from their trajectories, by time from 1 down.
+class Subsampled:
+    """M trajectories of N points in D coordinates, in memory.
 
     Attributes:
-        times: K of them, the first 1, where there is no deviation.
-        states: [K, M, D] distance from the trajectory.
-        velocities: [K, M, D] difference from the recorded velocity.
+        coordinates: which.
+        times: [M, N] descending.
+        states, velocities: [M, N, D].
+        variances: [D] of the data.
     """
 
-    times: Sequence[float]
+    coordinates: Coordinates
+    times: Tensor
     states: Tensor
     velocities: Tensor
+    variances: Tensor
 
-    def at(self, t: float) -> tuple[Tensor, Tensor]:
-        """[M, D] both, between the two times around t."""
-        place = float(np.interp(-t, [-time for time in self.times], range(len(self.times))))
-        low = min(int(place), len(self.times) - 2)
-        share = place - low
-        states, velocities = (torch.lerp(part[low], part[low + 1], share) for part in (self.states, self.velocities))
+    @property
+    def ends(self) -> Tensor:
+        """[M, D] at t = 0: a straight line from the last point."""
+        return self.states[:, -1] - self.times[:, -1:] * self.velocities[:, -1]
+
+    def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """States and velocities [G, M, D] at times [G], before the last point those of the last point.
+
+        States by the cubic through states and velocities around a time, velocities by the cubic through four points.
+        """
+        points = self.times.shape[1]
+        t = torch.maximum(t[:, None], self.times[:, -1])
+        after = (self.times >= t[..., None]).sum(-1)
+        right = after.clamp(1, points - 1)
+        t0, t1 = self._gather(self.times, right - 1), self._gather(self.times, right)
+        step, s = (t1 - t0)[..., None], ((t - t0) / (t1 - t0))[..., None]
+        x0, x1 = self._gather(self.states, right - 1), self._gather(self.states, right)
+        v0, v1 = self._gather(self.velocities, right - 1), self._gather(self.velocities, right)
+        near, far = (1 + 2 * s) * (1 - s) ** 2, s**2 * (3 - 2 * s)
+        states = near * x0 + far * x1 + step * (s * (1 - s) ** 2 * v0 - s**2 * (1 - s) * v1)
+        four = after.clamp(2, points - 2)[..., None] + torch.arange(-2, 2)
+        around = self.times[torch.arange(len(self.times))[:, None], four]
+        velocities = torch.zeros_like(states)
+        for i in range(4):
+            factor = torch.ones_like(t)
+            for j in range(4):
+                if i != j:
+                    factor = factor * (t - around[..., j]) / (around[..., i] - around[..., j])
+            velocities = velocities + factor[..., None] * self._gather(self.velocities, four[..., i])
         return states, velocities
 
+    def like(self, trajectories: Trajectories, rows: Tensor) -> Subsampled:
+        """Other trajectories in the same coordinates."""
+        return _read(trajectories, rows, self.coordinates, self.variances)
 
-def deviations_of(trajectories: SubsampledTrajectories, calls: Sequence[tuple[float, Tensor, Tensor]]) -> Deviations:
-    """The deviations of rollouts from the noises of some trajectories.
-
-    Args:
-        trajectories: M of them.
-        calls: time, state and velocity [M, D, 1, 1] of each model call.
-    """
-    nothing = torch.zeros(len(trajectories), len(trajectories.index))
-    times, states, velocities = [1.0], [nothing], [nothing]
-    for t, x, v in calls:
-        if t < times[-1]:
-            times.append(t)
-            states.append((x - trajectories.truth(torch.tensor(t)))[..., 0, 0])
-            velocities.append((v - velocity_at(trajectories.trajectories, t))[..., 0, 0])
-    return Deviations(times, torch.stack(states), torch.stack(velocities))
+    @staticmethod
+    def _gather(values: Tensor, points: Tensor) -> Tensor:
+        """[M, N, ...] at points [G, M] -> [G, M, ...]."""
+        return values[torch.arange(len(values)), points]
 
 
-def gain_of(deviations: Sequence[Deviations]) -> Gain:
-    """The gain by time: the velocities' deviations regressed on the states'."""
-    found: dict[float, float] = {}
-    for part in deviations:
-        for t, states, velocities in zip(part.times, part.states, part.velocities, strict=True):
-            if states.square().sum() > 0 and t > 2 * LAST_TIME:
-                found[t] = float((velocities * states).sum() / states.square().sum())
-    if not found:
-        return default_gain
-    times = sorted(found)
-    return lambda t: float(np.interp(t, times, [found[time] for time in times]))
+def subsampled(trajectories: Trajectories, rows: Tensor, count: int = COORDINATES) -> Subsampled:
+    """Some trajectories of combined CFG in `count` coordinates; they are read one after another, twice."""
+    changes: Tensor | None = None
+    ends: list[Tensor] = []
+    for row in rows.tolist():
+        velocities = cosine_transform(trajectories.velocities[row])
+        squares = velocities.diff(dim=0).square().mean(0)
+        changes = squares if changes is None else changes + squares
+        last = trajectories.states[row][-1:].double() - trajectories.times[row, -1] * trajectories.velocities[row][-1:]
+        ends.append(cosine_transform(last)[0])
+    if changes is None:
+        raise ValueError("There are no trajectories to make a surrogate of.")
+    coordinates = draw_coordinates(changes, count)
+    data = torch.stack(ends)
+    variances = over_bands((data - data.mean(0)).square().mean(0) * len(data) / max(1, len(data) - 1))
+    return _read(trajectories, rows, coordinates, variances.flatten()[coordinates.index])
 
 
+def _read(trajectories: Trajectories, rows: Tensor, coordinates: Coordinates, variances: Tensor) -> Subsampled:
+    states, velocities = (
+        torch.stack([coordinates.of(part[row]) for row in rows.tolist()])
+        for part in (trajectories.states, trajectories.velocities)
+    )
+    return Subsampled(coordinates, trajectories.times[rows].double(), states, velocities, variances)
+
+
+# --- the surrogate ----------------------------------------------------------------------------------------------------
+
+
+def warped(t: Tensor) -> Tensor:
+    """log(t / (1 - t)), finite at the ends: in it a velocity field changes about evenly."""
+    return torch.logit(t, eps=0.003)
+
+
+@dataclass
 class Surrogate:
     """A velocity field made of trajectories.
 
-    A state's distance from its trajectory is split into a combination of the rollouts' deviations, whose change of
-    velocity is known, and a rest, which changes the velocity by the gain.
-
-    Args:
+    Attributes:
         trajectories: M of them.
-        deviations: of rollouts from the same noises.
+        pairs: of each trajectory: (time, deviation [D], change of velocity [D]) that rollouts showed.
     """
 
-    def __init__(self, trajectories: SubsampledTrajectories, deviations: Sequence[Deviations] = ()) -> None:
-        self.trajectories, self.deviations = trajectories, deviations
-        self.gain = gain_of(deviations)
+    trajectories: Subsampled
+    pairs: list[list[tuple[float, Tensor, Tensor]]] = field(default_factory=list)
 
-    def field(self) -> Field:
-        """The surrogate as the solver takes it."""
-        return Field(self._evaluate, (None,))
+    def __post_init__(self) -> None:
+        self.pairs = self.pairs or [[] for _ in range(len(self.trajectories.times))]
+        self._known: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def _evaluate(self, x: Tensor, t: Tensor, branches: int) -> Tensor:
-        time = float(t[0])
-        distance = (x - self.trajectories.truth(torch.tensor(max(time, LAST_TIME))))[..., 0, 0]
-        change = self.gain(time) * distance
-        if self.deviations:
-            parts = zip(*(part.at(time) for part in self.deviations), strict=True)
-            states, velocities = (torch.stack(part, 2) for part in parts)
-            gram = states.mT @ states
-            size = gram.diagonal(dim1=1, dim2=2).mean(1)
-            gram = gram + per_sample(DEVIATION_RIDGE * size + 1e-12, gram) * torch.eye(len(self.deviations))
-            shares = torch.linalg.solve(gram, states.mT @ distance[..., None])
-            change = change + ((velocities - self.gain(time) * states) @ shares)[..., 0]
-        return (velocity_at(self.trajectories.trajectories, time) + change[..., None, None])[None]
+    def learn(self) -> None:
+        """Take in the pairs that were added."""
+        most = max(map(len, self.pairs))
+        if not most:
+            return
+        samples, count, size = len(self.pairs), most, len(self.trajectories.variances)
+        times = torch.full((samples, count), 0.5, dtype=torch.float64)
+        deviations, changes = (torch.zeros(samples, count, size, dtype=torch.float64) for _ in range(2))
+        for m, pairs in enumerate(self.pairs):
+            for i, (t, deviation, change) in enumerate(pairs):
+                times[m, i], deviations[m, i], changes[m, i] = t, deviation, change
+        rest = changes - self.prior(times) * deviations
+        alike = _alike(warped(times)[:, :, None] - warped(times)[:, None])
+        gram = alike * (deviations @ deviations.mT)
+        squares = deviations.square().sum(-1)
+        gram = gram + torch.diag_embed(NONLINEAR * squares + 1e-9 * squares.mean() + 1e-30)
+        self._known = times, deviations, torch.linalg.solve(gram, rest)
+
+    def prior(self, t: Tensor) -> Tensor:
+        """[..., D] derivative of the velocity at times [...], if data were Gaussian."""
+        t, s = t[..., None], self.trajectories.variances
+        return (t - (1 - t) * s) / ((1 - t) ** 2 * s + t**2)
+
+    def change(self, t: Tensor, deviations: Tensor) -> Tensor:
+        """The velocities' changes [G, M, D] at times [G] for deviations [G, M, D] from the trajectories."""
+        found = self.prior(t)[:, None] * deviations
+        if self._known is not None:
+            times, known, shares = self._known
+            alike = _alike(warped(t)[:, None, None] - warped(times))
+            products = torch.einsum("gmd,mnd->gmn", deviations, known) * alike
+            found = found + torch.einsum("gmn,mnd->gmd", products, shares)
+        return found
+
+    def end_errors(self, times: Tensor, weights: Tensor, extra: Tensor | None = None) -> Tensor:
+        """How far linear multistep methods end from the trajectories' ends.
+
+        Args:
+            times, weights: [G, N + 1], [G, N, N] of G methods, see `LinearForm`.
+            extra: [N, M, D] what is added to the velocity of each call, whatever its state; see `Rollout`.
+
+        Returns:
+            [G, M, D].
+        """
+        noise = self.trajectories.states[:, 0]
+        x = noise.expand(len(times), *noise.shape)
+        velocities: list[Tensor] = []
+        for k in range(weights.shape[1]):
+            states, v = self.trajectories.at(times[:, k])
+            v = v + self.change(times[:, k], x - states) if k else v
+            velocities.append(v if extra is None else v + extra[k])
+            x = noise + torch.einsum("gj,gjmd->gmd", weights[:, k, : k + 1], torch.stack(velocities, 1))
+        return x - self.trajectories.ends
+
+
+def _alike(distance: Tensor) -> Tensor:
+    return torch.exp(-0.5 * (distance / TIME_SCALE) ** 2)
+
+
+def mean_error(errors: Tensor, size: int) -> Tensor:
+    """[...] mean over samples of the RMSE, from errors [..., M, D] of states with `size` numbers."""
+    return (errors.square().sum(-1) / size).sqrt().mean(-1)

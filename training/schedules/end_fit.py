@@ -1,0 +1,78 @@
+"""A schedule's times and weights, fitted on a surrogate for the smallest error at the end of the path.
+
+Levenberg and Marquardt's method (Nocedal and Wright 2006, section 10.3) on the end's deviations, with derivatives by
+differences: all of a step's are one batch on the surrogate.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .linear_form import LinearForm, form_from, from_numbers, to_numbers
+from .surrogate import Surrogate, mean_error
+
+# A move of this size, in the logarithm of a step or in a weight, counts as one.
+STEP_UNIT, WEIGHT_UNIT = 0.3, 0.1
+# Share of the start's error that is added for moves of one unit on average: what is fitted stays near where it began,
+# unless moving pays.
+PRIOR = 0.2
+ITERATIONS = 12
+# The least relative gain of an iteration, for another one.
+LEAST_GAIN = 1e-4
+DIFFERENCE = 1e-4
+DAMPING, SMALLER, LARGER, ATTEMPTS = 1e-2, 0.25, 4.0, 6
+
+
+def fit_on_surrogate(
+    surrogate: Surrogate, begun: LinearForm, size: int, extra: Tensor | None = None, iterations: int = ITERATIONS
+) -> tuple[float, LinearForm]:
+    """Move a method's times and weights to where the surrogate's samples end nearest to the truth.
+
+    Args:
+        surrogate: see there.
+        begun: where to begin; a prior holds the result near it.
+        size: how many numbers a state has.
+        extra: see `Surrogate.end_errors`.
+        iterations: at most so many.
+
+    Returns:
+        The mean error over the trajectories, RMSE, and the method.
+    """
+    steps, start = begun.steps, float(begun.times[0])
+    first = to_numbers(begun)
+    units = torch.full_like(first, WEIGHT_UNIT)
+    units[:steps] = STEP_UNIT
+
+    def ends(moves: Tensor) -> Tensor:
+        return surrogate.end_errors(*from_numbers(first + moves * units, steps, start), extra)
+
+    moves = torch.zeros_like(first)
+    errors = ends(moves[None])[0]
+    error = mean_error(errors, size)
+    held = PRIOR * error / len(first)
+
+    def cost(error: Tensor, moves: Tensor) -> float:
+        return float(error + held * moves.square().sum())
+
+    least, damping = cost(error, moves), DAMPING
+    for _ in range(iterations):
+        slopes = (ends(moves + DIFFERENCE * torch.eye(len(moves), dtype=moves.dtype)) - errors) / DIFFERENCE
+        # The mean of the samples' RMSE, not of their squares: each sample counts by one over its own.
+        each = (errors.square().sum(-1, keepdim=True) * size).sqrt().clamp_min(1e-12) * len(errors)
+        weighted = (slopes / each).flatten(1)
+        curvature = weighted @ slopes.flatten(1).T + 2 * held * torch.eye(len(moves), dtype=moves.dtype)
+        gradient = weighted @ errors.flatten() + 2 * held * moves
+        before = least
+        for _ in range(ATTEMPTS):
+            damped = curvature + torch.diag(damping * curvature.diagonal())
+            tried = moves - torch.linalg.solve(damped, gradient)
+            found = ends(tried[None])[0]
+            value = cost(mean_error(found, size), tried)
+            if value < least:
+                moves, errors, least, damping = tried, found, value, damping * SMALLER
+                break
+            damping *= LARGER
+        if not least < before * (1 - LEAST_GAIN):
+            break
+    return float(mean_error(errors, size)), form_from(first + moves * units, steps, start)

@@ -1,0 +1,138 @@
+"""Samplings of the model from recorded noises: what a surrogate learns from, and what schedules are judged by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...bas_core.guidance import Field
+from ...bas_core.schedule import ScheduleHook, linear_combination
+from .fitting import CONDITIONAL_ONLY, least_squares
+from .linear_form import LinearForm
+from .surrogate import Coordinates
+
+CFGRows = list[list[float]]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A sampling of M noises in N calls, in D coordinates.
+
+    Attributes:
+        times: [N] of the calls.
+        states, velocities: [N, M, D] where the model was called, and what it returned.
+        extra: [N, M, D] what the sampling took instead of these velocities, less them: zero but for an analytic first
+            step and conditional-only calls.
+        ends: [M, C, *spatial].
+        cfg_coefficients: of the conditional-only calls.
+    """
+
+    times: Tensor
+    states: Tensor
+    velocities: Tensor
+    extra: Tensor
+    ends: Tensor
+    cfg_coefficients: CFGRows
+
+
+class CFGHook(ScheduleHook):
+    """Calls the model, and finds the coefficients of conditional-only calls by least squares, for which both branches
+    are evaluated.
+
+    Args:
+        steps: N.
+        calls: how many of the last calls may be conditional-only; 0 = none is.
+
+    Attributes:
+        rows: `Schedule.cfg_coefficients`.
+    """
+
+    def __init__(self, steps: int, calls: int) -> None:
+        self.rows: CFGRows = [[] for _ in range(calls)]
+        super().__init__((), [[0.0] if call - calls in CONDITIONAL_ONLY else [] for call in range(calls)], steps)
+        self.missed: Tensor | None = None
+
+    def predict_difference(self, field: Field, x: Tensor, t: Tensor, row: int) -> tuple[Tensor, Tensor]:
+        """See `ScheduleHook`; with fresh coefficients."""
+        conditional, unconditional = field.call_model(x, t, 2)
+        difference = conditional - unconditional
+        regressors = self.difference_regressors(conditional)
+        self.rows[row] = least_squares(regressors, difference).tolist()
+        predicted = linear_combination(torch.zeros_like(conditional), regressors, self.rows[row])
+        self.missed = (field.cfg.scale - 1) * (predicted - difference)
+        return conditional, predicted
+
+
+def roll_out(
+    field: Field,
+    noise: Tensor,
+    form: LinearForm,
+    coordinates: Coordinates,
+    *,
+    mean: Tensor | None = None,
+    conditional_only: bool = False,
+    scatter: Tensor | None = None,
+) -> Rollout:
+    """Sample, and keep what was seen.
+
+    Args:
+        field: of the samples.
+        noise: [M, C, *spatial].
+        form: the method.
+        coordinates: in which states are kept.
+        mean: [M, C, *spatial] or [C, *spatial] of the data: the first velocity is noise minus it, without a call.
+        conditional_only: whether the calls `CONDITIONAL_ONLY` are; their coefficients are fitted on the way.
+        scatter: [M, N, N] added to the weights of each sample.
+    """
+    weights = form.weights.expand(len(noise), -1, -1)
+    weights = (weights if scatter is None else weights + scatter).to(noise)
+    calls = form.steps - (mean is not None)
+    hook = CFGHook(form.steps, calls if conditional_only else 0)
+    times = form.times.float()
+    used: list[Tensor] = []
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+    x = noise
+    for k in range(form.steps):
+        t = times[k]
+        hook.missed = None
+        if mean is not None and k == 0:
+            v = noise - mean
+        else:
+            v = hook.call_model(field, k, x, t, 2 if field.guidance.active(t) else 1)
+            v = field.guidance.combine(v, t)
+        used.append(v)
+        missed = torch.zeros_like(v) if hook.missed is None else hook.missed
+        seen.append((coordinates.of(x), coordinates.of(v - missed), coordinates.of(missed)))
+        x = noise + sum(_by_sample(weights[:, k, j], each) * each for j, each in enumerate(used))
+    states, velocities, extra = (torch.stack(part) for part in zip(*seen, strict=True))
+    return Rollout(form.times[:-1], states, velocities, extra, x, hook.rows)
+
+
+def _by_sample(weights: Tensor, like: Tensor) -> Tensor:
+    return weights.view(-1, *[1] * (like.ndim - 1))
+
+
+def scattered(form: LinearForm, samples: int, size: float, generator: torch.Generator) -> Tensor:
+    """[M, N, N] random changes of weights, larger where the path is long, which leave rows' sums as they are."""
+    steps = form.steps
+    changes = torch.randn(samples, steps, steps, generator=generator, dtype=torch.float64).tril(-1)
+    changes = changes * (size * (form.times[0] - form.times[1:]))[:, None]
+    return changes - torch.diag_embed(changes.sum(2))
+
+
+def pairs_of(rollout: Rollout, states: Tensor, velocities: Tensor) -> list[list[tuple[float, Tensor, Tensor]]]:
+    """What a rollout tells of the model beside the trajectories.
+
+    Args:
+        rollout: see there.
+        states, velocities: [N, M, D] of the trajectories at its times.
+
+    Returns:
+        For each sample (time, deviation, change of velocity) of each call but the first.
+    """
+    deviations, changes = rollout.states - states, rollout.velocities - velocities
+    calls: Sequence[int] = range(1, len(rollout.times))
+    return [[(float(rollout.times[k]), deviations[k, m], changes[k, m]) for k in calls] for m in range(states.shape[1])]

@@ -1,0 +1,484 @@
+"""Schedules for a model: times and weights that end nearest to the exact ends, and never farther than a known method's.
+
+1. A few trajectories make a surrogate of the model (`surrogate.py`).
+2. On the model, known methods on usual grids, with slightly scattered weights, are rolled out from the trajectories'
+   noises. They show how the model behaves beside the trajectories; what one number of calls shows serves all.
+3. For each number of calls, the best known method on the best grid of a family is found on the surrogate, and its times
+   and weights are moved to where the surrogate ends nearest (`end_fit.py`). Rollouts of the result correct the
+   surrogate, and it is fitted again.
+4. The result is sampled from noises that nothing was fitted on. Where a known method ends nearer there, that is taken.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...bas_core.files import read_pickled_tensors, write_atomically
+from ...bas_core.grids import has_short_first_step, time_grid
+from ...bas_core.guidance import Field, just_inside
+from ...bas_core.prediction import SideNetProtocol, StraightLine
+from ...bas_core.schedule import Schedule
+from ...bas_core.sidenet import spread_mean
+from ...bas_core.solver import solve
+from ..network.new_sidenet import pooled
+from ..processes import MAIN_PROCESS
+from ..progress import progress, say
+from ..recording.replay import Replay
+from ..recording.trajectories import Trajectories
+from .end_fit import fit_on_surrogate
+from .fitting import CONDITIONAL_ONLY, FIT_TRAJECTORIES, takes_conditional_only
+from .linear_form import LinearForm, linear_form, schedule_of
+from .rollouts import CFGRows, Rollout, pairs_of, roll_out, scattered
+from .solvers import endpoint_errors
+from .surrogate import Coordinates, Subsampled, Surrogate, mean_error, subsampled
+
+# The known methods, and the grids (shift, cosine) on which each is tried.
+KNOWN = (
+    "adams_bashforth2", "adams_bashforth3", "predictor_corrector", "dpmpp_2m", "unipc", "ipndm", "deis",
+    "res_multistep",
+)  # fmt: skip
+GRIDS = tuple(itertools.product((0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6), (-0.2, 0.0, 0.15, 0.3, 0.5)))
+# What is rolled out first, in turn: methods on grids that suit most models, their weights scattered by a share of the
+# path's length.
+FIRST = (
+    ("unipc", (2.8, 0.3)), ("adams_bashforth2", (2.0, 0.15)), ("predictor_corrector", (2.0, 0.3)),
+    ("ipndm", (2.8, 0.15)),
+)  # fmt: skip
+SCATTER = 0.02
+# After the rollouts of known methods: on every how many-th trajectory each round is. What a round shows of one number of
+# calls serves the others, so that the first may do with half of the trajectories.
+ROUNDS = (2, 1)
+# Known methods that are tried at once on the surrogate, and how many of the best are fitted from.
+CHUNK, STARTS = 40, 2
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A method, and how its calls are made.
+
+    Attributes:
+        label: for people.
+        form: times and weights.
+        analytic: whether the first velocity is noise minus the data mean, without a call.
+        conditional_only: whether the calls `CONDITIONAL_ONLY` leave out the unconditional branch.
+    """
+
+    label: str
+    form: LinearForm
+    analytic: bool = False
+    conditional_only: bool = False
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search came to for one NFE.
+
+    Attributes:
+        schedule: to sample by.
+        error, standard_error: mean RMSE from validation noises, and the standard error of that mean.
+        known: the best known method on its best grid.
+        known_error: its error from the same noises, on the surrogate.
+        seconds: of a sampling, for one sample.
+    """
+
+    schedule: Schedule
+    error: float
+    standard_error: float
+    known: str
+    known_error: float
+    seconds: float
+
+
+def search_nfe(trajectories: int, validation: int, numbers: Sequence[int], guided: bool) -> int:
+    """How many model calls a search takes. In rollouts, conditional-only calls evaluate both branches."""
+
+    count = min(FIT_TRAJECTORIES, trajectories)
+    calls = {n: n + (guided and n > len(CONDITIONAL_ONLY) + 1) for n in sorted(numbers)}
+    rolled = count * sum(calls[n] for n in first_numbers(numbers))
+    for index, every in enumerate(ROUNDS):
+        rolled += sum(calls[n] * len(part_of(count, i + index, every)) for i, n in enumerate(calls))
+    return rolled + validation * sum(numbers)
+
+
+def part_of(count: int, index: int, every: int) -> Tensor:
+    """Of `count` trajectories every so many-th, from another one on for each index."""
+    rows = torch.arange(count)
+    return rows[(rows + index) % every == 0]
+
+
+def first_numbers(numbers: Sequence[int]) -> list[int]:
+    """For which NFE known methods are rolled out: what these show of the model serves the others too."""
+    ordered = sorted(numbers)
+    return ordered[len(ordered) // 3 :: 3]
+
+
+@cache
+def known_methods(steps: int, start: float, short_first_step: bool) -> tuple[list[str], list[LinearForm]]:
+    """The known methods on all grids, or on those whose first step is short: labels and forms."""
+    labels, forms = [], []
+    for solver, (shift, cosine) in itertools.product(KNOWN, GRIDS):
+        grid = time_grid(steps, shift, cosine, dtype=torch.float64)
+        if not short_first_step or has_short_first_step(grid):
+            labels.append(f"{solver}, shift {shift:g}, cosine {cosine:g}")
+            forms.append(linear_form(solver, grid * start))
+    return labels, forms
+
+
+class MeanLine(StraightLine):
+    """A straight line through two anchors, and a first velocity from the data mean: of all samples, or one each."""
+
+    has_data_mean = True
+
+    def __init__(self, mean: Tensor) -> None:
+        self.mean = mean
+
+    def analytic_velocity(self, x: Tensor, t: Tensor) -> Tensor:
+        """See `SideNet.analytic_velocity`."""
+        return (x - self.mean) / t.to(x)
+
+
+def line_through(mean: Tensor | None) -> SideNetProtocol:
+    """A straight line instead of a SideNet; with the data mean [C, *spatial], its first step can be analytic."""
+    return StraightLine() if mean is None else MeanLine(mean)
+
+
+def means_of_others(means: Tensor, labels: Tensor) -> Tensor:
+    """For each trajectory the mean [C, H, W] over those of other conditions, or over all others where there are none.
+
+    A trajectory's own condition tells nothing about prompts that were not recorded.
+    """
+    found = []
+    for row, label in enumerate(labels):
+        chosen = labels != label
+        if not chosen.any():
+            chosen = torch.arange(len(labels)) != row
+        found.append(means[chosen].mean(0) if chosen.any() else means[row])
+    return torch.stack(found)
+
+
+def means_for(trajectories: Trajectories, rows: Tensor, size: int) -> Tensor:
+    """[M, C, *spatial] for each of the rows the data mean that the others show, averaged on a grid of side `size`."""
+    firsts = torch.stack(
+        [pooled(trajectories.states[row][0] - trajectories.velocities[row][0], size) for row in rows.tolist()]
+    )
+    others = means_of_others(firsts, trajectories.labels[rows])
+    return torch.stack([spread_mean(mean, tuple(trajectories.states.shape[2:])) for mean in others])
+
+
+class SearchData:
+    """Trajectories of one CFG scale, beside the model and its surrogate.
+
+    Args:
+        replay: trajectories beside the model.
+        count: at most so many are taken.
+        means: of the rows that are taken, the data mean [M, C, *spatial] for an analytic first step, or None.
+        like: others, whose coordinates are used.
+    """
+
+    def __init__(
+        self, replay: Replay, count: int, means: Callable[[Tensor], Tensor] | None, like: Subsampled | None = None
+    ) -> None:
+        self.replay, self.rows = replay, replay.median_cfg_rows(count)
+        known = replay.trajectories
+        self.data = subsampled(known, self.rows) if like is None else like.like(known, self.rows)
+        self.surrogate = Surrogate(self.data)
+        self.means = None if means is None else means(self.rows)
+        self.size = replay.trajectories.states[int(self.rows[0])][0].numel()
+        self.start = float(self.data.times[0, 0])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def coordinates(self) -> Coordinates:
+        """Which numbers of a state the surrogate uses."""
+        return self.data.coordinates
+
+    def roll_out(self, candidate: Candidate, chosen: Tensor, scatter: Tensor | None = None) -> Rollout:
+        """Sample on the model from the noises of some of the rows; the calls are added to `replay.nfe`."""
+        rows = self.rows[chosen]
+        field = self.replay.field_of(rows)
+        mean = self.means[chosen] if candidate.analytic and self.means is not None else None
+        found = roll_out(
+            field,
+            self.replay.noise(rows),
+            candidate.form,
+            self.coordinates,
+            mean=None if mean is None else mean.to(self.replay.backbone.device),
+            conditional_only=candidate.conditional_only,
+            scatter=scatter,
+        )
+        self.replay.nfe["rollouts"] += field.calls * len(rows)
+        return found
+
+    def learn(self, rollout: Rollout, chosen: Tensor) -> None:
+        """Add what a rollout of some of the rows showed; `Surrogate.learn` takes it in."""
+        states, velocities = (part[:, chosen] for part in self.data.at(rollout.times))
+        for m, pairs in zip(chosen.tolist(), pairs_of(rollout, states, velocities), strict=True):
+            self.surrogate.pairs[m] += pairs
+
+    def learn_calls(self, calls: Sequence[tuple[float, Tensor, Tensor]]) -> None:
+        """Add what samplings of all rows showed: (time, states [M, D], velocities [M, D]) of each call but the first."""
+        times = torch.tensor([t for t, _, _ in calls], dtype=torch.float64)
+        states, velocities = self.data.at(times)
+        for k, (t, x, v) in list(enumerate(calls))[1:]:
+            for m, pairs in enumerate(self.surrogate.pairs):
+                pairs.append((t, x[m] - states[k, m], v[m] - velocities[k, m]))
+
+    def extra(self, candidate: Candidate, measured: Tensor | None) -> Tensor | None:
+        """[N, M, D] see `Surrogate.end_errors`: the analytic first step's, and what was measured of conditional-only
+        calls, which are counted from the end."""
+        steps = candidate.form.steps
+        found = torch.zeros(steps, *self.data.states[:, 0].shape, dtype=torch.float64)
+        if measured is not None and candidate.conditional_only:
+            common = min(steps, len(measured))
+            found[-common:] = measured[-common:]
+        if candidate.analytic and self.means is not None:
+            _, velocities = self.data.at(candidate.form.times[:1])
+            found[0] = self.data.states[:, 0] - self.coordinates.of(self.means) - velocities[0]
+        return found
+
+    def known(
+        self, steps: int, analytic: bool, conditional_only: bool, measured: Tensor | None
+    ) -> list[tuple[float, Candidate]]:
+        """The known methods on all grids by their error on the surrogate, the best first."""
+        labels, forms = known_methods(steps, self.start, analytic)
+        found = [Candidate(label, form, analytic, conditional_only) for label, form in zip(labels, forms, strict=True)]
+        errors: list[float] = []
+        for i in range(0, len(forms), CHUNK):
+            times, weights = (
+                torch.stack([getattr(form, name) for form in forms[i : i + CHUNK]]) for name in ("times", "weights")
+            )
+            ends = self.surrogate.end_errors(times, weights, self.extra(found[0], measured))
+            errors += mean_error(ends, self.size).tolist()
+        return sorted(zip(errors, found, strict=True), key=lambda pair: pair[0])
+
+
+@dataclass
+class Search:
+    """A search under way.
+
+    Attributes:
+        fit: to fit on.
+        numbers: the NFE.
+        path: of a file that keeps the rollouts, for a search that is interrupted; None = none.
+    """
+
+    fit: SearchData
+    numbers: Sequence[int]
+    path: Path | None = None
+
+    def __post_init__(self) -> None:
+        self.numbers = sorted(self.numbers)
+        self.best: dict[int, Candidate] = {}
+        self.last: dict[int, Rollout] = {}
+        # What conditional-only calls missed when they were last rolled out; 0 on trajectories that were not.
+        self.measured: dict[int, Tensor] = {}
+        self.generator = torch.Generator().manual_seed(0)
+        self.saved: dict[str, dict[str, object]] = {}
+        if self.path is not None and self.path.exists():
+            self.saved = read_pickled_tensors(self.path)
+
+    def options(self, nfe: int) -> list[tuple[int, bool, bool]]:
+        """Steps, analytic first step, conditional-only calls: how so many NFE can be spent."""
+        guided = takes_conditional_only(self.fit.replay.field_of(self.fit.rows[:1]), nfe)
+        return [
+            (nfe + conditional_only + analytic, analytic, conditional_only)
+            for conditional_only in ((True, False) if guided else (False,))
+            for analytic in ((False, True) if self.fit.means is not None else (False,))
+        ]
+
+    def rolled(self, name: str, candidate: Candidate, chosen: Tensor, scatter: Tensor | None = None) -> Rollout:
+        """A rollout, made or read from before an interruption; the surrogate learns of it."""
+        if name not in self.saved:
+            found = self.fit.roll_out(candidate, chosen, scatter)
+            self.saved[name] = vars(found)
+            if self.path is not None and MAIN_PROCESS:
+                write_atomically(self.path, lambda temporary: torch.save(self.saved, temporary))
+        rollout = Rollout(**self.saved[name])  # type: ignore[arg-type]
+        self.fit.learn(rollout, chosen)
+        return rollout
+
+    def roll_out_known(self) -> None:
+        """The first round."""
+        for i, nfe in enumerate(progress(first_numbers(self.numbers), "rollouts of known methods")):
+            steps = self.options(nfe)[0][0]
+            for j, (solver, shape) in enumerate(FIRST):
+                form = linear_form(solver, time_grid(steps, *shape, dtype=torch.float64) * self.fit.start)
+                chosen = part_of(len(self.fit), i - j, len(FIRST))
+                if len(chosen):
+                    scatter = scattered(form, len(chosen), SCATTER, self.generator)
+                    self.rolled(f"first {nfe} {j}", Candidate(solver, form), chosen, scatter)
+        self.fit.surrogate.learn()
+
+    def roll_out_best(self, index: int, every: int) -> None:
+        """A later round, on every so many-th trajectory."""
+        for i, nfe in enumerate(progress(self.numbers, "rollouts")):
+            rows = part_of(len(self.fit), i + index, every)
+            found = self.last[nfe] = self.rolled(f"{index} {nfe}", self.best[nfe], rows)
+            measured = torch.zeros(len(found.extra), len(self.fit), found.extra.shape[-1], dtype=torch.float64)
+            measured[:, rows] = found.extra
+            self.measured[nfe] = measured
+        self.fit.surrogate.learn()
+
+    def fit_all(self) -> None:
+        """Fit every number of calls on the surrogate as it is."""
+        for nfe in progress(self.numbers, "fit schedules"):
+            measured = self.measured.get(nfe)
+            known = [pair for option in self.options(nfe) for pair in self.fit.known(*option, measured)[:1]]
+            starts = [candidate for _, candidate in sorted(known, key=lambda pair: pair[0])[:STARTS]]
+            starts = [self.best[nfe], *starts[:1]] if nfe in self.best else starts
+            fitted = []
+            for start in starts:
+                extra = self.fit.extra(start, measured)
+                error, form = fit_on_surrogate(self.fit.surrogate, start.form, self.fit.size, extra)
+                fitted.append((error, Candidate(start.label, form, start.analytic, start.conditional_only)))
+            self.best[nfe] = min(fitted, key=lambda pair: pair[0])[1]
+
+    def run(self) -> None:
+        """All rounds."""
+        self.roll_out_known()
+        self.fit_all()
+        for index, every in enumerate(ROUNDS):
+            self.roll_out_best(index, every)
+            self.fit_all()
+
+    def fit_error(self, candidate: Candidate, nfe: int) -> float:
+        """On the surrogate that was fitted on."""
+        form, extra = candidate.form, self.fit.extra(candidate, self.measured.get(nfe))
+        ends = self.fit.surrogate.end_errors(form.times[None], form.weights[None], extra)
+        return float(mean_error(ends, self.fit.size))
+
+    def known_on(self, held: SearchData, nfe: int) -> tuple[float, Candidate]:
+        """The known method of so many whole calls that ends nearest on the surrogate that was fitted on, and its error on
+        that of other trajectories."""
+        known = self.fit.known(nfe, False, False, None)[0][1]
+        ends = held.surrogate.end_errors(known.form.times[None], known.form.weights[None])
+        return float(mean_error(ends, held.size)), known
+
+    def cfg_rows(self, nfe: int) -> CFGRows:
+        """Coefficients of the conditional-only calls, as last fitted."""
+        return self.last[nfe].cfg_coefficients if self.best[nfe].conditional_only else []
+
+
+def watched(field: Field, coordinates: Coordinates, seen: list[tuple[float, Tensor, Tensor]]) -> Field:
+    """The same field, which adds time, state and guided velocity, in coordinates, of every call of all branches to
+    `seen`."""
+
+    def evaluate(x: Tensor, t: Tensor, branches: int) -> Tensor:
+        v = field.evaluate(x, t, branches)
+        time = just_inside(t[0])
+        if branches == 1 + field.cfg.active(time):
+            seen.append((float(t[0]), coordinates.of(x), coordinates.of(field.cfg.combine(v, time))))
+        return v
+
+    return Field(evaluate, field.conditions, field.cfg, combined=field.combined, scale=field.scale)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A schedule's errors from validation noises [M], and seconds a sample."""
+
+    errors: Tensor
+    seconds: float
+
+    @property
+    def mean(self) -> float:
+        """Of the errors."""
+        return float(self.errors.mean())
+
+    @property
+    def standard_error(self) -> float:
+        """Of the mean."""
+        return float(self.errors.std() / len(self.errors) ** 0.5) if len(self.errors) > 1 else 0.0
+
+
+def judge(
+    sidenet: SideNetProtocol,
+    schedule: Schedule,
+    replay: Replay,
+    watch: Callable[[Field], Field] = lambda field: field,
+) -> Judged:
+    """Sample from all of a replay's noises of one CFG scale; the model calls are added to `replay.nfe`."""
+    rows = replay.median_cfg_rows(len(replay.trajectories))
+    field = watch(replay.field_of(rows))
+    begun = time.perf_counter()
+    ends = solve(field, sidenet, replay.noise(rows), schedule.scaled(replay.backbone.start))
+    errors = endpoint_errors(ends, replay.truth(rows, torch.zeros(()))).cpu()
+    replay.nfe["validation"] += round(field.nfe * len(rows))
+    return Judged(errors, (time.perf_counter() - begun) / len(rows))
+
+
+def clearly_nearer(ours: Tensor, theirs: Tensor, fitted: int, our_fit: float, their_fit: float) -> bool:
+    """Whether a known method is to be taken, from errors on the same validation noises [M] and on those of the fit.
+
+    Validation noises may be few: it is nearer on all noises together, or on these by more than twice the standard error.
+    """
+    gain = ours - theirs
+    together = float(gain.sum()) + fitted * (our_fit - their_fit)
+    alone = len(gain) > 2 and float(gain.mean()) > 2 * float(gain.std()) / len(gain) ** 0.5
+    return together > 0 or alone
+
+
+def validated(search: Search, held: SearchData, line: SideNetProtocol) -> dict[int, Found]:
+    """The schedules, or known methods where these end nearer, judged on trajectories that nothing was fitted on."""
+    schedules: dict[int, Schedule] = {}
+    judged: dict[int, Judged] = {}
+    for nfe in progress(search.numbers, "validate"):
+        best = search.best[nfe]
+        schedules[nfe] = schedule_of(best.form, best.analytic, search.cfg_rows(nfe))
+        seen: list[tuple[float, Tensor, Tensor]] = []
+        judged[nfe] = judge(
+            line, schedules[nfe], held.replay, partial(watched, coordinates=held.coordinates, seen=seen)
+        )
+        held.learn_calls(seen)
+    held.surrogate.learn()
+    found = {}
+    for nfe in search.numbers:
+        known_error, known = search.known_on(held, nfe)
+        error, spread = judged[nfe].mean, judged[nfe].standard_error
+        say(f"{nfe} calls: {error:.3g} ± {spread:.2g}; the best known method ({known.label}) {known_error:.3g}.")
+        if known_error < error:
+            # The surrogate may flatter it: the model decides.
+            plain = schedule_of(known.form)
+            tried = judge(line, plain, held.replay)
+            known_error = tried.mean
+            fit_errors = [search.fit_error(each, nfe) for each in (search.best[nfe], known)]
+            if clearly_nearer(judged[nfe].errors, tried.errors, len(search.fit), *fit_errors):
+                say(f"{nfe} calls: on the model {known_error:.3g}, and so the known method is taken.")
+                schedules[nfe], judged[nfe] = plain, tried
+                error, spread = tried.mean, tried.standard_error
+        found[nfe] = Found(schedules[nfe], error, spread, known.label, known_error, judged[nfe].seconds)
+    return found
+
+
+def search_schedules(
+    replay: Replay, validation: Replay, numbers: Sequence[int], mean: Tensor | None, path: Path | None = None
+) -> dict[int, Found]:
+    """Schedules for some NFE.
+
+    Args:
+        replay: trajectories of combined CFG, to fit on.
+        validation: others, to judge by.
+        numbers: the NFE.
+        mean: [C, S, S] of the data, if the first step may be analytic.
+        path: of a file that keeps rollouts, so that an interrupted search goes on.
+    """
+    known = replay.trajectories
+    spread = None if mean is None else spread_mean(mean, replay.backbone.shape)
+    with torch.inference_mode():
+        leave_out = None if mean is None else lambda rows: means_for(known, rows, mean.shape[-1])
+        fit = SearchData(replay, FIT_TRAJECTORIES, leave_out)
+        search = Search(fit, numbers, path)
+        search.run()
+        same = None if spread is None else lambda rows: spread.expand(len(rows), *spread.shape)
+        held = SearchData(validation, len(validation.trajectories), same, fit.data)
+        return validated(search, held, line_through(None if spread is None else spread.to(replay.backbone.device)))
