@@ -160,8 +160,9 @@ def _basic() -> list[Any]:
         inputs.sampling_cfg(),
         io.String.Input(
             "steps",
-            default="5, 7, 10",
-            tooltip="The numbers of steps that the SideNet is made for, separated by commas. A step is one model call.",
+            default="4, 5, 6, 7, 8, 9, 10, 12",
+            tooltip="The numbers of steps that the SideNet is made for, separated by commas. A step is one model call. What "
+            "is learned for one number helps the others.",
         ),
         io.Combo.Input(
             "preset",
@@ -169,7 +170,7 @@ def _basic() -> list[Any]:
             default="quick",
             tooltip="quick finds schedules (times and coefficients) without a network, in about 1,500 model calls. "
             "full trains a network too, which also helps with other numbers of steps and with ComfyUI's schedulers; "
-            "it needs about 20,000 model calls and the training.",
+            "it needs about 15,000 model calls and the training.",
         ),
         io.String.Input(
             "output_name",

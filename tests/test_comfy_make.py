@@ -31,7 +31,7 @@ from ba_solver.training.network import stages
 from ba_solver.training.presets import PRESETS
 from ba_solver.training.recording import record as recording
 from ba_solver.training.recording.trajectories import open_trajectories
-from ba_solver.training.schedules import solvers, surrogate_search
+from ba_solver.training.schedules import end_fit, search, solvers
 
 pytestmark = pytest.mark.comfyui
 
@@ -43,8 +43,8 @@ def as_in_comfyui(tmp_path, monkeypatch):
     """Nodes run in inference mode; and what takes minutes is asked for less."""
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path / "output"))
     for module, name, fewer in (
-        (surrogate_search, "SURROGATE_ROUNDS", 1),
-        (surrogate_search, "SEARCHES", 1),
+        (search, "ROUNDS", (2,)),
+        (end_fit, "ITERATIONS", 2),
         (stages, "VALIDATION_BATCHES", 1),
         (stages, "VALIDATION_BATCH", 16),
         (solvers, "SEARCH_SHIFTS", (1.0, 2.0)),

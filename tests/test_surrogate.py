@@ -1,4 +1,4 @@
-"""Schedules fitted on a surrogate: known methods as numbers, what the surrogate knows of the model, what a fit finds."""
+"""Schedules fitted on a surrogate: known methods as numbers, what the surrogate knows, what a fit finds."""
 
 import math
 from collections import Counter
@@ -57,7 +57,7 @@ def replay():
 @pytest.mark.parametrize("solver", KNOWN)
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_a_known_method_is_its_weights(solver, steps):
-    """Its schedule samples a nonlinear, time-dependent field as the method itself does, and its numbers bring it back."""
+    """Its schedule samples a nonlinear, time-dependent field as the method does, and its numbers bring it back."""
     times = time_grid(steps, 2.0, 0.2, dtype=torch.float64)
     x = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     field = model_field(swirl, torch.tensor([0, 1, 0]))
@@ -234,7 +234,7 @@ def test_a_known_method_is_taken_where_it_ends_nearer(monkeypatch, capsys):
     monkeypatch.setattr(search, "fit_on_surrogate", astray)
     fit, validation = parts(8, 3)
     found = search_schedules(fit, validation, [5], None)[5]
-    assert "so the known method is taken" in capsys.readouterr().out
+    assert "the known method is nearer on the model" in capsys.readouterr().out
     assert found.error == found.known_error and found.schedule.calls == 5
 
 

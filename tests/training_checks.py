@@ -104,6 +104,6 @@ def check_end_fit(folder, trained, tmp_path):
     begun = Candidate("", linear_form("predictor_corrector", time_grid(5, dtype=torch.float64)))
     errors = [
         mean_error(data.coordinates.of(data.roll_out(each, rows).ends) - data.data.ends, data.size)
-        for each in (search.best[5], begun)
+        for each in (search.stages[5][-1], begun)
     ]
     assert errors[0] < 0.5 * errors[1], errors

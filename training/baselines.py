@@ -208,8 +208,8 @@ def dpmpp_2m(velocity: Velocity, x: Tensor, t0: Tensor, t1: Tensor, history: His
 def unipc(velocity: Velocity, x: Tensor, t0: Tensor, t1: Tensor, history: History) -> tuple[Tensor, History]:
     """UniPC (Zhao et al. 2023, algorithms 7 and 8) on the flow path: order 2, data prediction, B(h) = exp(-h) - 1.
 
-    A step corrects the state that it begins at, after the call, and predicts the next one. The last step, onto t = 0, is
-    of first order, as in diffusers' scheduler of this name.
+    A step corrects the state that it begins at, after the call, and predicts the next one. The last step, onto t = 0,
+    is of first order, as in diffusers' scheduler of this name.
     """
     if float(t0) == 0:
         raise ValueError("UniPC predicts the data and cannot leave t = 0; start the time grid above 0.")
@@ -244,7 +244,7 @@ def _exponential_euler(x: Tensor, data: Tensor, t0: Tensor, t1: Tensor) -> Tenso
 
 
 def _unipc_corrector(step: float, earlier: Sequence[float]) -> list[float]:
-    """Weights of the differences of data: at an earlier time if there is one, and at the step's end (UniPC, equation 5).
+    """Weights of the differences of data, at an earlier time if there is one and at the step's end (UniPC, section 3).
 
     Args:
         step: h, in half log SNR.

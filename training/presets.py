@@ -11,8 +11,8 @@ QUICK, FULL = "quick", "full"
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     QUICK: {
         "steps": 0,
-        "trajectories": 10,
-        "validation": 2,
+        "trajectories": 11,
+        "validation": 3,
         "prefixes": 0,
         "jitter": False,
         "checked": 1,

@@ -11,7 +11,7 @@ KNOWN = "best known method"
 
 
 def validation_rows(found: Mapping[int, Found]) -> list[Measurement]:
-    """For each NFE the schedule's line, and that of the best known method on its best grid, which is the surrogate's."""
+    """For each NFE the schedule's line, and that of the best known method on its best grid, as the surrogate has it."""
     rows = []
     for n, each in found.items():
         rows.append(Measurement("ba_solver", "BA-solver", "best", (0.0, 0.0), n, each.error, each.standard_error,

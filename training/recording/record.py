@@ -38,8 +38,8 @@ from .shards import open_shard, save_shard, shard_bytes
 PILOT, PILOT_TRAJECTORIES, PILOT_POINTS = "pilot", 2, 40
 PILOT_SEEDS, CHECK_SEEDS = 400_000, 450_000
 # Points of a trajectory, where it is left open: the first of these with which the reference solver's own error is no
-# more than the share COARSE of the error of so many calls of a multistep method. What is fitted comes to about .4 of that
-# error, and cannot become more exact than the trajectories that it is fitted on.
+# more than the share COARSE of the error of so many calls of a multistep method. What is fitted comes to about .4 of
+# that error, and cannot become more exact than the trajectories that it is fitted on.
 POINTS = (36, 54, 80)
 COARSE, COMPARED_NFE = 0.1, 10
 # The solver's error, over the distance between its ends on all times and on every second one. It is of order 4, but not
@@ -265,8 +265,8 @@ def reference_error(
     error = REFINEMENT * distance(half, own)
     relative = error / max(multistep, 1e-12)
     say(
-        f"With {len(times)} points the reference solver's own error is about {error:.2g}, {100 * relative:.2g} % of that "
-        f"of {COMPARED_NFE} calls of a multistep method."
+        f"With {len(times)} points the reference solver's own error is about {error:.2g}, {100 * relative:.2g} % of "
+        f"that of {COMPARED_NFE} calls of a multistep method."
     )
     calls = field.calls * len(noise)
     return {"reference_error": error, "reference_relative_error": relative, "reference_calls": calls}

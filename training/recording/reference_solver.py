@@ -19,8 +19,8 @@ FIRST_GAP = 0.1
 JITTER = 0.8
 
 
-# Times that follow the model lie as densely as this power of the velocity's third derivative, with a floor of a share of
-# the mean density. Their first fifth of gaps grows from .3 of the usual one.
+# Times that follow the model lie as densely as this power of the velocity's third derivative, with a floor of a share
+# of the mean density. Their first fifth of gaps grows from .3 of the usual one.
 DENSITY_POWER, DENSITY_FLOOR, SMOOTHED = 1 / 3, 0.1, 5
 ADAPTED_FIRST_GAP, ADAPTED_RAMP = 0.3, 0.2
 

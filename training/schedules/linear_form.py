@@ -1,7 +1,7 @@
 """Linear multistep methods as numbers: every state is the noise plus a weighted sum of the velocities so far.
 
-Adams-Bashforth, the predictor-corrector, DPM-Solver++(2M), UniPC, iPNDM and their like differ in these weights alone. So
-each of them, on any times, is a point of the space in which schedules are fitted.
+Adams-Bashforth, the predictor-corrector, DPM-Solver++(2M), UniPC, iPNDM and their like differ in these weights alone.
+So each of them, on any times, is a point of the space in which schedules are fitted.
 """
 
 from __future__ import annotations

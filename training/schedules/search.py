@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -53,8 +54,8 @@ FIRST = (
     ("ipndm", (2.8, 0.15)),
 )  # fmt: skip
 SCATTER = 0.02
-# After the rollouts of known methods: on every how many-th trajectory each round is. What a round shows of one number of
-# calls serves the others, so that the first may do with half of the trajectories.
+# After the rollouts of known methods: on every how many-th trajectory each round is. What a round shows of one number
+# of calls serves the others, so that the first may do with half of the trajectories.
 ROUNDS = (2, 1)
 # Known methods that are tried at once on the surrogate, and how many of the best are fitted from.
 CHUNK, STARTS = 40, 2
@@ -226,7 +227,7 @@ class SearchData:
             self.surrogate.pairs[m] += pairs
 
     def learn_calls(self, calls: Sequence[tuple[float, Tensor, Tensor]]) -> None:
-        """Add what samplings of all rows showed: (time, states [M, D], velocities [M, D]) of each call but the first."""
+        """Add what samplings of all rows showed: time, states [M, D] and velocities [M, D] of each call but the first."""
         times = torch.tensor([t for t, _, _ in calls], dtype=torch.float64)
         states, velocities = self.data.at(times)
         for k, (t, x, v) in list(enumerate(calls))[1:]:
@@ -278,7 +279,8 @@ class Search:
 
     def __post_init__(self) -> None:
         self.numbers = sorted(self.numbers)
-        self.best: dict[int, Candidate] = {}
+        # What each fit came to, in order.
+        self.stages: dict[int, list[Candidate]] = {nfe: [] for nfe in self.numbers}
         self.last: dict[int, Rollout] = {}
         # What conditional-only calls missed when they were last rolled out; 0 on trajectories that were not.
         self.measured: dict[int, Tensor] = {}
@@ -323,7 +325,7 @@ class Search:
         """A later round, on every so many-th trajectory."""
         for i, nfe in enumerate(progress(self.numbers, "rollouts")):
             rows = part_of(len(self.fit), i + index, every)
-            found = self.last[nfe] = self.rolled(f"{index} {nfe}", self.best[nfe], rows)
+            found = self.last[nfe] = self.rolled(f"{index} {nfe}", self.stages[nfe][-1], rows)
             measured = torch.zeros(len(found.extra), len(self.fit), found.extra.shape[-1], dtype=torch.float64)
             measured[:, rows] = found.extra
             self.measured[nfe] = measured
@@ -333,15 +335,18 @@ class Search:
         """Fit every number of calls on the surrogate as it is."""
         for nfe in progress(self.numbers, "fit schedules"):
             measured = self.measured.get(nfe)
-            known = [pair for option in self.options(nfe) for pair in self.fit.known(*option, measured)[:1]]
+            options = self.options(nfe)
+            if nfe in self.last:  # coefficients of conditional-only calls are those of the last rollouts
+                options = [option for option in options if option[2] == self.stages[nfe][-1].conditional_only]
+            known = [pair for option in options for pair in self.fit.known(*option, measured)[:1]]
             starts = [candidate for _, candidate in sorted(known, key=lambda pair: pair[0])[:STARTS]]
-            starts = [self.best[nfe], *starts[:1]] if nfe in self.best else starts
+            starts = [*self.stages[nfe][-1:], *starts][:STARTS]
             fitted = []
             for start in starts:
                 extra = self.fit.extra(start, measured)
                 error, form = fit_on_surrogate(self.fit.surrogate, start.form, self.fit.size, extra)
                 fitted.append((error, Candidate(start.label, form, start.analytic, start.conditional_only)))
-            self.best[nfe] = min(fitted, key=lambda pair: pair[0])[1]
+            self.stages[nfe].append(min(fitted, key=lambda pair: pair[0])[1])
 
     def run(self) -> None:
         """All rounds."""
@@ -351,22 +356,17 @@ class Search:
             self.roll_out_best(index, every)
             self.fit_all()
 
-    def fit_error(self, candidate: Candidate, nfe: int) -> float:
-        """On the surrogate that was fitted on."""
-        form, extra = candidate.form, self.fit.extra(candidate, self.measured.get(nfe))
-        ends = self.fit.surrogate.end_errors(form.times[None], form.weights[None], extra)
-        return float(mean_error(ends, self.fit.size))
-
     def known_on(self, held: SearchData, nfe: int) -> tuple[float, Candidate]:
-        """The known method of so many whole calls that ends nearest on the surrogate that was fitted on, and its error on
-        that of other trajectories."""
+        """The known method of so many whole calls that ends nearest on the surrogate that was fitted on, and its error
+        on that of other trajectories."""
         known = self.fit.known(nfe, False, False, None)[0][1]
         ends = held.surrogate.end_errors(known.form.times[None], known.form.weights[None])
         return float(mean_error(ends, held.size)), known
 
-    def cfg_rows(self, nfe: int) -> CFGRows:
-        """Coefficients of the conditional-only calls, as last fitted."""
-        return self.last[nfe].cfg_coefficients if self.best[nfe].conditional_only else []
+    def schedule(self, candidate: Candidate, nfe: int) -> Schedule:
+        """A candidate as a schedule; coefficients of conditional-only calls as last fitted."""
+        rows: CFGRows = self.last[nfe].cfg_coefficients if candidate.conditional_only else []
+        return schedule_of(candidate.form, candidate.analytic, rows)
 
 
 def watched(field: Field, coordinates: Coordinates, seen: list[tuple[float, Tensor, Tensor]]) -> Field:
@@ -396,6 +396,11 @@ class Judged:
         return float(self.errors.mean())
 
     @property
+    def typical(self) -> float:
+        """The geometric mean: errors differ much between noises, and less between methods from the same noise."""
+        return float(self.errors.clamp_min(1e-12).log().mean().exp())
+
+    @property
     def standard_error(self) -> float:
         """Of the mean."""
         return float(self.errors.std() / len(self.errors) ** 0.5) if len(self.errors) > 1 else 0.0
@@ -417,46 +422,35 @@ def judge(
     return Judged(errors, (time.perf_counter() - begun) / len(rows))
 
 
-def clearly_nearer(ours: Tensor, theirs: Tensor, fitted: int, our_fit: float, their_fit: float) -> bool:
-    """Whether a known method is to be taken, from errors on the same validation noises [M] and on those of the fit.
-
-    Validation noises may be few: it is nearer on all noises together, or on these by more than twice the standard error.
-    """
-    gain = ours - theirs
-    together = float(gain.sum()) + fitted * (our_fit - their_fit)
-    alone = len(gain) > 2 and float(gain.mean()) > 2 * float(gain.std()) / len(gain) ** 0.5
-    return together > 0 or alone
-
-
 def validated(search: Search, held: SearchData, line: SideNetProtocol) -> dict[int, Found]:
-    """The schedules, or known methods where these end nearer, judged on trajectories that nothing was fitted on."""
-    schedules: dict[int, Schedule] = {}
+    """The schedules, judged on trajectories that nothing was fitted on.
+
+    Where a known method is nearer on the surrogate there, or a smaller number of calls was, the stage before and the
+    known method are sampled too, and the nearest is taken. The surrogate may flatter a method: the model decides.
+    """
     judged: dict[int, Judged] = {}
     for nfe in progress(search.numbers, "validate"):
-        best = search.best[nfe]
-        schedules[nfe] = schedule_of(best.form, best.analytic, search.cfg_rows(nfe))
         seen: list[tuple[float, Tensor, Tensor]] = []
-        judged[nfe] = judge(
-            line, schedules[nfe], held.replay, partial(watched, coordinates=held.coordinates, seen=seen)
-        )
+        watch = partial(watched, coordinates=held.coordinates, seen=seen)
+        judged[nfe] = judge(line, search.schedule(search.stages[nfe][-1], nfe), held.replay, watch)
         held.learn_calls(seen)
     held.surrogate.learn()
-    found = {}
+    found: dict[int, Found] = {}
+    least = math.inf
     for nfe in search.numbers:
         known_error, known = search.known_on(held, nfe)
-        error, spread = judged[nfe].mean, judged[nfe].standard_error
-        say(f"{nfe} calls: {error:.3g} ± {spread:.2g}; the best known method ({known.label}) {known_error:.3g}.")
-        if known_error < error:
-            # The surrogate may flatter it: the model decides.
-            plain = schedule_of(known.form)
-            tried = judge(line, plain, held.replay)
-            known_error = tried.mean
-            fit_errors = [search.fit_error(each, nfe) for each in (search.best[nfe], known)]
-            if clearly_nearer(judged[nfe].errors, tried.errors, len(search.fit), *fit_errors):
-                say(f"{nfe} calls: on the model {known_error:.3g}, and so the known method is taken.")
-                schedules[nfe], judged[nfe] = plain, tried
-                error, spread = tried.mean, tried.standard_error
-        found[nfe] = Found(schedules[nfe], error, spread, known.label, known_error, judged[nfe].seconds)
+        best, schedule = judged[nfe], search.schedule(search.stages[nfe][-1], nfe)
+        say(f"{nfe} calls: {best.mean:.3g} ± {best.standard_error:.2g}; the best known method ({known.label}) "
+            f"{known_error:.3g}.")  # fmt: skip
+        if best.mean > min(known_error, least):
+            for label, other in (("the fit before", search.stages[nfe][-2]), ("the known method", known)):
+                tried = judge(line, search.schedule(other, nfe), held.replay)
+                known_error = tried.mean if other is known else known_error
+                if tried.typical < best.typical:
+                    best, schedule = tried, search.schedule(other, nfe)
+                    say(f"{nfe} calls: {label} is nearer on the model, {tried.mean:.3g}, and taken.")
+        least = min(least, best.mean)
+        found[nfe] = Found(schedule, best.mean, best.standard_error, known.label, known_error, best.seconds)
     return found
 
 

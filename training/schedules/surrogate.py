@@ -3,16 +3,16 @@
 On a trajectory the velocity is the recorded one. A solver of few steps leaves the trajectory, and what comes of its
 deviation d depends on how the velocity changes beside the trajectory, v(x + d) = v(x) + J d. For J there is
 
-- a prior: that of a Gaussian with the spectrum of the recorded ends. Along a direction in which data has the variance s
-  the velocity's derivative is (t - (1 - t) s) / ((1 - t)^2 s + t^2): 1 / t where there is noise alone, -1 / (1 - t) where
-  the data spreads widely;
+- a prior: that of a Gaussian with the spectrum of the recorded ends. Along a direction in which data has the variance
+  s the velocity's derivative is (t - (1 - t) s) / ((1 - t)^2 s + t^2): 1 / t where there is noise alone, -1 / (1 - t)
+  where the data spreads widely;
 - what rollouts show: pairs of a deviation and the velocity's change. J is taken to be the prior plus a Gaussian random
   operator, alike at neighbouring times, and its mean given the pairs is used (Gaussian process regression; Rasmussen
   and Williams 2006, equation 2.25).
 
-Only sums over a state's numbers are looked at. So a few hundred cosine coefficients, drawn by how much they change along
-a path and weighted so that sums are kept on average, stand for all: a fit costs as much on a large model as on a small
-one.
+Only sums over a state's numbers are looked at. So a few hundred cosine coefficients, drawn by how much they change
+along a path and weighted so that sums are kept on average, stand for all: a fit costs as much on a large model as on a
+small one.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def cosine_transform(x: Tensor) -> Tensor:
 
 
 def over_bands(values: Tensor) -> Tensor:
-    """Values [C, *spatial] of cosine coefficients, each replaced by the mean over those of like channel and frequency."""
+    """Values [C, *spatial] of cosine coefficients, each replaced by the mean over those of its channel and frequency."""
     height, width = values.shape[-2:]
     rows, columns = (torch.arange(n, dtype=torch.float64) * max(height, width) / n for n in (height, width))
     bands = torch.hypot(rows[:, None], columns).round().long().flatten()
