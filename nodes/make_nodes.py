@@ -161,8 +161,8 @@ def _basic() -> list[Any]:
         io.String.Input(
             "steps",
             default="4, 5, 6, 7, 8, 9, 10, 12",
-            tooltip="The numbers of steps that the SideNet is made for, separated by commas. A step is one model call. What "
-            "is learned for one number helps the others.",
+            tooltip="The numbers of steps that the SideNet is made for, separated by commas. A step is one model call. "
+            "What is learned for one number helps the others.",
         ),
         io.Combo.Input(
             "preset",

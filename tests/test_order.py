@@ -29,11 +29,16 @@ INTERIOR = (0.9, 0.1)
 
 
 @pytest.mark.parametrize("back", [False, True], ids=["descending", "ascending"])
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", [name for name in BASELINES if name != "unipc"])
 def test_order_of_the_baselines(name, back):
     """On grids with unequal steps; on interior ones where a solver treats the ends in its own way."""
-    ends = INTERIOR if name in ("dpmpp_2m", "dpm_2", "res_multistep", "deis") else (1.0, 0.0)
+    ends = INTERIOR if name in ("dpmpp_2m", "dpm_2", "res_multistep", "deis", "unipc") else (1.0, 0.0)
     check_baseline_order(BASELINES[name], ends[::-1] if back else ends)
+
+
+@pytest.mark.parametrize("ends", [INTERIOR, INTERIOR[::-1]], ids=["descending", "ascending"])
+def test_unipc_gains_an_order_by_its_corrector(ends):
+    check_order(run_named("unipc"), 3, [uneven_grid(n, *ends) for n in (80, 160)])
 
 
 @pytest.mark.parametrize("name", ["adams_bashforth3", "adams_bashforth4"])

@@ -4,6 +4,7 @@ import codecs
 import dataclasses
 
 import pytest
+import torch
 from ba_solver.bas_core.files import CheckpointError
 from ba_solver.training.backbones.base import Backbone, BackboneChoice
 from ba_solver.training.cli import main
@@ -84,7 +85,7 @@ def prompts_hash(path, content):
     path.write_bytes(content)
     choice = BackboneChoice(backbone="diffusers:x", prompts=path, negative_prompt="blurred")
     backbone = Backbone("x", "diffusers", "00", (4, 8, 8), velocity=lambda x, t, which, scale: x)
-    return describe(choice, Recording(), Stretch(path.parent, 8, 40, 0.01), backbone)["prompts"]
+    return describe(choice, Recording(), Stretch(path.parent, 8, torch.linspace(1, 0.01, 40)), backbone)["prompts"]
 
 
 def test_a_recording_can_be_gone_on_with_after_an_editor_saved_the_prompts(tmp_path):

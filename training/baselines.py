@@ -206,10 +206,10 @@ def dpmpp_2m(velocity: Velocity, x: Tensor, t0: Tensor, t1: Tensor, history: His
 
 
 def unipc(velocity: Velocity, x: Tensor, t0: Tensor, t1: Tensor, history: History) -> tuple[Tensor, History]:
-    """UniPC (Zhao et al. 2023, algorithms 7 and 8) on the flow path: order 2, data prediction, B(h) = exp(-h) - 1.
+    """UniPC (Zhao et al. 2023, algorithms 7 and 8) on the flow path: UniP-2 with UniC-2, data prediction, "bh2".
 
     A step corrects the state that it begins at, after the call, and predicts the next one. The last step, onto t = 0,
-    is of first order, as in diffusers' scheduler of this name.
+    is of first order, as in diffusers' scheduler of this name. On interior times it is of order 3.
     """
     if float(t0) == 0:
         raise ValueError("UniPC predicts the data and cannot leave t = 0; start the time grid above 0.")

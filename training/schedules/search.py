@@ -227,7 +227,7 @@ class SearchData:
             self.surrogate.pairs[m] += pairs
 
     def learn_calls(self, calls: Sequence[tuple[float, Tensor, Tensor]]) -> None:
-        """Add what samplings of all rows showed: time, states [M, D] and velocities [M, D] of each call but the first."""
+        """Add what samplings of all rows showed: time, states and velocities [M, D] of each call but the first."""
         times = torch.tensor([t for t, _, _ in calls], dtype=torch.float64)
         states, velocities = self.data.at(times)
         for k, (t, x, v) in list(enumerate(calls))[1:]:

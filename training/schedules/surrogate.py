@@ -52,7 +52,7 @@ def cosine_transform(x: Tensor) -> Tensor:
 
 
 def over_bands(values: Tensor) -> Tensor:
-    """Values [C, *spatial] of cosine coefficients, each replaced by the mean over those of its channel and frequency."""
+    """Values [C, *spatial] of cosine coefficients, each replaced by the mean over its channel and frequency."""
     height, width = values.shape[-2:]
     rows, columns = (torch.arange(n, dtype=torch.float64) * max(height, width) / n for n in (height, width))
     bands = torch.hypot(rows[:, None], columns).round().long().flatten()
