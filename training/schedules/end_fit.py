@@ -14,9 +14,9 @@ from .surrogate import Surrogate, mean_error
 
 # A move of this size, in the logarithm of a step or in a weight, counts as one.
 STEP_UNIT, WEIGHT_UNIT = 0.3, 0.1
-# Share of the start's error that is added for moves of one unit on average: what is fitted stays near where it began,
+# Share of the start's error that is added for each squared move of one unit: what is fitted stays near where it began,
 # unless moving pays.
-PRIOR = 0.2
+PRIOR = 0.0133
 ITERATIONS = 12
 # The least relative gain of an iteration, for another one.
 LEAST_GAIN = 1e-4
@@ -50,7 +50,7 @@ def fit_on_surrogate(
     moves = torch.zeros_like(first)
     errors = ends(moves[None])[0]
     error = mean_error(errors, size)
-    held = PRIOR * error / len(first)
+    held = PRIOR * error
 
     def cost(error: Tensor, moves: Tensor) -> float:
         return float(error + held * moves.square().sum())
