@@ -170,7 +170,7 @@ def _basic() -> list[Any]:
             default="quick",
             tooltip="quick finds schedules (times and coefficients) without a network, in about 1,500 model calls. "
             "full trains a network too, which also helps with other numbers of steps and with ComfyUI's schedulers; "
-            "it needs about 15,000 model calls and the training.",
+            "it needs about 19,000 model calls and the training.",
         ),
         io.String.Input(
             "output_name",

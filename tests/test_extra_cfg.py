@@ -80,7 +80,7 @@ def test_the_cost_is_what_was_planned(made):
     settings = MakeSettings(**PRESETS["quick"], backbone=BACKBONE, out=made[0], nfe="8", guidance=(2.0,), points=36)
     more = dataclasses.replace(settings, extra_guidance=(MORE,))
     planned = planned_nfe(more) - planned_nfe(settings)
-    assert card.training["backbone_calls"]["CFG 6"] == pytest.approx(planned, rel=0.05)
+    assert 0.8 * planned < card.training["backbone_calls"]["CFG 6"] <= planned
 
 
 def test_the_same_command_again_adds_nothing(made, capsys):

@@ -219,7 +219,7 @@ def test_a_search_is_never_behind_a_known_method(capsys):
         )
         assert ours < known, (n, ours, known)
         assert each.error < 1.5 * ours + 1e-3
-    assert fit.nfe["rollouts"] + fit.nfe["validation"] <= search.search_nfe(12, 4, [3, 5, 6], False) + 4 * 14
+    assert fit.nfe["rollouts"] + fit.nfe["validation"] <= search.search_nfe(12, 4, [3, 5, 6], False)
     assert "best known method" in capsys.readouterr().out
 
 
@@ -276,7 +276,7 @@ def test_an_interrupted_search_makes_no_rollout_twice(tmp_path, monkeypatch):
         torch.testing.assert_close(
             torch.tensor(resumed[n].schedule.times), torch.tensor(schedule.times), atol=1e-3, rtol=0
         )
-    every = search.search_nfe(6, 2, [4, 5], False) - 2 * 9
+    every = search.search_nfe(6, 2, [4, 5], False) - search.VALIDATED * 2 * 9
     assert 0 < fit.nfe["rollouts"] < every
 
 
@@ -325,7 +325,7 @@ def test_quick_makes_schedules_without_a_network(quick, capsys):
     assert errors["ba_solver", 6] <= errors["known", 6]
     spent = sum(card.training["backbone_calls"].values())
     settings = MakeSettings(**{**PRESETS["quick"], "backbone": BACKBONE, "out": out, "nfe": "6"})
-    assert abs(spent / planned_nfe(settings) - 1) < 0.05
+    assert 0.8 * planned_nfe(settings) < spent <= planned_nfe(settings)
     assert main(["info", str(out)]) == 0 and "no network" in capsys.readouterr().out
     assert main([*command, "--resume"]) == 0
 

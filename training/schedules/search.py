@@ -57,6 +57,8 @@ SCATTER = 0.02
 # After the rollouts of known methods: on every how many-th trajectory each round is. What a round shows of one number
 # of calls serves the others, so that the first may do with half of the trajectories.
 ROUNDS = (2, 1)
+# How many schedules for one number of calls are sampled from validation noises at most.
+VALIDATED = 3
 # Known methods that are tried at once on the surrogate, and how many of the best are fitted from.
 CHUNK, STARTS = 40, 2
 
@@ -99,14 +101,15 @@ class Found:
 
 
 def search_nfe(trajectories: int, validation: int, numbers: Sequence[int], guided: bool) -> int:
-    """How many model calls a search takes. In rollouts, conditional-only calls evaluate both branches."""
+    """How many model calls a search takes at most: see `validated` for what may be sampled from validation noises. In
+    rollouts, conditional-only calls evaluate both branches."""
 
     count = min(FIT_TRAJECTORIES, trajectories)
     calls = {n: n + (guided and n > len(CONDITIONAL_ONLY) + 1) for n in sorted(numbers)}
     rolled = count * sum(calls[n] for n in first_numbers(numbers))
     for index, every in enumerate(ROUNDS):
         rolled += sum(calls[n] * len(part_of(count, i + index, every)) for i, n in enumerate(calls))
-    return rolled + validation * sum(numbers)
+    return rolled + VALIDATED * validation * sum(numbers)
 
 
 def part_of(count: int, index: int, every: int) -> Tensor:
