@@ -6,7 +6,7 @@ import pytest
 import torch
 from ba_solver.bas_core import RULES, model_field
 from ba_solver.training.measuring.rivals import converged_reference
-from ba_solver.training.network.loop import LoopSettings, train
+from ba_solver.training.network.loop import LoopSettings, Microbatch, train
 from ba_solver.training.network.losses import squared_errors
 from ba_solver.training.network.pairs import KINDS, QueryRange, draw_examples, draw_queries
 from ba_solver.training.recording.reference_solver import (
@@ -115,7 +115,7 @@ def test_examples_are_read_off_the_trajectories_and_lines_are_exact_for_linear_v
     slope, start = torch.randn(2, 6, 1, *SHAPE, generator=generator(1))
     velocities = start + slope * times[:, :, None, None, None]
     trajectories = Trajectories(times, velocities.clone(), velocities, torch.arange(6))
-    e = draw_examples(trajectories, RULE, 2, 500, QueryRange(), generator(2))
+    e = draw_examples(trajectories, RULE, 2, 500, QueryRange(), generator(2)).read()
     with_line = e.span != 0
     assert with_line.float().mean() > 0.5
     assert squared_errors(e.straight_line(), e)[with_line].max() < 1e-6
@@ -134,7 +134,7 @@ def test_prefixes_answer_what_they_reach_and_trajectories_the_rest():
         trajectories_of(swirl, torch.full((8,), 1), 10, seed=9, until=0.8),
     )
     marked = replace(prefixes, labels=torch.full((8,), 7))
-    e = draw_examples(trajectories, RULE, 2, 600, QueryRange(), generator(1), marked)
+    e = draw_examples(trajectories, RULE, 2, 600, QueryRange(), generator(1), marked).read()
     from_prefix = e.labels == 7
     earliest = torch.stack([e.t, e.t - e.h, e.t - e.span]).amin(0)
     assert from_prefix.sum() > 30 and (earliest[from_prefix] >= 0.8 - 1e-6).all()
@@ -151,7 +151,7 @@ def test_an_analytic_first_step_has_the_mean_in_its_anchor():
     wanted, _, skipped = draw_queries(RULE, 2, 2000, ranges, generator(1))
     at_noise = (wanted[:, 0] == 1) & (wanted[:, 2] < 1) & (wanted[:, 1] == 1)
     assert 0.3 < skipped[at_noise].float().mean() < 0.5
-    e = draw_examples(trajectories, RULE, 2, 2000, ranges, generator(1), mean=mean)
+    e = draw_examples(trajectories, RULE, 2, 2000, ranges, generator(1), mean=mean).read()
     guessed = (e.v - (e.x - mean)).flatten(1).abs().amax(1) < 1e-6
     torch.testing.assert_close(e.v[~guessed], swirl(e.x, e.t, e.labels)[~guessed])
     assert (e.t[guessed] == 1).all() and guessed.any() and (skipped & (wanted[:, 0] == 1))[guessed].all()
@@ -199,3 +199,22 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_save(tmp_path):
     with pytest.raises(FloatingPointError, match="not finite at step 3"):
         train(model, loss_at, settings, "toy", path)
     assert torch.load(path, weights_only=True)["step"] == 3
+
+
+@pytest.mark.parametrize("with_prefixes", [False, True])
+def test_a_microbatch_reads_its_part_alone(with_prefixes):
+    """All parts together are the batch, in any order, and each state is read once."""
+    trajectories = trajectories_of(swirl, torch.arange(6) % 2, 24)
+    prefixes = trajectories_of(swirl, torch.arange(6) % 2, 12, seed=9, until=0.6) if with_prefixes else None
+    arguments = (trajectories, RULE, 2, 12, QueryRange())
+
+    def drawn(part):
+        return draw_examples(*arguments, generator(4), prefixes).read(part)
+
+    whole = drawn(lambda rows: rows)
+    parts = [drawn(Microbatch(i, 3).of) for i in range(3)]
+    assert [len(each.t) for each in parts] == [4, 4, 4]
+    for name in ("t", "h", "target"):
+        together = torch.cat([getattr(each, name) for each in parts])
+        one, other = (x.flatten(1).sum(1) if x.ndim > 1 else x for x in (together, getattr(whole, name)))
+        torch.testing.assert_close(one.sort().values, other.sort().values)

@@ -8,7 +8,7 @@ anchor's velocity at t = 1 is the analytic one instead of the recorded one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -134,6 +134,33 @@ def draw_queries(rule: Rule, anchors: int, count: int, ranges: QueryRange, gener
     return Queries(torch.tensor(rows), torch.tensor(kinds), torch.tensor(analytic))
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """A batch whose states are not read yet.
+
+    Attributes:
+        sources: trajectories, the queries that they answer, and a row for each query.
+        mean: of the data, [C, *spatial]; for analytic first steps.
+    """
+
+    sources: Sequence[tuple[Trajectories, Queries, Tensor]]
+    mean: Tensor | None
+
+    def read(self, part: Callable[[Tensor], Tensor] = lambda rows: rows) -> Examples:
+        """The examples, or those whose numbers `part` picks out of all; the others are not read."""
+        wanted = torch.zeros(sum(len(rows) for _, _, rows in self.sources), dtype=torch.bool)
+        wanted[part(torch.arange(len(wanted)))] = True
+        masks = wanted.split([len(rows) for _, _, rows in self.sources])
+        parts = [
+            read_examples(source, queries.of(chosen), rows[chosen], self.mean)
+            for (source, queries, rows), chosen in zip(self.sources, masks, strict=True)
+            if chosen.any()
+        ]
+        columns = zip(*(vars(each).values() for each in parts), strict=True)
+        batch: list[Any] = [None if column[0] is None else torch.cat(column) for column in columns]
+        return Examples(*batch)
+
+
 def draw_examples(
     trajectories: Trajectories,
     rule: Rule,
@@ -143,7 +170,7 @@ def draw_examples(
     generator: torch.Generator,
     prefixes: Trajectories | None = None,
     mean: Tensor | None = None,
-) -> Examples:
+) -> Drawn:
     """Draw a batch of training examples; see the module's docstring.
 
     Args:
@@ -157,25 +184,20 @@ def draw_examples(
         mean: of the data, [C, *spatial]; for analytic first steps.
     """
     queries = draw_queries(rule, anchors, count, ranges, generator)
-    if prefixes is None:
-        return read_examples(trajectories, queries, generator, mean)
-    early = queries.times.amin(1) >= prefixes.times[:, -1].max()
-    parts = [
-        read_examples(source, queries.of(rows), generator, mean)
-        for source, rows in ((prefixes, early), (trajectories, ~early))
-        if rows.any()
-    ]
-    columns = zip(*(vars(part).values() for part in parts), strict=True)
-    batch: list[Any] = [None if column[0] is None else torch.cat(column) for column in columns]
-    return Examples(*batch)
+    early = torch.zeros(count, dtype=torch.bool)
+    if prefixes is not None:
+        early = queries.times.amin(1) >= prefixes.times[:, -1].max()
+    sources = []
+    for source, chosen in ((prefixes, early), (trajectories, ~early)):
+        if source is not None and chosen.any():
+            rows = torch.randint(len(source), (int(chosen.sum()),), generator=generator)
+            sources.append((source, queries.of(chosen), rows))
+    return Drawn(sources, mean)
 
 
-def read_examples(
-    trajectories: Trajectories, queries: Queries, generator: torch.Generator, mean: Tensor | None = None
-) -> Examples:
-    """Answer queries from randomly drawn trajectories."""
+def read_examples(trajectories: Trajectories, queries: Queries, rows: Tensor, mean: Tensor | None = None) -> Examples:
+    """Answer queries, each from the trajectory of its row."""
     wanted = queries.times
-    rows = torch.randint(len(trajectories), (len(wanted),), generator=generator)
     times = trajectories.times[rows]
     near, far, target = (nearest(times, wanted[:, i]) for i in range(3))
     # Rounding to recorded points must not move the target onto an anchor, nor the second anchor onto the first.

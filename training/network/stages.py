@@ -63,8 +63,15 @@ class Job:
     mean: Tensor | None = None
     nfe: Counter[str] = field(default_factory=Counter)
 
-    def examples(self, trajectories: Trajectories, sidenet: SideNet, count: int, seed: torch.Generator) -> Examples:
-        """A batch drawn from trajectories; for training, from the prefixes too."""
+    def examples(
+        self,
+        trajectories: Trajectories,
+        sidenet: SideNet,
+        count: int,
+        seed: torch.Generator,
+        part: Callable[[Tensor], Tensor] = lambda rows: rows,
+    ) -> Examples:
+        """A batch drawn from trajectories, or a part of it; for training, from the prefixes too."""
         default = QueryRange()
         ranges = QueryRange(
             nfe=self.training.nfe_range,
@@ -73,7 +80,9 @@ class Job:
             analytic_first_step=0.0 if self.mean is None else ANALYTIC_SHARE,
         )
         prefixes = self.prefixes if trajectories is self.trajectories else None
-        return draw_examples(trajectories, self.rule, sidenet.anchors, count, ranges, seed, prefixes, self.mean)
+        return draw_examples(trajectories, self.rule, sidenet.anchors, count, ranges, seed, prefixes, self.mean).read(
+            part
+        )
 
     @property
     def rule(self) -> Rule:
@@ -152,8 +161,8 @@ def all_pairs_stage(job: Job, sidenet: SideNet) -> SideNet:
         say(f"A training step takes {each * loop.batch / loop.accumulate / 1e6:.3g} MB beside the weights.")
 
     def loss(network: SideNet, generator: torch.Generator, microbatch: Microbatch) -> Tensor:
-        examples = job.examples(job.trajectories, network, loop.batch, generator)
-        return relative_loss(network, examples.apply(lambda c: microbatch.of(c).to(job.device)), network.anchors)
+        examples = job.examples(job.trajectories, network, loop.batch, generator, microbatch.of)
+        return relative_loss(network, examples.apply(lambda c: c.to(job.device)), network.anchors)
 
     return run_stage(job, sidenet, "all_pairs", loop, loss)
 
