@@ -168,7 +168,7 @@ def _basic() -> list[Any]:
             "preset",
             options=list(PRESETS),
             default="quick",
-            tooltip="quick finds schedules (times and coefficients) without a network, in about 1,500 model calls. "
+            tooltip="quick finds schedules (times and coefficients) without a network, in some 1,800 model calls. "
             "full trains a network too, which also helps with other numbers of steps and with ComfyUI's schedulers; "
             "it needs about 19,000 model calls and the training.",
         ),

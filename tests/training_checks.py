@@ -92,7 +92,7 @@ def fit_data(count):
     """Trajectories of the swirl beside it and a surrogate."""
     metadata = {"guidance": [1.0, 1.0], "guidance_interval": [0.0, 1.0], "cfg_mode": "combined", "record_batch": 8}
     trajectories = trajectories_of(swirl, torch.arange(count) % 2, 48)
-    return SearchData(Replay(swirl_backbone(None, None), trajectories, metadata), count, None)
+    return SearchData(Replay(swirl_backbone(None, None), trajectories, metadata), count)
 
 
 def check_end_fit(folder, trained, tmp_path):
@@ -103,7 +103,6 @@ def check_end_fit(folder, trained, tmp_path):
     rows = torch.arange(12)
     begun = Candidate("", linear_form("predictor_corrector", time_grid(5, dtype=torch.float64)))
     errors = [
-        mean_error(data.coordinates.of(data.roll_out(each, rows).ends) - data.data.ends, data.size)
-        for each in (search.stages[5][-1], begun)
+        mean_error(data.roll_out(each, rows).ends - data.data.ends, data.size) for each in (search.stages[5][-1], begun)
     ]
     assert errors[0] < 0.5 * errors[1], errors

@@ -282,8 +282,10 @@ def planned_stretch(recording: Recording, out: Path, choice: BackboneChoice, bac
     pilot = pilot_stretch(out, backbone)
     path = pilot.folder / "pilot.safetensors"
     asked = describe(choice, recording, pilot, backbone) | {"asked_points": recording.points}
-    if not path.exists():
-        measure_pilot(path, pilot, recording, choice, backbone, asked)
+    rank, _, wait_for_all = processes(backbone.device.type == "cpu")
+    if rank == 0 and not path.exists():
+        backbone.within(lambda: measure_pilot(path, pilot, recording, choice, backbone, asked))
+    wait_for_all()  # the others read what the first one measured
     tensors, found = open_shard(path)
     differing = differences(found, asked, ("trajectories", "record_batch"))
     if differing:
@@ -387,11 +389,7 @@ def record(choice: BackboneChoice, recording: Recording, out: Path, backbone: Ba
     choice.check_guidance(backbone)
     recording.check_recording(backbone)
     check_out(out)
-    rank, _, wait_for_all = processes(backbone.device.type == "cpu")
-    if rank == 0:
-        backbone.within(lambda: planned_stretch(recording, out, choice, backbone))
-    wait_for_all()  # the others read what the first one measured
-    whole = backbone.within(lambda: planned_stretch(recording, out, choice, backbone))
+    whole = planned_stretch(recording, out, choice, backbone)
     stretches = [whole, prefix_stretch(recording, out, backbone)][: 2 if recording.prefixes else 1]
     say(plan_text(recording, whole, backbone))
     record_stretches(stretches, choice, recording, backbone)

@@ -30,6 +30,7 @@ RIDGE = 1e-9
 
 Truth = Callable[[Tensor], Tensor]
 Schedules = dict[int, Schedule]
+CFGRows = list[list[float]]
 
 
 def least_squares(columns: Sequence[Tensor], target: Tensor) -> Tensor:
@@ -71,12 +72,45 @@ class Fitting:
 
 def takes_conditional_only(field: Field, nfe: int) -> bool:
     """Whether a schedule of so many NFE has one call more, of which two are conditional-only."""
-    return field.can_omit_unconditional and nfe > len(CONDITIONAL_ONLY) + 1
+    return field.can_omit_unconditional and enough_for_conditional_only(nfe)
 
 
-class FitHook(ScheduleHook):
-    """Finds coefficients by least squares on the states that the steps before lead to; to fit a conditional-only call,
-    both branches are evaluated.
+def enough_for_conditional_only(nfe: int) -> bool:
+    """Whether there are whole calls enough to predict from."""
+    return nfe > len(CONDITIONAL_ONLY) + 1
+
+
+class CFGFit(ScheduleHook):
+    """Calls the model, and finds the coefficients of conditional-only calls by least squares, for which both branches
+    are evaluated.
+
+    Args:
+        steps: N.
+        calls: how many of the last calls may be conditional-only; 0 = none is.
+
+    Attributes:
+        cfg_rows: the CFG coefficients, as `Schedule.cfg_coefficients` takes them.
+        missed: [B, C, *spatial] by how much the last conditional-only call's guided velocity is off.
+    """
+
+    def __init__(self, steps: int, calls: int) -> None:
+        self.cfg_rows: CFGRows = [[] for _ in range(calls)]
+        self.missed: Tensor | None = None
+        super().__init__((), [[0.0] if call - calls in CONDITIONAL_ONLY else [] for call in range(calls)], steps)
+
+    def predict_difference(self, field: Field, x: Tensor, t: Tensor, row: int) -> tuple[Tensor, Tensor]:
+        """See `ScheduleHook`; with fresh coefficients."""
+        conditional, unconditional = field.call_model(x, t, 2)
+        difference = conditional - unconditional
+        regressors = self.difference_regressors(conditional)
+        self.cfg_rows[row] = least_squares(regressors, difference).tolist()
+        predicted = linear_combination(torch.zeros_like(conditional), regressors, self.cfg_rows[row])
+        self.missed = (field.cfg.scale - 1) * (predicted - difference)
+        return conditional, predicted
+
+
+class FitHook(CFGFit):
+    """Finds multistep coefficients too, on the states that the steps before lead to.
 
     Args:
         schedule: its times and calls.
@@ -85,23 +119,12 @@ class FitHook(ScheduleHook):
 
     Attributes:
         rows: the multistep coefficients, as `Schedule.coefficients` takes them.
-        cfg_rows: the CFG coefficients, as `Schedule.cfg_coefficients` takes them.
     """
 
     def __init__(self, schedule: Schedule, truth: Truth, conditional_only: bool) -> None:
-        calls = schedule.calls if conditional_only else 0
+        super().__init__(schedule.steps, schedule.calls if conditional_only else 0)
         self.rows: list[list[float]] = []
-        self.cfg_rows: list[list[float]] = [[] for _ in range(calls)]
-        pending = [[0.0] if call - calls in CONDITIONAL_ONLY else [] for call in range(calls)]
-        super().__init__((), pending, schedule.steps)
         self.truth = truth
-
-    def predict_difference(self, field: Field, x: Tensor, t: Tensor, row: int) -> tuple[Tensor, Tensor]:
-        """See `ScheduleHook`; with fresh coefficients."""
-        conditional, unconditional = field.call_model(x, t, 2)
-        regressors = self.difference_regressors(conditional)
-        self.cfg_rows[row] = least_squares(regressors, conditional - unconditional).tolist()
-        return conditional, linear_combination(torch.zeros_like(conditional), regressors, self.cfg_rows[row])
 
     def adjust(self, state: StepState) -> Tensor:
         """See `ScheduleHook`; with fresh coefficients."""

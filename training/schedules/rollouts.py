@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ...bas_core.guidance import Field
-from ...bas_core.schedule import ScheduleHook, linear_combination
-from .fitting import CONDITIONAL_ONLY, least_squares
+from .fitting import CFGFit, CFGRows
 from .linear_form import LinearForm
 from .surrogate import Coordinates
-
-CFGRows = list[list[float]]
 
 
 @dataclass(frozen=True)
@@ -26,7 +22,7 @@ class Rollout:
         states, velocities: [N, M, D] where the model was called, and what it returned.
         extra: [N, M, D] what the sampling took instead of these velocities, less them: zero but for an analytic first
             step and conditional-only calls.
-        ends: [M, C, *spatial].
+        ends: [M, D].
         cfg_coefficients: of the conditional-only calls.
     """
 
@@ -36,34 +32,6 @@ class Rollout:
     extra: Tensor
     ends: Tensor
     cfg_coefficients: CFGRows
-
-
-class CFGHook(ScheduleHook):
-    """Calls the model, and finds the coefficients of conditional-only calls by least squares, for which both branches
-    are evaluated.
-
-    Args:
-        steps: N.
-        calls: how many of the last calls may be conditional-only; 0 = none is.
-
-    Attributes:
-        rows: `Schedule.cfg_coefficients`.
-    """
-
-    def __init__(self, steps: int, calls: int) -> None:
-        self.rows: CFGRows = [[] for _ in range(calls)]
-        super().__init__((), [[0.0] if call - calls in CONDITIONAL_ONLY else [] for call in range(calls)], steps)
-        self.missed: Tensor | None = None
-
-    def predict_difference(self, field: Field, x: Tensor, t: Tensor, row: int) -> tuple[Tensor, Tensor]:
-        """See `ScheduleHook`; with fresh coefficients."""
-        conditional, unconditional = field.call_model(x, t, 2)
-        difference = conditional - unconditional
-        regressors = self.difference_regressors(conditional)
-        self.rows[row] = least_squares(regressors, difference).tolist()
-        predicted = linear_combination(torch.zeros_like(conditional), regressors, self.rows[row])
-        self.missed = (field.cfg.scale - 1) * (predicted - difference)
-        return conditional, predicted
 
 
 def roll_out(
@@ -90,7 +58,7 @@ def roll_out(
     weights = form.weights.expand(len(noise), -1, -1)
     weights = (weights if scatter is None else weights + scatter).to(noise)
     calls = form.steps - (mean is not None)
-    hook = CFGHook(form.steps, calls if conditional_only else 0)
+    hook = CFGFit(form.steps, calls if conditional_only else 0)
     times = form.times.float()
     used: list[Tensor] = []
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -108,7 +76,7 @@ def roll_out(
         seen.append((coordinates.of(x), coordinates.of(v - missed), coordinates.of(missed)))
         x = noise + sum(_by_sample(weights[:, k, j], each) * each for j, each in enumerate(used))
     states, velocities, extra = (torch.stack(part) for part in zip(*seen, strict=True))
-    return Rollout(form.times[:-1], states, velocities, extra, x, hook.rows)
+    return Rollout(form.times[:-1], states, velocities, extra, coordinates.of(x), hook.cfg_rows)
 
 
 def _by_sample(weights: Tensor, like: Tensor) -> Tensor:
@@ -121,18 +89,3 @@ def scattered(form: LinearForm, samples: int, size: float, generator: torch.Gene
     changes = torch.randn(samples, steps, steps, generator=generator, dtype=torch.float64).tril(-1)
     changes = changes * (size * (form.times[0] - form.times[1:]))[:, None]
     return changes - torch.diag_embed(changes.sum(2))
-
-
-def pairs_of(rollout: Rollout, states: Tensor, velocities: Tensor) -> list[list[tuple[float, Tensor, Tensor]]]:
-    """What a rollout tells of the model beside the trajectories.
-
-    Args:
-        rollout: see there.
-        states, velocities: [N, M, D] of the trajectories at its times.
-
-    Returns:
-        For each sample (time, deviation, change of velocity) of each call but the first.
-    """
-    deviations, changes = rollout.states - states, rollout.velocities - velocities
-    calls: Sequence[int] = range(1, len(rollout.times))
-    return [[(float(rollout.times[k]), deviations[k, m], changes[k, m]) for k in calls] for m in range(states.shape[1])]

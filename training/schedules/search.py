@@ -30,14 +30,13 @@ from ...bas_core.schedule import Schedule
 from ...bas_core.sidenet import spread_mean
 from ...bas_core.solver import solve
 from ..network.new_sidenet import pooled
-from ..processes import MAIN_PROCESS
 from ..progress import progress, say
 from ..recording.replay import Replay
 from ..recording.trajectories import Trajectories
 from .end_fit import fit_on_surrogate
-from .fitting import CONDITIONAL_ONLY, FIT_TRAJECTORIES, takes_conditional_only
+from .fitting import FIT_TRAJECTORIES, CFGRows, enough_for_conditional_only, takes_conditional_only
 from .linear_form import LinearForm, linear_form, schedule_of
-from .rollouts import CFGRows, Rollout, pairs_of, roll_out, scattered
+from .rollouts import Rollout, roll_out, scattered
 from .solvers import endpoint_errors
 from .surrogate import Coordinates, Subsampled, Surrogate, mean_error, subsampled
 
@@ -105,7 +104,7 @@ def search_nfe(trajectories: int, validation: int, numbers: Sequence[int], guide
     rollouts, conditional-only calls evaluate both branches."""
 
     count = min(FIT_TRAJECTORIES, trajectories)
-    calls = {n: n + (guided and n > len(CONDITIONAL_ONLY) + 1) for n in sorted(numbers)}
+    calls = {n: n + (guided and enough_for_conditional_only(n)) for n in sorted(numbers)}
     rolled = count * sum(calls[n] for n in first_numbers(numbers))
     for index, every in enumerate(ROUNDS):
         rolled += sum(calls[n] * len(part_of(count, i + index, every)) for i, n in enumerate(calls))
@@ -183,20 +182,21 @@ class SearchData:
     Args:
         replay: trajectories beside the model.
         count: at most so many are taken.
-        means: of the rows that are taken, the data mean [M, C, *spatial] for an analytic first step, or None.
+        mean_size: side of the grid that the data mean is averaged on, for an analytic first step; 0 = none.
         like: others, whose coordinates are used.
     """
 
-    def __init__(
-        self, replay: Replay, count: int, means: Callable[[Tensor], Tensor] | None, like: Subsampled | None = None
-    ) -> None:
+    def __init__(self, replay: Replay, count: int, mean_size: int = 0, like: Subsampled | None = None) -> None:
         self.replay, self.rows = replay, replay.median_cfg_rows(count)
         known = replay.trajectories
         self.data = subsampled(known, self.rows) if like is None else like.like(known, self.rows)
         self.surrogate = Surrogate(self.data)
-        self.means = None if means is None else means(self.rows)
-        self.size = replay.trajectories.states[int(self.rows[0])][0].numel()
+        self.means = means_for(known, self.rows, mean_size) if mean_size else None
+        self.size = known.states[int(self.rows[0])][0].numel()
         self.start = float(self.data.times[0, 0])
+        # What an analytic first velocity is off by.
+        noise, first = self.data.states[:, 0], self.data.velocities[:, 0]
+        self.first_missed = None if self.means is None else noise - self.coordinates.of(self.means) - first
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -223,21 +223,20 @@ class SearchData:
         self.replay.nfe["rollouts"] += field.calls * len(rows)
         return found
 
-    def learn(self, rollout: Rollout, chosen: Tensor) -> None:
-        """Add what a rollout of some of the rows showed; `Surrogate.learn` takes it in."""
-        states, velocities = (part[:, chosen] for part in self.data.at(rollout.times))
-        for m, pairs in zip(chosen.tolist(), pairs_of(rollout, states, velocities), strict=True):
-            self.surrogate.pairs[m] += pairs
+    def learn(self, times: Tensor, states: Tensor, velocities: Tensor, chosen: Tensor) -> None:
+        """Add what a sampling of some of the rows showed; `Surrogate.learn` takes it in.
 
-    def learn_calls(self, calls: Sequence[tuple[float, Tensor, Tensor]]) -> None:
-        """Add what samplings of all rows showed: time, states and velocities [M, D] of each call but the first."""
-        times = torch.tensor([t for t, _, _ in calls], dtype=torch.float64)
-        states, velocities = self.data.at(times)
-        for k, (t, x, v) in list(enumerate(calls))[1:]:
-            for m, pairs in enumerate(self.surrogate.pairs):
-                pairs.append((t, x[m] - states[k, m], v[m] - velocities[k, m]))
+        Args:
+            times: [N] of the calls; the first one is at the noise and tells nothing.
+            states, velocities: [N, M, D] there.
+            chosen: [M] which rows.
+        """
+        known_states, known_velocities = (part[:, chosen] for part in self.data.at(times))
+        deviations, changes = states - known_states, velocities - known_velocities
+        for i, m in enumerate(chosen.tolist()):
+            self.surrogate.pairs[m] += [(float(t), deviations[k, i], changes[k, i]) for k, t in enumerate(times) if k]
 
-    def extra(self, candidate: Candidate, measured: Tensor | None) -> Tensor | None:
+    def extra(self, candidate: Candidate, measured: Tensor | None) -> Tensor:
         """[N, M, D] see `Surrogate.end_errors`: the analytic first step's, and what was measured of conditional-only
         calls, which are counted from the end."""
         steps = candidate.form.steps
@@ -245,9 +244,8 @@ class SearchData:
         if measured is not None and candidate.conditional_only:
             common = min(steps, len(measured))
             found[-common:] = measured[-common:]
-        if candidate.analytic and self.means is not None:
-            _, velocities = self.data.at(candidate.form.times[:1])
-            found[0] = self.data.states[:, 0] - self.coordinates.of(self.means) - velocities[0]
+        if candidate.analytic and self.first_missed is not None:
+            found[0] = self.first_missed
         return found
 
     def known(
@@ -257,11 +255,12 @@ class SearchData:
         labels, forms = known_methods(steps, self.start, analytic)
         found = [Candidate(label, form, analytic, conditional_only) for label, form in zip(labels, forms, strict=True)]
         errors: list[float] = []
+        extra = self.extra(found[0], measured) if found else None
         for i in range(0, len(forms), CHUNK):
             times, weights = (
                 torch.stack([getattr(form, name) for form in forms[i : i + CHUNK]]) for name in ("times", "weights")
             )
-            ends = self.surrogate.end_errors(times, weights, self.extra(found[0], measured))
+            ends = self.surrogate.end_errors(times, weights, extra)
             errors += mean_error(ends, self.size).tolist()
         return sorted(zip(errors, found, strict=True), key=lambda pair: pair[0])
 
@@ -306,10 +305,10 @@ class Search:
         if name not in self.saved:
             found = self.fit.roll_out(candidate, chosen, scatter)
             self.saved[name] = vars(found)
-            if self.path is not None and MAIN_PROCESS:
+            if self.path is not None:
                 write_atomically(self.path, lambda temporary: torch.save(self.saved, temporary))
         rollout = Rollout(**self.saved[name])  # type: ignore[arg-type]
-        self.fit.learn(rollout, chosen)
+        self.fit.learn(rollout.times, rollout.states, rollout.velocities, chosen)
         return rollout
 
     def roll_out_known(self) -> None:
@@ -436,7 +435,9 @@ def validated(search: Search, held: SearchData, line: SideNetProtocol) -> dict[i
         seen: list[tuple[float, Tensor, Tensor]] = []
         watch = partial(watched, coordinates=held.coordinates, seen=seen)
         judged[nfe] = judge(line, search.schedule(search.stages[nfe][-1], nfe), held.replay, watch)
-        held.learn_calls(seen)
+        times, states, velocities = zip(*seen, strict=True)
+        at = torch.tensor(times, dtype=torch.float64)
+        held.learn(at, torch.stack(states), torch.stack(velocities), torch.arange(len(held)))
     held.surrogate.learn()
     found: dict[int, Found] = {}
     least = math.inf
@@ -469,13 +470,9 @@ def search_schedules(
         mean: [C, S, S] of the data, if the first step may be analytic.
         path: of a file that keeps rollouts, so that an interrupted search goes on.
     """
-    known = replay.trajectories
-    spread = None if mean is None else spread_mean(mean, replay.backbone.shape)
+    spread = None if mean is None else spread_mean(mean, replay.backbone.shape).to(replay.backbone.device)
     with torch.inference_mode():
-        leave_out = None if mean is None else lambda rows: means_for(known, rows, mean.shape[-1])
-        fit = SearchData(replay, FIT_TRAJECTORIES, leave_out)
-        search = Search(fit, numbers, path)
+        search = Search(SearchData(replay, FIT_TRAJECTORIES, 0 if mean is None else mean.shape[-1]), numbers, path)
         search.run()
-        same = None if spread is None else lambda rows: spread.expand(len(rows), *spread.shape)
-        held = SearchData(validation, len(validation.trajectories), same, fit.data)
-        return validated(search, held, line_through(None if spread is None else spread.to(replay.backbone.device)))
+        held = SearchData(validation, len(validation.trajectories), like=search.fit.data)
+        return validated(search, held, line_through(spread))
