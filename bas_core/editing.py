@@ -173,8 +173,8 @@ def invert(
         DivergedError: the states grow beyond a trajectory to noise.
     """
     image = as_state(image)
-    down = tuple(_as_descending(times))
-    up = down[-2::-1]
+    grid = _as_descending(times)
+    up = grid.tolist()[-2::-1]
     if len(up) < 2:
         raise ValueError("An inversion needs a grid of at least 2 intervals, the last of which it does not invert.")
     start = image if noise is None else interpolate(image, _check_noise(noise, image), up[0])
@@ -183,7 +183,7 @@ def invert(
     end = run_bi_anchor(solver, start, up, callback)
     recorder.call_model(field, len(up) - 1, end, up[-1], 1)
     states = [*recorder.states[::-1], image]
-    return _source_trajectory(field, sidenet, down, states, recorder.velocities[::-1], chunk)
+    return _source_trajectory(field, sidenet, grid, states, recorder.velocities[::-1], chunk)
 
 
 def straight_trajectory(
@@ -212,7 +212,8 @@ def straight_trajectory(
     """
     image = as_state(image)
     noise = _check_noise(noise, image)
-    down = tuple(_as_descending(times))
+    grid = _as_descending(times)
+    down = grid.tolist()
     states = [interpolate(image, noise, t) for t in down[:-1]]
     velocities = []
     for index, (x, t) in enumerate(zip(states, down, strict=False)):
@@ -220,8 +221,8 @@ def straight_trajectory(
         if callback is not None:
             guided = field.guidance.combine(velocities[-1], t)
             following = image if index == len(states) - 1 else states[index + 1]
-            callback(Step(index, len(states), float(t), float(down[index + 1]), x, guided, following, field.calls))
-    return _source_trajectory(field, sidenet, down, [*states, image], velocities, chunk)
+            callback(Step(index, len(states), t, down[index + 1], x, guided, following, field.calls))
+    return _source_trajectory(field, sidenet, grid, [*states, image], velocities, chunk)
 
 
 def edit(
@@ -257,7 +258,7 @@ def edit(
     """
     hook = _EditHook(source, control, None if mask is None else check_mask(mask, source.image))
     return run_bi_anchor(
-        make_solver(field, sidenet, hook=hook, chunk=chunk), source.noise, tuple(source.times), callback
+        make_solver(field, sidenet, hook=hook, chunk=chunk), source.noise, source.times.tolist(), callback
     )
 
 
@@ -273,7 +274,7 @@ def reconstruct(
 
     Args and errors as `edit`; `field` is the velocity under the source condition.
     """
-    return run_bi_anchor(make_solver(field, sidenet, chunk=chunk), source.noise, tuple(source.times), callback)
+    return run_bi_anchor(make_solver(field, sidenet, chunk=chunk), source.noise, source.times.tolist(), callback)
 
 
 def check_mask(mask: Tensor, image: Tensor) -> Tensor:
@@ -330,7 +331,7 @@ class _Recorder(StepHook):
         self.states: list[Tensor] = []
         self.velocities: list[Tensor] = []
 
-    def call_model(self, field: Field, index: int, x: Tensor, t: Tensor, branches: int) -> Tensor:
+    def call_model(self, field: Field, index: int, x: Tensor, t: float, branches: int) -> Tensor:
         v = field(x, t, _branches(field))
         self.states.append(x)
         self.velocities.append(v)
@@ -355,7 +356,7 @@ class _FollowHook(StepHook):
         self.states, self.velocities = states, velocities
         self.residuals: dict[tuple[int, bool], Tensor] = {}
 
-    def call_model(self, field: Field, index: int, x: Tensor, t: Tensor, branches: int) -> Tensor:
+    def call_model(self, field: Field, index: int, x: Tensor, t: float, branches: int) -> Tensor:
         return self.velocities[index][:branches]
 
     def adjust(self, state: StepState) -> Tensor:
@@ -383,12 +384,12 @@ class _EditHook(StepHook):
 def _source_trajectory(
     field: Field,
     sidenet: SideNetProtocol | None,
-    times: Sequence[Tensor],
+    times: Tensor,
     states: Sequence[Tensor],
     velocities: Sequence[Tensor],
     chunk: int | None,
 ) -> SourceTrajectory:
     """The trajectory through given states, with the residuals of a solver that is given the velocities there."""
     hook = _FollowHook(states, velocities)
-    run_bi_anchor(make_solver(field, sidenet, hook=hook, chunk=chunk), states[0], times)
-    return SourceTrajectory(torch.stack(list(times)), tuple(states), hook.residuals)
+    run_bi_anchor(make_solver(field, sidenet, hook=hook, chunk=chunk), states[0], times.tolist())
+    return SourceTrajectory(times, tuple(states), hook.residuals)

@@ -17,9 +17,18 @@ Time = Tensor | float
 
 
 def per_sample(t: Time, x: Tensor) -> Tensor:
-    """`t` shaped to broadcast over x [B, C, *spatial], in x's dtype and on its device."""
-    t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
-    return t if t.ndim == 0 else t.reshape(-1, *[1] * (x.ndim - 1))
+    """`t` shaped to broadcast over x [B, C, *spatial], in x's dtype; one number for all samples stays on the host, from
+    where arithmetic takes it without a wait."""
+    t = torch.as_tensor(t, dtype=x.dtype)
+    return t if t.ndim == 0 else t.to(x.device).reshape(-1, *[1] * (x.ndim - 1))
+
+
+def time_of_each(t: Time, x: Tensor) -> Tensor:
+    """[B] times for a model, of one time for all samples of x, in x's dtype and on its device; a time on the host is
+    filled in there, which needs no transfer."""
+    if isinstance(t, Tensor) and t.device == x.device:
+        return t.to(x.dtype).expand(len(x))
+    return x.new_full((len(x),), float(t))
 
 
 def interpolate(x0: Tensor, noise: Tensor, t: Time) -> Tensor:

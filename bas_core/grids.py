@@ -108,10 +108,11 @@ def as_grid(times: Tensor) -> Tensor:
     if not isinstance(times, Tensor) or times.ndim != 1 or times.numel() < 2 or not times.is_floating_point():
         what = f"{times.dtype} of shape {tuple(times.shape)}" if isinstance(times, Tensor) else type(times).__name__
         raise ValueError(f"times must be a 1-D float tensor of at least two times; got {what}.")
-    values = times.detach().cpu()
+    times = times.cpu()
+    values = times.detach()
     if not values.isfinite().all() or values.min() < 0 or values.max() > 1:
         raise ValueError(f"times must lie in [0, 1], 1 = noise; got {values.tolist()}.")
     steps = values.diff()
     if not ((steps < 0).all() or (steps > 0).all()):
         raise ValueError(f"times must strictly descend (to sample) or ascend (to invert); got {values.tolist()}.")
-    return times.cpu()
+    return times

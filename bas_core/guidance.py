@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from .flow import time_of_each
 
 CFGMode = Literal["per_branch", "combined"]
 CFG_MODES: tuple[CFGMode, ...] = ("per_branch", "combined")
@@ -17,6 +21,58 @@ Evaluate = Callable[[Tensor, Tensor, int], Tensor]
 
 class NonFiniteError(ArithmeticError):
     """The backbone or the SideNet returned NaN or infinity."""
+
+
+class FiniteCheck:
+    """Whether what the networks return is finite.
+
+    Each tensor's extremes are taken on the device, where NaN and infinity show in them. Reading them makes the host
+    wait for the device; inside `gathering` that is left to `read`, for all that were seen since.
+
+    Attributes:
+        before_callbacks: whether a solver that gathers reads before every callback, not only at its end.
+        place: the step, as (number, total, time), for messages; None outside of a solver.
+    """
+
+    def __init__(self) -> None:
+        self.before_callbacks = True
+        self.place: tuple[int, int, float] | None = None
+        self._waits = True
+        self._seen: list[tuple[Tensor, Tensor, Callable[[int], Exception], tuple[int, int, float] | None]] = []
+
+    def see(self, values: Tensor, fault: Callable[[int], Exception], samples: int = 0) -> None:
+        """Look at values [..., B, ...], with B at the dimension `samples`; `fault` makes an error of a number of bad
+        samples."""
+        values = values.detach()
+        others = [i for i in range(values.ndim) if i != samples]
+        self._seen.append((values.amax(others), values.amin(others), fault, self.place))
+        if self._waits:
+            self.read()
+
+    def read(self) -> None:
+        """Raise the error of the first tensor since the last reading that was not finite."""
+        seen, self._seen = self._seen, []
+        if not seen:
+            return
+        finite = torch.cat([extreme for highest, lowest, *_ in seen for extreme in (highest, lowest)]).isfinite().cpu()
+        if finite.all():
+            return
+        for (highest, _, fault, place), flags in zip(seen, finite.split([2 * len(h) for h, *_ in seen]), strict=True):
+            bad = int((~flags.view(2, len(highest)).all(0)).sum())
+            if bad:
+                error = fault(bad)
+                where = "" if place is None else f"Step {place[0]} of {place[1]}, from t = {place[2]:.4g}: "
+                raise type(error)(f"{where}{error}")
+
+    @contextmanager
+    def gathering(self) -> Iterator[None]:
+        """Reading is left to the caller, and done at the end."""
+        self._waits = False
+        try:
+            yield
+            self.read()
+        finally:
+            self._waits, self._seen = True, []
 
 
 WHOLE = (0.0, 1.0)
@@ -45,9 +101,14 @@ class Guidance:
         if not 0 <= lo <= hi <= 1:
             raise ValueError(f"The CFG interval (lo, hi) must satisfy 0 <= lo <= hi <= 1; got {self.interval}.")
 
+    @property
+    def constant(self) -> bool:
+        """Whether guidance applies at all times or at none."""
+        return self.scale == 1 or self.interval == WHOLE
+
     def active(self, t: Tensor | float) -> bool:
         """Whether guidance changes the velocity at time t."""
-        if self.scale == 1 or self.interval == WHOLE:
+        if self.constant:
             return self.scale != 1
         lo, hi = self.interval
         return lo + (EDGE if lo else 0) < float(t) <= hi + EDGE
@@ -63,14 +124,13 @@ class Guidance:
 NO_GUIDANCE = Guidance()
 
 
-def just_inside(t: Tensor | float) -> Tensor:
+def just_inside(t: Tensor | float) -> float:
     """t, or the smallest time above 0 where t is 0.
 
     A CFG interval excludes its lower end (lo < t, as published), so a field with the interval (0, hi] would jump at
     t = 0, where some solvers evaluate it. Deciding guidance by this time makes the field continuous there.
     """
-    t = torch.as_tensor(t, dtype=torch.promote_types(torch.as_tensor(t).dtype, torch.float32))
-    return t.clamp_min(torch.finfo(t.dtype).tiny)
+    return max(float(t), sys.float_info.min)
 
 
 class Field:
@@ -87,8 +147,9 @@ class Field:
             of their own, or take the scale as an input, have one branch here and no guidance.
 
     Attributes:
-        calls: how often the model was called.
+        calls: how often the model was called, in all samplings.
         conditional_only: how many of the calls left out the unconditional branch that guidance needs.
+        finite: looks at what the networks return.
     """
 
     def __init__(
@@ -109,6 +170,7 @@ class Field:
         self.scale = guidance.scale if scale is None else scale
         self.calls = 0
         self.conditional_only = 0
+        self.finite = FiniteCheck()
 
     @property
     def nfe(self) -> float:
@@ -157,15 +219,18 @@ class Field:
             NonFiniteError, ValueError: see `__call__`.
         """
         self.calls += 1
-        v = self.evaluate(x, torch.as_tensor(t, dtype=x.dtype).to(x.device).expand(x.shape[0]), branches)
+        call, samples = self.calls, len(x)
+        v = self.evaluate(x, time_of_each(t, x), branches)
         if v.shape != (branches, *x.shape):
             raise ValueError(f"The backbone must return {(branches, *x.shape)}; got {tuple(v.shape)}.")
-        if not torch.isfinite(v).all():
-            bad = int((~torch.isfinite(v)).flatten(2).any(-1).any(0).sum())
-            raise NonFiniteError(
-                f"The backbone returned NaN or infinity for {bad} of {x.shape[0]} samples at call {self.calls}, "
+
+        def fault(bad: int) -> NonFiniteError:
+            return NonFiniteError(
+                f"The backbone returned NaN or infinity for {bad} of {samples} samples at call {call}, "
                 f"t = {float(t):.4g}. Try float32 or bfloat16 weights, or a lower guidance scale."
             )
+
+        self.finite.see(v, fault, samples=1)
         return v.to(x.dtype)
 
     def call_conditional(self, x: Tensor, t: Tensor | float) -> Tensor:

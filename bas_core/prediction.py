@@ -44,7 +44,7 @@ class SideNetProtocol(Protocol):
         `scale` without `cfg_input`."""
         ...
 
-    def analytic_velocity(self, x: Tensor, t: Tensor) -> Tensor:
+    def analytic_velocity(self, x: Tensor, t: float) -> Tensor:
         """The velocity at pure noise, straight to the data mean; asked for where `has_data_mean`."""
         ...
 
@@ -82,7 +82,7 @@ class StraightLine:
         line = cast(Tensor, slope)
         return line * per_sample(h, line)
 
-    def analytic_velocity(self, x: Tensor, t: Tensor) -> Tensor:
+    def analytic_velocity(self, x: Tensor, t: float) -> Tensor:
         """There is no data mean.
 
         Raises:
@@ -97,12 +97,12 @@ class Anchor(NamedTuple):
     Attributes:
         x: [B, C, *spatial] state.
         v: [K, B, C, *spatial] branches of the velocity there.
-        t: 0-d time.
+        t: its time.
     """
 
     x: Tensor
     v: Tensor
-    t: Tensor
+    t: float
 
 
 class Query(NamedTuple):
@@ -110,12 +110,12 @@ class Query(NamedTuple):
 
     near: Anchor
     far: Anchor | None
-    time: Tensor
+    time: float
 
 
 def predict(
     sidenet: SideNetProtocol, queries: Sequence[Query], field: Field, branches: int, chunk: int | None = None
-) -> Tensor:
+) -> Sequence[Tensor]:
     """Answer all queries of a phase in one SideNet batch.
 
     Args:
@@ -126,19 +126,20 @@ def predict(
         chunk: largest number of samples in one SideNet call; None = all M K B at once.
 
     Returns:
-        [M, K, B, C, *spatial] velocities.
+        M velocities [K, B, C, *spatial].
 
     Raises:
         NonFiniteError: the SideNet returned NaN or infinity.
     """
+    if isinstance(sidenet, StraightLine):
+        return [_on_line(query, branches) for query in queries]
     near = [q.near for q in queries]
     batch = near[0].x.shape[0]
     x = torch.cat([a.x for a in near for _ in range(branches)])
     v = torch.cat([a.v[:branches].flatten(0, 1) for a in near])
 
-    def column(values: Sequence[Tensor | float]) -> Tensor:
-        each = torch.stack([torch.as_tensor(value, dtype=x.dtype) for value in values])
-        return each.to(x.device).repeat_interleave(branches * batch)
+    def column(values: Sequence[float]) -> Tensor:
+        return torch.cat([x.new_full((branches * batch,), value) for value in values])
 
     two = sidenet.anchors == 2
     inputs: dict[str, Tensor | None] = {
@@ -157,12 +158,23 @@ def predict(
         for i in range(0, len(x), size)
     ]
     change = changes[0] if len(changes) == 1 else torch.cat(changes)
-    if not torch.isfinite(change).all():
-        raise NonFiniteError(
-            "The SideNet returned NaN or infinity. Run it in float32 or bfloat16, and check that it was made for "
-            "this model."
-        )
-    return (v + change).unflatten(0, (len(queries), branches, batch))
+    field.finite.see(change, _sidenet_fault)
+    return (v + change).unflatten(0, (len(queries), branches, batch)).unbind()
+
+
+def _sidenet_fault(bad: int) -> NonFiniteError:
+    return NonFiniteError(
+        "The SideNet returned NaN or infinity. Run it in float32 or bfloat16, and check that it was made for this "
+        "model."
+    )
+
+
+def _on_line(query: Query, branches: int) -> Tensor:
+    """The velocity [K, B, C, *spatial] on the straight line through both anchors; without a second one, the first's."""
+    near, far = query.near, query.far
+    if far is None or near.t == far.t:
+        return near.v[:branches]
+    return torch.lerp(near.v[:branches], far.v[:branches], (query.time - near.t) / (far.t - near.t))
 
 
 def _conditions(field: Field, branches: int, queries: int) -> Tensor | None:
@@ -173,6 +185,6 @@ def _conditions(field: Field, branches: int, queries: int) -> Tensor | None:
 def _slope(query: Query, branches: int) -> Tensor:
     """(v_near - v_far) / (t_far - t_near): the change of v for a step h toward the data, per unit of h."""
     near, far = query.near, query.far
-    if far is None or float(near.t) == float(far.t):
+    if far is None or near.t == far.t:
         return torch.zeros_like(near.v[:branches])
-    return (far.v[:branches] - near.v[:branches]) / (near.t - far.t).to(near.v.dtype)
+    return (far.v[:branches] - near.v[:branches]) / (near.t - far.t)

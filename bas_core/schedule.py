@@ -31,7 +31,7 @@ from .grids import as_grid, has_short_first_step
 from .guidance import Field
 from .quadrature import get_rule
 
-Row = Sequence[float] | Tensor
+Row = Sequence[float]
 Numbers = tuple[float, ...]
 
 
@@ -47,7 +47,7 @@ class StepState:
         last: whether the step is the last one, which ends after its predictor.
         x: [B, C, *spatial] the new state, at s.
         x_start: [B, C, *spatial] the state at t.
-        t, s: 0-d, the step's ends.
+        t, s: times of the step's ends.
         velocity: [B, C, *spatial] guided velocity at t.
         predicted, end_velocity: after the corrector, the predictor's state and the guided velocity there; else None.
     """
@@ -56,8 +56,8 @@ class StepState:
     last: bool
     x: Tensor
     x_start: Tensor
-    t: Tensor
-    s: Tensor
+    t: float
+    s: float
     velocity: Tensor
     predicted: Tensor | None = None
     end_velocity: Tensor | None = None
@@ -71,7 +71,7 @@ class StepState:
 class StepHook:
     """What acts on the solver's steps from outside; this one changes nothing. One object serves one sampling."""
 
-    def call_model(self, field: Field, index: int, x: Tensor, t: Tensor, branches: int) -> Tensor:
+    def call_model(self, field: Field, index: int, x: Tensor, t: float, branches: int) -> Tensor:
         """The model call at anchor number `index`: [K, B, C, *spatial] velocities at (x, t)."""
         return field(x, t, branches)
 
@@ -80,81 +80,139 @@ class StepHook:
         return state.x
 
 
+class RunningSums:
+    """Weighted sums of tensors that come one after another; as few of them as possible stay in memory.
+
+    Kept are the tensors that sums to come have weights for or, where these are fewer, those sums as far as they go.
+
+    Args:
+        weights: for each sum, in the order in which they are taken, the weights by number of the tensor.
+    """
+
+    def __init__(self, weights: Sequence[Mapping[int, float]]) -> None:
+        self.weights = list(weights)
+        self.kept: list[Tensor] = []
+        # For each sum to come, the weights of what is kept.
+        self.shares: list[list[float]] = [[] for _ in weights]
+
+    def add(self, number: int, tensor: Tensor) -> None:
+        """The next tensor."""
+        self.kept.append(tensor)
+        for weights, share in zip(self.weights, self.shares, strict=True):
+            share.append(weights.get(number, 0.0))
+        self._forget()
+
+    def take(self) -> Tensor | None:
+        """The next sum, of the tensors so far; None where all weights are zero."""
+        self.weights.pop(0)
+        total = self._sum(self.shares.pop(0))
+        self._forget()
+        return total
+
+    def _forget(self) -> None:
+        used = [i for i in range(len(self.kept)) if any(share[i] for share in self.shares)]
+        self.kept = [self.kept[i] for i in used]
+        self.shares = [[share[i] for i in used] for share in self.shares]
+        unfinished = [share for share in self.shares if any(share)]
+        if len(self.kept) > len(unfinished):
+            self.kept = [total for share in unfinished if (total := self._sum(share)) is not None]
+            places = iter(range(len(unfinished)))
+            rows = [next(places) if any(share) else None for share in self.shares]
+            self.shares = [[float(i == row) for i in range(len(self.kept))] for row in rows]
+
+    def _sum(self, share: Sequence[float]) -> Tensor | None:
+        total = None
+        for weight, tensor in zip(share, self.kept, strict=True):
+            if weight:
+                total = weight * tensor if total is None else torch.add(total, tensor, alpha=weight)
+        return total
+
+
+def velocity_weights(coefficients: Sequence[Row]) -> list[dict[int, float]]:
+    """For each row of multistep coefficients, the weights of the anchors' velocities; see `Schedule.coefficients`."""
+    found = []
+    for number, row in enumerate(coefficients):
+        step, corrected = divmod(number, 2)
+        others = [j for j in range(step + 1 + corrected) if j != step]
+        weights = dict(zip(others, row[1 + corrected :], strict=True))
+        found.append(weights | {step: -sum(weights.values())})
+    return found
+
+
+def branch_weights(cfg_coefficients: Sequence[Row]) -> list[dict[int, float]]:
+    """For each conditional-only call, the weights of the calls' v_c - v_u (numbers 0, 2 …) and v_c (1, 3 …)."""
+    found: list[dict[int, float]] = []
+    complete: list[int] = []
+    for call, row in enumerate(cfg_coefficients):
+        if len(row):
+            changes = row[len(complete) :]
+            differences = {2 * j: w for j, w in zip(complete, row, strict=False)}
+            found.append(differences | {2 * j + 1: -w for j, w in zip(range(call), changes, strict=True)})
+        else:
+            complete.append(call)
+    return found
+
+
 class ScheduleHook(StepHook):
     """Multistep coefficients and conditional-only calls in a sampling.
 
     Args:
-        coefficients, cfg_coefficients: see `Schedule`; numbers, or tensors for tuning by gradients.
+        coefficients, cfg_coefficients: see `Schedule`.
         steps: N.
     """
 
     def __init__(self, coefficients: Sequence[Row], cfg_coefficients: Sequence[Row], steps: int) -> None:
         self.coefficients = coefficients
-        self.cfg_coefficients = cfg_coefficients
+        self.conditional_only = [len(row) > 0 for row in cfg_coefficients]
         self.first_call = steps - len(cfg_coefficients)
-        self.velocities: list[Tensor] = []
-        self.conditional: list[Tensor] = []
-        self.differences: list[Tensor] = []
+        self.velocities = RunningSums(velocity_weights(coefficients))
+        self.branches = RunningSums(branch_weights(cfg_coefficients))
+        # The weight of a conditional-only call's own v_c in its prediction.
+        self.own_weights = [-sum(w for j, w in row.items() if j % 2) for row in self.branches.weights]
 
-    def call_model(self, field: Field, index: int, x: Tensor, t: Tensor, branches: int) -> Tensor:
+    def call_model(self, field: Field, index: int, x: Tensor, t: float, branches: int) -> Tensor:
         """See `StepHook`; a conditional-only call where the schedule has coefficients for it."""
-        row = index - self.first_call
-        if row < 0 or not field.can_omit_unconditional:
+        call = index - self.first_call
+        if call < 0 or not field.can_omit_unconditional:
             return field(x, t, branches)
-        if len(self.cfg_coefficients[row]):
-            conditional, difference = self.predict_difference(field, x, t, row)
-            self.conditional.append(conditional)
+        if self.conditional_only[call]:
+            conditional, difference = self.predict_difference(field, call, x, t)
             both = torch.stack([conditional, conditional - difference])
+            self.keep(call, conditional)
         else:
             both = field.call_model(x, t, 2)
-            self.differences.append(both[0] - both[1])
-            self.conditional.append(both[0].clone())  # a view would keep both branches in memory
+            self.keep(call, both[0], both[0] - both[1])
         return field.cfg.combine(both, t)[None] if field.combined else both
 
-    def predict_difference(self, field: Field, x: Tensor, t: Tensor, row: int) -> tuple[Tensor, Tensor]:
+    def predict_difference(self, field: Field, call: int, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
         """A conditional-only call: the conditional velocity and the predicted v_c - v_u."""
         conditional = field.call_conditional(x, t)
-        regressors = self.difference_regressors(conditional)
-        return conditional, linear_combination(torch.zeros_like(conditional), regressors, self.cfg_coefficients[row])
+        others, own = self.branches.take(), self.own_weights.pop(0) * conditional
+        return conditional, own if others is None else own + others
 
-    def difference_regressors(self, conditional: Tensor) -> list[Tensor]:
-        """What v_c - v_u is predicted from: itself at earlier calls, and the change of v_c since every earlier call.
-
-        All are zero where velocities do not change, as where an inpaint mask keeps the image.
-        """
-        return self.differences + [conditional - earlier for earlier in self.conditional]
+    def keep(self, call: int, conditional: Tensor, difference: Tensor | None = None) -> None:
+        """Keep what a call showed, for conditional-only ones after it."""
+        if difference is not None:
+            self.branches.add(2 * call, difference)
+        self.branches.add(2 * call + 1, conditional)
 
     def adjust(self, state: StepState) -> Tensor:
         """See `StepHook`; the state plus its weighted regressors."""
         if not self.coefficients:
             return state.x
-        row = 2 * state.index + (state.predicted is not None)
-        return linear_combination(state.x, self.state_regressors(state), self.coefficients[row])
-
-    def state_regressors(self, state: StepState) -> list[Tensor]:
-        """What a step may add to its state: [B, C, *spatial] each, zero where the velocity is constant.
-
-        With v_i the velocity at the step's start, d = s - t and p = x_start + d v_i the end of a straight path:
-        x - p; predicted - p after the corrector; d (v_j - v_i) for every other anchor j, the step's end included.
-        """
         if state.predicted is None:
-            self.velocities[state.index :] = [state.velocity]
+            if state.index == 0:
+                self.velocities.add(0, state.velocity)
         elif state.end_velocity is not None:
-            self.velocities[state.index + 1 :] = [state.end_velocity]
-        now = state.velocity
-        length = (state.s - state.t).to(now.dtype)
-        straight = state.x_start + length * now
-        ends = [state.x - straight]
-        if state.predicted is not None:
-            ends.append(state.predicted - straight)
-        return ends + [length * (v - now) for j, v in enumerate(self.velocities) if j != state.index]
-
-
-def linear_combination(x: Tensor, regressors: Sequence[Tensor], coefficients: Row) -> Tensor:
-    """x + sum of coefficient times regressor."""
-    for coefficient, regressor in zip(coefficients, regressors, strict=True):
-        x = x + coefficient * regressor
-    return x
+            self.velocities.add(state.index + 1, state.end_velocity)
+        row = self.coefficients[2 * state.index + (state.predicted is not None)]
+        length = state.s - state.t
+        straight = torch.add(state.x_start, state.velocity, alpha=length)
+        x = torch.lerp(state.x, straight, -row[0]) if row[0] else state.x
+        if state.predicted is not None and row[1]:
+            x = torch.add(x, state.predicted - straight, alpha=row[1])
+        total = self.velocities.take()
+        return x if total is None else torch.add(x, total, alpha=length)
 
 
 # --- the schedule -----------------------------------------------------------------------------------------------------
@@ -166,10 +224,14 @@ class Schedule:
 
     Attributes:
         times: N + 1, descending (to sample) or ascending (to invert), within [0, 1].
-        coefficients: 2 N - 1 rows of multistep coefficients, for each step one after its predictor and one after its
-            corrector, see `ScheduleHook.state_regressors`. Empty: the published solver.
+        coefficients: 2 N - 1 rows of multistep coefficients, for each step i one after its predictor and one after its
+            corrector. They weight what may be added to the state: with d = s - t and p = x_t + d v_i the end of a
+            straight path, x - p; after the corrector also the predictor's state less p; and d (v_j - v_i) for every
+            other anchor j, the step's end included. All are zero where the velocity is constant. Empty: the published
+            solver.
         cfg_coefficients: one row for each of the last model calls: empty for a call of both branches, else the
-            coefficients of a conditional-only call, see `ScheduleHook.difference_regressors`. Empty: both, always.
+            coefficients of a conditional-only call. They weight what v_c - v_u is predicted from: itself at earlier
+            calls of both branches, and the change of v_c since every earlier call. Empty: both, always.
         analytic_first_step: a SideNet with a data mean replaces the first model call. For random noise only: noise
             from an inversion leads to its image and not to the mean.
         rule: name of the quadrature rule that the coefficients were fitted for; one with both ends.
@@ -201,11 +263,7 @@ class Schedule:
     @property
     def grid(self) -> tuple[Tensor, ...]:
         """N + 1 0-d times on the CPU, in float32."""
-        return self.grid_in(torch.float32)
-
-    def grid_in(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """N + 1 0-d times on the CPU, in a state's dtype."""
-        return tuple(torch.tensor(self.times, dtype=dtype))
+        return tuple(torch.tensor(self.times, dtype=torch.float32))
 
     @property
     def steps(self) -> int:
@@ -246,7 +304,7 @@ class Schedule:
         return self if start == 1 else self.with_times(torch.tensor(self.times, dtype=torch.float32) * start)
 
 
-def _numbers(values: Row) -> Numbers:
+def _numbers(values: Row | Tensor) -> Numbers:
     if isinstance(values, Tensor):
         values = values.tolist()
     if not isinstance(values, Sequence) or isinstance(values, str):

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -139,11 +138,12 @@ class AttentionBlock(nn.Module):
         return x + self.proj(rearrange(h, "b n (y x) d -> b (n d) y x", y=x.shape[2]))
 
 
-@lru_cache(maxsize=8)
-def positions(channels: int, height: int, width: int) -> Tensor:
-    """Fixed sine-cosine positions [1, channels, height, width], for a grid of any size."""
-    with torch.inference_mode(False):  # a cached inference tensor would break a later training
-        return rearrange(sincos_position_table(channels, height, width), "b (y x) c -> b c y x", y=height)
+def positions(feature: Tensor) -> Tensor:
+    """Fixed sine-cosine positions [1, C, H, W] for features [B, C, H, W] of any size, in their dtype and place."""
+    channels, height, width = feature.shape[1:]
+    with torch.inference_mode(False):  # an inference tensor that is kept would break a later training
+        table = sincos_position_table(channels, height, width)
+        return rearrange(table, "b (y x) c -> b c y x", y=height).to(feature.device, feature.dtype)
 
 
 class TokenBlock(nn.Module):
@@ -205,6 +205,7 @@ class SideNet(nn.Module):
         factory = {"device": device, "dtype": dtype}
         c, e, p = config.base_channels, config.embedding_dim, config.patch_size
         self.config = config
+        self.table: Tensor | None = None  # the positions of the last size, where they were used
         self.h_embedder = TimestepEmbedder(e, operations, **factory)
         self.t_embedder = TimestepEmbedder(e, operations, **factory)
         if config.num_classes:
@@ -239,12 +240,12 @@ class SideNet(nn.Module):
     def has_data_mean(self) -> bool:
         return self.config.data_mean_size > 0
 
-    def analytic_velocity(self, x: Tensor, t: Tensor) -> Tensor:
+    def analytic_velocity(self, x: Tensor, t: float) -> Tensor:
         """The velocity at pure noise without a model call: straight to the data mean.
 
         Args:
             x: [B, C, *spatial] noise, of any size.
-            t: 0-d time, 1 or just below.
+            t: the time, 1 or just below.
 
         Returns:
             Like x.
@@ -255,7 +256,7 @@ class SideNet(nn.Module):
         if not self.has_data_mean:
             raise ValueError("This SideNet keeps no data mean, so its first step is not analytic.")
         self._check_state(x)
-        return (x - spread_mean(self.data_mean.to(x), x.shape[1:])) / t.to(x)
+        return (x - spread_mean(self.data_mean.to(x), x.shape[1:])) / t
 
     def zero_output(self) -> SideNet:
         """Zero the last layer, so that an untrained SideNet adds nothing (the published initialisation)."""
@@ -332,13 +333,21 @@ class SideNet(nn.Module):
             stacked = F.pad(stacked, padding, mode="replicate")
         feature = self.input_conv(F.pixel_unshuffle(stacked.to(self.input_conv.weight.dtype), p))
         if self.config.architecture == "transformer":
-            feature = feature + positions(*feature.shape[1:]).to(feature)
+            feature = feature + self._positions(feature)
         for block in self.blocks:
             feature = block(feature, embedding)
         out = F.pixel_shuffle(self.output_conv(F.silu(channel_norm(feature))), p)[..., :height, :width]
         if like.ndim == 5:
             out = rearrange(out, "(b t) c y x -> b c t y x", t=frames)
         return out.to(like.dtype)
+
+    def _positions(self, feature: Tensor) -> Tensor:
+        """The table for a feature, sent to its device once."""
+        table = self.table
+        wanted = feature.shape[1:], feature.dtype, feature.device
+        if table is None or (table.shape[1:], table.dtype, table.device) != wanted:
+            self.table = table = positions(feature)
+        return table
 
     def _check_state(self, x: Tensor) -> None:
         channels = self.config.in_channels

@@ -9,6 +9,7 @@ field's guidance combines the branches of CFG at every node's time, the SideNet 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -26,7 +27,7 @@ from .schedule import Schedule, StepHook, StepState
 
 METHODS = ("bi_anchor", "single_anchor")
 SINGLE_ANCHOR_RULE = "legendre3"
-Times = Sequence[Tensor]
+Times = Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Solver:
         branches = predict(self.sidenet, queries, self.field, self.branches_at(times), self.chunk)
         return [self.field.guidance.combine(v, time) for v, time in zip(branches, times, strict=True)]
 
-    def first_anchor(self, x: Tensor, t: Tensor, branches: int) -> Anchor:
+    def first_anchor(self, x: Tensor, t: float, branches: int) -> Anchor:
         """Where sampling starts: by a model call, or by the SideNet's data mean."""
         if self.analytic_first_step and self.sidenet.has_data_mean:
             return Anchor(x, self.sidenet.analytic_velocity(x, t).expand(branches, *x.shape), t)
@@ -106,17 +107,18 @@ class StepResult(NamedTuple):
     memory: Any
 
 
-def node_time(t: Tensor, s: Tensor, c: float) -> Tensor:
+def node_time(t: float, s: float, c: float) -> float:
     """The time of node c in [0, 1] of the interval from t to s."""
     return s if c == 1 else t + c * (s - t)
 
 
-def integrate(rule: Rule, v: dict[float, Tensor], x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """x_s = x_t + (s - t) * sum of w_c v_c over the rule's nodes c."""
-    total = torch.zeros_like(x)
-    for c, weight in zip(rule.nodes, rule.weights, strict=True):
-        total = torch.add(total, v[c], alpha=weight)
-    return x + (s - t).to(x.dtype) * total
+def integrate(rule: Rule, v: dict[float, Tensor], x: Tensor, t: float, s: float) -> Tensor:
+    """x_s = x_t + (s - t) * sum of w_c v_c over the rule's nodes c; the weights' sum is 1."""
+    mean, weights = v[rule.nodes[0]], rule.weights[0]
+    for c, weight in zip(rule.nodes[1:], rule.weights[1:], strict=True):
+        weights += weight
+        mean = torch.lerp(mean, v[c], weight / weights)
+    return torch.add(x, mean, alpha=s - t)
 
 
 def bi_anchor_step(
@@ -128,7 +130,7 @@ def bi_anchor_step(
         solver: field, SideNet, rule and hook.
         index: the step's number i from 0; t and s are the times i and i + 1.
         x: [B, C, *spatial] the state x_t.
-        times: N + 1 0-d times.
+        times: N + 1 times.
         branches: how many branches the model call is asked for.
         left: v_t, and where it was evaluated: at the predictor's state of the step before.
         previous: the anchor before, for SideNets with two.
@@ -150,13 +152,15 @@ def bi_anchor_step(
     if last:
         return StepResult(x_pred, v_t, None)
 
-    # The right anchor: the model call.
+    # The right anchor: the model call. Of the predictions only those that the corrector keeps stay in memory.
+    inner = solver.corrected_nodes
+    del found
+    v = {c: v[c] for c in rule.nodes if c < 1 and c not in inner}
     right = Anchor(x_pred, solver.hook.call_model(solver.field, index + 1, x_pred, s, branches), s)
     v[1.0] = v_s = guidance.combine(right.v, s)
 
     # Corrector: the nodes nearer to the right anchor are predicted anew, looking back from it. A SideNet with two
     # anchors predicts every inner node anew, from the nearer anchor and the other one.
-    inner = solver.corrected_nodes
     if inner:
         sides = [(left, right) if c <= 0.5 else (right, left) for c in inner]
         found = solver.predict(
@@ -167,7 +171,8 @@ def bi_anchor_step(
         )
         v |= dict(zip(inner, found, strict=True))
     x_s = adjust(StepState(index, last, integrate(rule, v, x, t, s), x, t, s, v_t, x_pred, v_s))
-    return StepResult(x_s, v_t, (right, left))
+    # The next step begins at x_s, and needs of both anchors the velocities alone.
+    return StepResult(x_s, v_t, (right._replace(x=x_s), left._replace(x=x_s)))
 
 
 def single_anchor_step(solver: Solver, index: int, x: Tensor, times: Times) -> StepResult:
@@ -248,22 +253,29 @@ def run_steps(step: StepFunction, field: Field, x: Tensor, times: Times, callbac
     """
     memory: Any = None
     total, calls_before = len(times) - 1, field.calls
-    for index, (t, s) in enumerate(pairwise(times)):
-        try:
-            result = step(index, x, memory)
-            if not result.x.isfinite().all():
-                raise NonFiniteError("The integration, with finite backbone velocities, left NaN or infinity.")
-        except NonFiniteError as error:
-            raise NonFiniteError(f"Step {index + 1} of {total}, from t = {float(t):.4g}: {error}") from error
-        if callback is not None:
-            calls = field.calls - calls_before
-            callback(Step(index, total, float(t), float(s), x, result.velocity, result.x, calls))
-        x, memory = result.x, result.memory
+    try:
+        for index, (t, s) in enumerate(pairwise(times)):
+            field.finite.place = (index + 1, total, t)
+            x_next, velocity, memory = step(index, x, memory)
+            field.finite.see(x_next, _overflow)
+            if callback is not None:
+                if field.finite.before_callbacks:
+                    field.finite.read()
+                calls = field.calls - calls_before
+                callback(Step(index, total, t, s, x, velocity, x_next, calls))
+            x = x_next
+            del x_next, velocity  # which would stay in memory during the next step
+    finally:
+        field.finite.place = None
     return x
 
 
+def _overflow(bad: int) -> NonFiniteError:
+    return NonFiniteError("The integration, with finite backbone velocities, left NaN or infinity.")
+
+
 def run_bi_anchor(solver: Solver, x: Tensor, times: Times, callback: Callback | None = None) -> Tensor:
-    """The bi-anchor solver from x at the first of N + 1 0-d times to the last one; N model calls.
+    """The bi-anchor solver from x at the first of N + 1 times to the last one; N model calls.
 
     Raises:
         ValueError: the rule has no node at one of the ends.
@@ -273,6 +285,10 @@ def run_bi_anchor(solver: Solver, x: Tensor, times: Times, callback: Callback | 
         raise ValueError(
             f"bi_anchor needs a rule whose nodes include 0 and 1, such as lobatto4; got {solver.rule.name}."
         )
+    times = [float(t) for t in times]
+    if isinstance(solver.sidenet, StraightLine) and solver.field.guidance.constant and solver.rule.exactness > 0:
+        # Every such rule integrates a straight line exactly; this one with the fewest nodes.
+        solver = dataclasses.replace(solver, rule=get_rule("lobatto2"))
     branches = [*branches_for_calls(solver, times), 0]
 
     def step(index: int, x: Tensor, anchors: tuple[Anchor, Anchor | None] | None) -> StepResult:
@@ -284,7 +300,12 @@ def run_bi_anchor(solver: Solver, x: Tensor, times: Times, callback: Callback | 
 
 def run_single_anchor(solver: Solver, x: Tensor, times: Times, callback: Callback | None = None) -> Tensor:
     """The single-anchor solver, as `run_bi_anchor`."""
-    return run_steps(lambda index, x, _: single_anchor_step(solver, index, x, times), solver.field, x, times, callback)
+    times = [float(t) for t in times]
+
+    def step(index: int, x: Tensor, _: None) -> StepResult:
+        return single_anchor_step(solver, index, x, times)
+
+    return run_steps(step, solver.field, x, times, callback)
 
 
 def solve(
@@ -320,14 +341,14 @@ def solve(
     Raises:
         ValueError: an argument does not fit; the message says which, what was required and what came.
         TypeError: the SideNet lacks a member that the solver needs.
-        NonFiniteError: the model or the SideNet returned NaN or infinity; the message says at which step.
+        NonFiniteError: the model or the SideNet returned NaN or infinity; the message says at which step. It is raised
+            where the host waits for the device: before the next callback or at the end (`guidance.FiniteCheck`).
     """
-    x = as_state(x)
+    x = as_float(x)
     if method not in METHODS:
         raise ValueError(f"Unknown method {method!r}. Valid methods: {', '.join(METHODS)}.")
     if not isinstance(schedule, Schedule):
-        grid = as_grid(schedule)
-        times = tuple(grid.to(torch.promote_types(grid.dtype, torch.float32)))
+        times = as_grid(schedule).tolist()
         hook, usual, analytic = StepHook(), Schedule.rule, False
     elif schedule.fitted and method != "bi_anchor":
         raise ValueError(f"The schedule's coefficients were fitted for bi_anchor; got method {method!r}.")
@@ -337,13 +358,14 @@ def solve(
             "the rule out, or give the schedule's times alone."
         )
     else:
-        times, hook, usual = schedule.grid_in(x.dtype), schedule.hook(), schedule.rule
+        times, hook, usual = list(schedule.times), schedule.hook(), schedule.rule
         analytic = schedule.analytic_first_step
     if method == "single_anchor":
         run, rule = run_single_anchor, rule or SINGLE_ANCHOR_RULE
     else:
         run, rule = run_bi_anchor, rule or usual
-    with torch.no_grad():
+    with torch.no_grad(), field.finite.gathering():
+        field.finite.see(x, _not_finite)
         return run(make_solver(field, sidenet, rule, hook, chunk, analytic), x, times, callback)
 
 
@@ -353,9 +375,19 @@ def as_state(x: Tensor) -> Tensor:
     Raises:
         ValueError: not a float tensor [B, C, H, W] or [B, C, T, H, W], empty, or not finite.
     """
+    x = as_float(x)
+    if not x.isfinite().all():
+        raise _not_finite(len(x))
+    return x
+
+
+def _not_finite(bad: int) -> ValueError:
+    return ValueError("x must be finite; it holds NaN or infinity before the first step.")
+
+
+def as_float(x: Tensor) -> Tensor:
+    """`as_state` without a look at the values, which would wait for the device."""
     if not isinstance(x, Tensor) or x.ndim not in (4, 5) or not x.is_floating_point() or not x.numel():
         what = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"x must be a float tensor [B, C, H, W] or [B, C, T, H, W] with B > 0; got {what}.")
-    if not x.isfinite().all():
-        raise ValueError("x must be finite; it holds NaN or infinity before the first step.")
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -45,7 +45,7 @@ class WeightedSideNet:
         """See `SideNetProtocol`."""
         return self.sidenet.has_data_mean
 
-    def analytic_velocity(self, x: Tensor, t: Tensor) -> Tensor:
+    def analytic_velocity(self, x: Tensor, t: float) -> Tensor:
         """The SideNet's, whatever the weight."""
         return self.sidenet.analytic_velocity(x, t)
 
@@ -55,7 +55,8 @@ class WeightedSideNet:
         change = self.sidenet(t=t, h=h, slope=second[0], span=second[1], **inputs)
         both = cast(Tensor, slope)  # this predictor has two anchors
         line = both * per_sample(h, both)
-        return torch.lerp(line, change, torch.as_tensor(self.weight(t), dtype=change.dtype, device=change.device))
+        weight = self.weight(t)
+        return torch.lerp(line, change, weight.to(change) if isinstance(weight, Tensor) else weight)
 
 
 def with_strength(sidenet: SideNetProtocol, strength: float) -> SideNetProtocol:

@@ -9,10 +9,12 @@ from ba_solver.bas_core import (
     load_sidenet,
     model_field,
     save_sidenet,
+    schedule,
     solve,
 )
-from ba_solver.bas_core.schedule import ScheduleHook
+from ba_solver.bas_core.schedule import RunningSums, ScheduleHook
 from ba_solver.training.schedules.fitting import Fitting, fit_schedule
+from ba_solver.training.schedules.linear_form import linear_form, schedule_of
 from checks import check_refused_in_a_file, guided_field
 from problems import exact_field, flow_map, noise, small_sidenet, state, uneven_grid
 
@@ -99,13 +101,12 @@ def check_fit_finds_the_weights():
 
 
 def forget_a_velocity(patch):
-    intact = ScheduleHook.state_regressors
+    intact = schedule.RunningSums.add
 
-    def without_the_last(self, state):
-        *others, last = intact(self, state)
-        return [*others, 0 * last]
+    def without_one(self, number, tensor):
+        intact(self, number, 0 * tensor if number == 1 else tensor)
 
-    patch.setattr(ScheduleHook, "state_regressors", without_the_last)
+    patch.setattr(schedule.RunningSums, "add", without_one)
 
 
 def weight_accepted_ends_only(patch):
@@ -120,15 +121,12 @@ def weight_accepted_ends_only(patch):
 
 def measure_from_the_state(patch):
     """Velocities themselves in place of their differences: a straight path is bent."""
-    intact = ScheduleHook.state_regressors
+    intact = schedule.velocity_weights
 
-    def whole(self, state):
-        intact(self, state)  # which keeps the velocities
-        length = float(state.s - state.t)
-        ends = [state.x - state.x_start] + ([] if state.predicted is None else [state.predicted - state.x_start])
-        return ends + [length * v for j, v in enumerate(self.velocities) if j != state.index]
+    def whole(rows):
+        return [row | {number // 2: 0.0} for number, row in enumerate(intact(rows))]
 
-    patch.setattr(ScheduleHook, "state_regressors", whole)
+    patch.setattr(schedule, "velocity_weights", whole)
 
 
 CHECKS = [check_weighted_run, check_straight_paths_stay_exact, check_fit_finds_the_weights]
@@ -203,3 +201,35 @@ def test_bad_weights_and_methods_are_refused():
         random_weights(size=float("inf"))
     with pytest.raises(ValueError, match="were fitted for bi_anchor; got method 'single_anchor'"):
         solve(exact_field(), None, state(), random_weights(), method="single_anchor")
+
+
+def test_running_sums_keep_the_fewest_tensors():
+    """Sums of any weights, taken as a schedule takes them, against sums of everything."""
+    generator = torch.Generator().manual_seed(1)
+    given = [noise(1, 1, 2, 2, seed=i) for i in range(12)]
+    weights = [
+        {j: float(torch.randn((), generator=generator)) for j in range(i // 2 + 1 + i % 2) if j % 5 != 4}
+        for i in range(23)
+    ]
+    sums, kept = RunningSums(weights), []
+    for i in range(23):
+        if i == 0 or i % 2:
+            sums.add(i // 2 + i % 2, given[i // 2 + i % 2])
+        kept.append(len(sums.kept))
+        expected = sum(w * given[j] for j, w in weights[i].items())
+        torch.testing.assert_close(sums.take(), expected, atol=1e-12, rtol=1e-12)
+    assert max(kept) == 8 and not sums.kept, kept
+
+
+def test_velocities_that_no_coefficient_reads_are_not_kept():
+    """Adams-Bashforth 2 reads two of them, however many steps there are."""
+    form = linear_form("adams_bashforth2", torch.linspace(1, 0, 21))
+    weights = schedule.velocity_weights(schedule_of(form).coefficients)
+    sums, kept = RunningSums(weights), []
+    for i in range(len(weights)):
+        if i == 0 or i % 2:
+            sums.add(i // 2 + i % 2, torch.ones(1))
+        kept.append(len(sums.kept))
+        sums.take()
+    assert max(kept) == 2
+    assert not schedule.plain_schedule(TIMES).hook().velocities.weights

@@ -17,7 +17,7 @@ from ba_solver.bas_core import (
     time_grid,
 )
 from ba_solver.bas_core.guidance import NO_GUIDANCE
-from ba_solver.bas_core.schedule import ScheduleHook, StepHook
+from ba_solver.bas_core.schedule import RunningSums, ScheduleHook, StepHook
 from ba_solver.training.schedules.fitting import Fitting, fit_schedule, takes_conditional_only
 from checks import check_refused_in_a_file, guided_field
 from problems import class_velocity, labels, noise, small_sidenet
@@ -119,14 +119,18 @@ def check_evaluations():
 
 
 def forget_the_change(patch):
-    intact = ScheduleHook.difference_regressors
-    patch.setattr(ScheduleHook, "difference_regressors", lambda self, c: [0 * term for term in intact(self, c)])
+    patch.setattr(RunningSums, "take", lambda self: None)
 
 
 def predict_the_velocity(patch):
     """From velocities themselves in place of their changes: a straight path is bent."""
-    intact = ScheduleHook.difference_regressors
-    patch.setattr(ScheduleHook, "difference_regressors", lambda self, c: [term + c for term in intact(self, c)])
+    intact = ScheduleHook.predict_difference
+
+    def predict(self, *given):
+        conditional, difference = intact(self, *given)
+        return conditional, difference + conditional
+
+    patch.setattr(ScheduleHook, "predict_difference", predict)
 
 
 def always_whole(patch):

@@ -418,7 +418,7 @@ def test_each_query_is_told_its_own_step_time_and_condition():
         def echo(x, v, told=told, **inputs):
             return spread(inputs[told].to(x.dtype), x).expand_as(x) - v
 
-        got = predict(FunctionSideNet(echo, anchors=2), queries, field, 2)
+        got = torch.stack(list(predict(FunctionSideNet(echo, anchors=2), queries, field, 2)))
         wanted = torch.stack(
             [torch.stack([torch.as_tensor(b, dtype=got.dtype).expand(2) for b in q]) for q in expected]
         )

@@ -350,4 +350,4 @@ def run_baseline(
         x_next, history = take(velocity, x, grid[index], grid[index + 1], history or ())
         return StepResult(x_next, evaluated[0], history)
 
-    return run_steps(step, field, x, grid, callback)
+    return run_steps(step, field, x, [float(t) for t in grid], callback)

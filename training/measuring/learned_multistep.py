@@ -12,8 +12,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from ...bas_core.guidance import Field
-from ...bas_core.schedule import linear_combination
-from ..schedules.fitting import least_squares
+from ..schedules.fitting import least_squares, linear_combination
 
 Coefficients = list[Tensor]
 

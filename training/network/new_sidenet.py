@@ -32,7 +32,7 @@ def mean_in(sidenet: SideNet, shape: Sequence[int]) -> Tensor | None:
     """The data mean that a SideNet keeps, as a state of `shape`; None if it keeps none."""
     if not sidenet.has_data_mean:
         return None
-    return -sidenet.analytic_velocity(torch.zeros(1, *shape), torch.tensor(1.0))[0]
+    return -sidenet.analytic_velocity(torch.zeros(1, *shape), 1.0)[0]
 
 
 def data_mean(trajectories: Trajectories, start: float, size: int, tolerance: float = MEAN_TOLERANCE) -> Tensor | None:

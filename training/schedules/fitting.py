@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...bas_core.guidance import Field
 from ...bas_core.prediction import SideNetProtocol
-from ...bas_core.schedule import Schedule, ScheduleHook, StepState, linear_combination
+from ...bas_core.schedule import Schedule, ScheduleHook, StepState
 from ...bas_core.solver import Callback, make_solver, run_bi_anchor
 from ..progress import progress
 from ..recording.replay import Replay
@@ -44,6 +44,13 @@ def least_squares(columns: Sequence[Tensor], target: Tensor) -> Tensor:
     gram += RIDGE * gram.diagonal().mean() * torch.eye(len(columns), dtype=gram.dtype, device=gram.device)
     # The pseudo-inverse: where all columns are zero, so are the coefficients.
     return torch.linalg.pinv(gram, hermitian=True) @ moment
+
+
+def linear_combination(x: Tensor, regressors: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
+    """x + sum of coefficient times regressor."""
+    for coefficient, regressor in zip(coefficients, regressors, strict=True):
+        x = torch.add(x, regressor, alpha=coefficient)
+    return x
 
 
 @dataclass(frozen=True)
@@ -94,17 +101,27 @@ class CFGFit(ScheduleHook):
     """
 
     def __init__(self, steps: int, calls: int) -> None:
+        super().__init__((), (), steps)
+        self.conditional_only = [call - calls in CONDITIONAL_ONLY for call in range(calls)]
+        self.first_call = steps - calls
         self.cfg_rows: CFGRows = [[] for _ in range(calls)]
         self.missed: Tensor | None = None
-        super().__init__((), [[0.0] if call - calls in CONDITIONAL_ONLY else [] for call in range(calls)], steps)
+        self.seen_conditional: list[Tensor] = []
+        self.seen_differences: list[Tensor] = []
 
-    def predict_difference(self, field: Field, x: Tensor, t: Tensor, row: int) -> tuple[Tensor, Tensor]:
+    def keep(self, call: int, conditional: Tensor, difference: Tensor | None = None) -> None:
+        """See `ScheduleHook`; all of it."""
+        if difference is not None:
+            self.seen_differences.append(difference)
+        self.seen_conditional.append(conditional.clone())  # a view would keep both branches in memory
+
+    def predict_difference(self, field: Field, call: int, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
         """See `ScheduleHook`; with fresh coefficients."""
         conditional, unconditional = field.call_model(x, t, 2)
         difference = conditional - unconditional
-        regressors = self.difference_regressors(conditional)
-        self.cfg_rows[row] = least_squares(regressors, difference).tolist()
-        predicted = linear_combination(torch.zeros_like(conditional), regressors, self.cfg_rows[row])
+        regressors = self.seen_differences + [conditional - earlier for earlier in self.seen_conditional]
+        self.cfg_rows[call] = least_squares(regressors, difference).tolist()
+        predicted = linear_combination(torch.zeros_like(conditional), regressors, self.cfg_rows[call])
         self.missed = (field.cfg.scale - 1) * (predicted - difference)
         return conditional, predicted
 
@@ -125,12 +142,27 @@ class FitHook(CFGFit):
         super().__init__(schedule.steps, schedule.calls if conditional_only else 0)
         self.rows: list[list[float]] = []
         self.truth = truth
+        self.anchors: list[Tensor] = []
 
     def adjust(self, state: StepState) -> Tensor:
         """See `ScheduleHook`; with fresh coefficients."""
-        regressors = self.state_regressors(state)
-        self.rows.append(least_squares(regressors, self.truth(state.s) - state.x).tolist())
+        regressors = self.regressors(state)
+        truth = self.truth(torch.tensor(state.s, dtype=state.x.dtype))
+        self.rows.append(least_squares(regressors, truth - state.x).tolist())
         return linear_combination(state.x, regressors, self.rows[-1])
+
+    def regressors(self, state: StepState) -> list[Tensor]:
+        """What a step may add to its state: [B, C, *spatial] each; see `Schedule.coefficients`."""
+        if state.predicted is None:
+            self.anchors[state.index :] = [state.velocity]
+        elif state.end_velocity is not None:
+            self.anchors[state.index + 1 :] = [state.end_velocity]
+        now, length = state.velocity, state.s - state.t
+        straight = state.x_start + length * now
+        ends = [state.x - straight]
+        if state.predicted is not None:
+            ends.append(state.predicted - straight)
+        return ends + [length * (v - now) for j, v in enumerate(self.anchors) if j != state.index]
 
 
 def fit_schedule(
@@ -150,7 +182,7 @@ def fit_schedule(
     hook = FitHook(schedule, fitting.truth, conditional_only)
     analytic = schedule.analytic_first_step
     solver = make_solver(fitting.field, fitting.sidenet, RULE, hook, analytic_first_step=analytic)
-    ends = run_bi_anchor(solver, fitting.noise, schedule.grid_in(fitting.noise.dtype), callback)
+    ends = run_bi_anchor(solver, fitting.noise, schedule.times, callback)
     fitted = dataclasses.replace(schedule, coefficients=hook.rows, cfg_coefficients=hook.cfg_rows, rule=RULE)
     return ends, fitted
 

@@ -60,7 +60,7 @@ def linear_form(solver: str, times: Tensor) -> LinearForm:
 def schedule_of(
     form: LinearForm, analytic_first_step: bool = False, cfg_coefficients: list[list[float]] | None = None
 ) -> Schedule:
-    """The method as a schedule from t = 1 to 0, in the solver's coefficients (`ScheduleHook.state_regressors`).
+    """The method as a schedule from t = 1 to 0, in the solver's coefficients (`Schedule.coefficients`).
 
     After a step's corrector the predictor's state is kept (-1 for the corrected state, 1 for the predicted one), and
     each predictor goes on from there by the difference of two rows of weights.

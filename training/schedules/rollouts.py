@@ -59,7 +59,7 @@ def roll_out(
     weights = (weights if scatter is None else weights + scatter).to(noise)
     calls = form.steps - (mean is not None)
     hook = CFGFit(form.steps, calls if conditional_only else 0)
-    times = form.times.float()
+    times = form.times.float().tolist()
     used: list[Tensor] = []
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
     x = noise

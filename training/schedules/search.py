@@ -143,9 +143,9 @@ class MeanLine(StraightLine):
     def __init__(self, mean: Tensor) -> None:
         self.mean = mean
 
-    def analytic_velocity(self, x: Tensor, t: Tensor) -> Tensor:
+    def analytic_velocity(self, x: Tensor, t: float) -> Tensor:
         """See `SideNet.analytic_velocity`."""
-        return (x - self.mean) / t.to(x)
+        return (x - self.mean) / t
 
 
 def line_through(mean: Tensor | None) -> SideNetProtocol:
