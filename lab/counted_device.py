@@ -98,15 +98,15 @@ class CountedDevice(TorchDispatchMode):
         return module
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        leaves = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+        kwargs, given = dict(kwargs or {}), tree_flatten((args, kwargs))[0]
+        leaves = [leaf for leaf in given if isinstance(leaf, Tensor)]
         there = [leaf for leaf in leaves if isinstance(leaf, Elsewhere)]
-        goal = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
+        goal = next((leaf for leaf in given if isinstance(leaf, torch.device)), None)
         if not there and goal != ELSEWHERE:
             return function(*args, **kwargs)
         name = function.overloadpacket.__name__
-        if goal is not None:
-            kwargs["device"] = HOST
+        if name == "to" and len(leaves) == 2:  # as another tensor; inference mode leaves such functions whole
+            goal = leaves[1].device
         held_args, held_kwargs = tree_map(_held, (args, kwargs))
         result = function(*held_args, **held_kwargs)
         if name in READS or (name == "index" and any(leaf.dtype == torch.bool for leaf in leaves[1:])):
@@ -148,7 +148,9 @@ class CountedDevice(TorchDispatchMode):
 
 
 def _held(value: Any) -> Any:
-    return value.held if isinstance(value, Elsewhere) else value
+    if isinstance(value, Elsewhere):
+        return value.held
+    return HOST if isinstance(value, torch.device) else value
 
 
 def transfers(run: Callable[[CountedDevice], Any], **options: Any) -> tuple[int, int]:

@@ -26,6 +26,7 @@ from ba_solver.bas_core import (
 from ba_solver.bas_core.flow import time_to_ve_sigma, ve_sigma_to_time, ve_to_flow, x0_to_velocity
 from ba_solver.bas_core.guidance import NO_GUIDANCE
 from ba_solver.bas_core.schedule import Schedule
+from ba_solver.lab.counted_device import CountedDevice
 from ba_solver.nodes import notify
 from ba_solver.nodes.models import compatibility
 from ba_solver.nodes.models.attach import applied_sidenet
@@ -35,6 +36,7 @@ from ba_solver.nodes.sampling.guider import guider_for
 from ba_solver.nodes.sampling.sampler import METHODS, Options, sample_ba_solver
 from ba_solver.nodes.sampling_nodes import BASampler, BAScheduler
 from ba_solver.nodes.sidenet_nodes import ApplySideNet
+from comfy.k_diffusion.sampling import sample_euler
 from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_execution.utils import CurrentNodeContext
@@ -880,6 +882,57 @@ def test_callback_sees_every_step_as_of_other_samplers(name, model, sidenet):
     # The first step starts from the same state and sees the same image.
     torch.testing.assert_close(seen["ba"][0][2], seen["euler"][0][2], **CLOSE)
     torch.testing.assert_close(seen["ba"][0][3], seen["euler"][0][3], **CLOSE)
+
+
+class AcrossTheDevice:
+    """ComfyUI's model on the host, called with states of a `CountedDevice`."""
+
+    def __init__(self, model, device):
+        self.model, self.device = model, device
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def __call__(self, x, sigma, **extra):
+        return self.device.put(self.model(x.held.clone(), sigma.held.clone(), **extra))
+
+
+def transfers_in(sample, applied, steps, **options):
+    """To the host and to the device, in a sampling by a function of k-diffusion's kind, with a callback."""
+    found = []
+
+    def counted(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        network = applied_sidenet(applied).network
+        held = [(part, dict(part._parameters), part.__dict__.get("table")) for part in network.modules()]
+        try:
+            with CountedDevice() as device:
+                device.put_module(network)
+                given = AcrossTheDevice(model, device), device.put(x), device.put(sigmas)
+                end = sample(*given, extra_args=extra_args, callback=lambda values: values["denoised"] * 2, **options)
+        finally:
+            for part, parameters, table in held:
+                part._parameters.update(parameters)
+                part.__dict__["table"] = table
+        found.append((device.to_host, device.to_device))
+        return end.held
+
+    # A denoise below 1: the first step is a model call, whatever the SideNet knows.
+    run(applied, "sd3", comfy.samplers.KSAMPLER(counted), sigmas_of(applied, steps)[1:])
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"method": "multistep"}, {"method": "single_anchor"}, {"start_percent": 0.4}], ids=str
+)
+def test_a_step_waits_for_the_device_no_more_often_than_eulers(options, model, sidenet, monkeypatch):
+    """Model call and callback included; what is sent before the first step and read after the last does not count."""
+    free, host = comfy.model_management.get_free_memory, torch.device("cpu")
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda _, *rest, **named: free(host, *rest, **named))
+    applied = models.with_sidenet(model("sd3"), sidenet(16, anchors=2))
+    ours = [transfers_in(sample_ba_solver, applied, n, options=Options(**options)) for n in (4, 8)]
+    eulers = [transfers_in(sample_euler, applied, n) for n in (4, 8)]
+    for few, many, eulers_few, eulers_many in zip(*ours, *eulers, strict=True):
+        assert many - few <= eulers_many - eulers_few, (ours, eulers)
 
 
 def test_interruption_leaves_the_next_run_clean(model, sidenet):

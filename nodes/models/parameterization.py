@@ -104,8 +104,8 @@ class SigmaSchedule:
 
     Attributes:
         parameterization: of the model.
-        sigmas: [N + 1], on the CPU, float32.
-        times: [N + 1], on the CPU, float32.
+        sigmas: [N + 1], float32; on the CPU, unless moved.
+        times: [N + 1], float32; beside them.
     """
 
     parameterization: Parameterization
@@ -150,9 +150,13 @@ class SigmaSchedule:
         inner = self.parameterization.sigmas(torch.stack(list(times[1:-1])).double()).float()
         return SigmaSchedule.of(self.parameterization, torch.cat([self.sigmas[:1], inner, self.sigmas[-1:]]))
 
-    def sigma_at(self, time: float) -> Tensor:
-        """The sigma (0-d) of one of the times, without rounding."""
-        return self.sigmas[(self.times - time).abs().argmin()]
+    def to(self, device: torch.device) -> SigmaSchedule:
+        """The same on a device, where sigmas of times there are found without a wait."""
+        return SigmaSchedule(self.parameterization, self.sigmas.to(device), self.times.to(device))
+
+    def sigma_at(self, time: Tensor | float) -> Tensor:
+        """The sigma (0-d) of one of the times, without rounding; a 0-d time has to be on the schedule's device."""
+        return self.sigmas.index_select(0, (self.times - time).abs().argmin().reshape(1))[0]
 
 
 @dataclass(frozen=True)
@@ -161,6 +165,6 @@ class AnySigma:
 
     parameterization: Parameterization
 
-    def sigma_at(self, time: float) -> Tensor:
-        """The sigma (0-d) of a time."""
-        return self.parameterization.sigmas(torch.tensor(time, dtype=torch.float64)).float()
+    def sigma_at(self, time: Tensor | float) -> Tensor:
+        """The sigma (0-d) of a time, on its device."""
+        return self.parameterization.sigmas(torch.as_tensor(time, dtype=torch.float32))

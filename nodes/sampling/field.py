@@ -44,13 +44,20 @@ def field_of(
     scale = sidenet_guidance(caller.guider)
 
     def combined(state: Tensor, t: Tensor, count: int) -> Tensor:
-        outside = limited and guidance.scale != 1 and not guidance.active(t[0])
-        return (caller.conditional if outside else caller.combined)(state, t)[None]
+        return caller.combined(state, t)[None]
+
+    def either(state: Tensor, t: Tensor, count: int) -> Tensor:
+        """The conditional branch; or, for both branches, twice what ComfyUI makes of them, which combines to itself."""
+        if count == 1:
+            return caller.conditional(state, t)[None]
+        return caller.combined(state, t).expand(2, *state.shape)
 
     if per_branch:
         return Field(caller.branches, tuple(labels), guidance, scale=scale)
     if conditional_only and caller.can_split and guidance.scale != 1 and not limited:
         return Field(caller.branches, (labels[0], None), guidance, combined=True, scale=scale)
+    if limited and guidance.scale != 1:
+        return Field(either, (labels[0], None), guidance, combined=True, scale=scale)
     return Field(combined, tuple(labels), scale=scale)
 
 

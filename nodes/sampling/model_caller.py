@@ -29,7 +29,7 @@ class ModelCaller:
     Attributes:
         model: ComfyUI's `KSamplerX0Inpaint`; see `sample_ba_solver`.
         extra_args: passed on to the model.
-        sigmas: of the times at which the model is called.
+        sigmas: of the times at which the model is called, on its device.
         shape: of ComfyUI's state; the solver's may have one more axis.
         on_call: called after each model call.
     """
@@ -83,13 +83,13 @@ class ModelCaller:
             return branches
 
         self._call(x, time, {**self.options, "sampler_pre_cfg_function": [take]})
-        sigma = self.sigmas.sigma_at(float(time[0])).to(x)
+        sigma = self.sigmas.sigma_at(time[0]).to(x)
         masked = [self.keep_unmasked(denoised, sigma) for denoised in branches]
         return torch.stack([x0_to_velocity(x, denoised.to(x.dtype).reshape(x.shape), time) for denoised in masked])
 
     def _call(self, x: Tensor, time: Tensor, options: dict[str, Any]) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        sigma = self.sigmas.sigma_at(float(time[0])).to(x)
+        sigma = self.sigmas.sigma_at(time[0]).to(x)
         state = self.sigmas.parameterization.from_flow(x, sigma).reshape(self.shape)
         denoised = self.model(state, sigma.expand(self.shape[0]), **{**self.extra_args, "model_options": options})
         self.on_call()

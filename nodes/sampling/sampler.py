@@ -103,6 +103,7 @@ def sample_ba_solver(
     with open_solver(model, extra_args, used, x, options, disable, schedule.conditional_only > 0) as solver:
         solver.announce(schedule, text)
         solver.progress.reset(schedule.calls)
+        solver.field.finite.before_callbacks = False  # a wait that other samplers have not
         shape = x.shape if x.ndim > 3 else (*x.shape[:2], 1, x.shape[2])  # the core takes no audio [B, C, L]
         end = solve(
             solver.field,
@@ -220,7 +221,7 @@ def open_solver(
         check_latent(sidenet, x)
     interval = flow_interval(guider.inner_model.model_sampling, options.start_percent, options.end_percent)
     with tqdm(total=len(sigmas.times) - 1, disable=disable, desc="model calls") as progress:
-        caller = ModelCaller(model, extra_args, sigmas, x.shape, progress.update)
+        caller = ModelCaller(model, extra_args, sigmas.to(x.device), x.shape, progress.update)
         field = field_of(caller, sidenet, interval, x, conditional_only)
         chunk = None if sidenet is None else sidenet_chunk(sidenet, x)
         yield SolverInputs(caller, field, sidenet, predictor_of(caller, sidenet), chunk, progress)
@@ -239,7 +240,7 @@ def step_callback(
         callback(
             {
                 "i": step.index * steps // step.total,
-                "x": sigmas.parameterization.from_flow(step.x, sigma.to(step.x)).reshape(shape),
+                "x": sigmas.parameterization.from_flow(step.x, sigma).reshape(shape),
                 "denoised": step.denoised.reshape(shape),
                 "sigma": sigma,
                 "sigma_hat": sigma,
