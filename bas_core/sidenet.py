@@ -23,7 +23,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .flow import per_sample
-from .sit import LabelEmbedder, TimestepEmbedder, sincos_position_table
+from .sit import AttentionFunction, LabelEmbedder, TimestepEmbedder, sincos_position_table
 
 NORM_EPSILON = 1e-5
 ARCHITECTURES = ("conv", "transformer")
@@ -122,10 +122,10 @@ class ResidualBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Modulated self-attention over all positions: [B, C, H, W], embedding [B, E]."""
 
-    def __init__(self, config: SideNetConfig, operations: Any, **factory: Any) -> None:
+    def __init__(self, config: SideNetConfig, operations: Any, attention: AttentionFunction, **factory: Any) -> None:
         super().__init__()
         c = config.base_channels
-        self.num_heads = config.num_heads
+        self.num_heads, self.attention = config.num_heads, attention
         self.emb_proj = operations.Linear(config.embedding_dim, 2 * c, **factory)
         self.qkv = operations.Conv2d(c, 3 * c, 1, bias=False, **factory)
         self.proj = operations.Conv2d(c, c, 1, bias=False, **factory)
@@ -134,7 +134,7 @@ class AttentionBlock(nn.Module):
         h = self.qkv(modulate(channel_norm(x), self.emb_proj(embedding)))
         # Contiguous: fused kernels take no other last dimension, and without them memory grows with the square.
         q, k, v = rearrange(h, "b (three n d) y x -> three b n (y x) d", three=3, n=self.num_heads).contiguous()
-        h = F.scaled_dot_product_attention(q, k, v)
+        h = self.attention(q, k, v)
         return x + self.proj(rearrange(h, "b n (y x) d -> b (n d) y x", y=x.shape[2]))
 
 
@@ -149,10 +149,10 @@ def positions(feature: Tensor) -> Tensor:
 class TokenBlock(nn.Module):
     """A modulated transformer block over all positions: [B, C, H, W], embedding [B, E]."""
 
-    def __init__(self, config: SideNetConfig, operations: Any, **factory: Any) -> None:
+    def __init__(self, config: SideNetConfig, operations: Any, attention: AttentionFunction, **factory: Any) -> None:
         super().__init__()
         c = config.base_channels
-        self.num_heads = config.num_heads
+        self.num_heads, self.attention = config.num_heads, attention
         self.emb_proj = operations.Linear(config.embedding_dim, 4 * c, **factory)
         self.qkv = operations.Linear(c, 3 * c, bias=False, **factory)
         self.proj = operations.Linear(c, c, **factory)
@@ -164,7 +164,7 @@ class TokenBlock(nn.Module):
         for_attention, for_mlp = self.emb_proj(embedding).chunk(2, dim=1)
         tokens = rearrange(modulate(channel_norm(x), for_attention), "b c y x -> b (y x) c")
         q, k, v = rearrange(self.qkv(tokens), "b p (three n d) -> three b n p d", three=3, n=self.num_heads)
-        mixed = rearrange(F.scaled_dot_product_attention(q, k, v), "b n p d -> b p (n d)")
+        mixed = rearrange(self.attention(q, k, v), "b n p d -> b p (n d)")
         x = x + rearrange(self.proj(mixed), "b (y x) c -> b c y x", y=height)
         tokens = rearrange(modulate(channel_norm(x), for_mlp), "b c y x -> b (y x) c")
         hidden = F.gelu(self.fc1(tokens), approximate="tanh")
@@ -177,12 +177,13 @@ def spread_mean(mean: Tensor, shape: Sequence[int]) -> Tensor:
     return spread[:, None].expand(tuple(shape)) if len(shape) == 4 else spread
 
 
-def make_blocks(config: SideNetConfig, operations: Any, **factory: Any) -> nn.ModuleList:
+def make_blocks(config: SideNetConfig, operations: Any, attention: AttentionFunction, **factory: Any) -> nn.ModuleList:
     """The blocks of the configured architecture."""
-    kinds: list[Any] = [TokenBlock if config.architecture == "transformer" else ResidualBlock] * config.num_layers
-    if config.architecture == "conv":
-        kinds[config.num_layers // 2] = AttentionBlock
-    return nn.ModuleList(kind(config, operations, **factory) for kind in kinds)
+    if config.architecture == "transformer":
+        return nn.ModuleList(TokenBlock(config, operations, attention, **factory) for _ in range(config.num_layers))
+    blocks: list[nn.Module] = [ResidualBlock(config, operations, **factory) for _ in range(config.num_layers)]
+    blocks[config.num_layers // 2] = AttentionBlock(config, operations, attention, **factory)
+    return nn.ModuleList(blocks)
 
 
 class SideNet(nn.Module):
@@ -192,6 +193,7 @@ class SideNet(nn.Module):
         config: see `SideNetConfig`.
         operations: namespace of layer classes (`torch.nn`, or ComfyUI's `comfy.ops` classes).
         device, dtype: where and in what the parameters are made.
+        attention: see `sit.AttentionFunction`.
     """
 
     def __init__(
@@ -200,11 +202,12 @@ class SideNet(nn.Module):
         operations: Any = nn,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        attention: AttentionFunction = F.scaled_dot_product_attention,
     ) -> None:
         super().__init__()
         factory = {"device": device, "dtype": dtype}
         c, e, p = config.base_channels, config.embedding_dim, config.patch_size
-        self.config = config
+        self.config, self.attention = config, attention
         self.table: Tensor | None = None  # the positions of the last size, where they were used
         self.h_embedder = TimestepEmbedder(e, operations, **factory)
         self.t_embedder = TimestepEmbedder(e, operations, **factory)
@@ -221,7 +224,7 @@ class SideNet(nn.Module):
         inputs = (1 + config.anchors) * config.in_channels * p * p
         k = config.kernel_size
         self.input_conv = operations.Conv2d(inputs, c, k, padding=k // 2, bias=False, **factory)
-        self.blocks = make_blocks(config, operations, **factory)
+        self.blocks = make_blocks(config, operations, attention, **factory)
         self.output_conv = operations.Conv2d(c, config.in_channels * p * p, k, padding=k // 2, **factory)
         if config.data_mean_size:
             size = (config.in_channels, config.data_mean_size, config.data_mean_size)

@@ -8,6 +8,7 @@ velocities follow `flow.py` whatever the checkpoint was trained with: `SiTConfig
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,8 @@ SIT_SIZES = {
 }
 CONVENTIONS = ("noise_at_one", "data_at_one")
 FREQUENCY_FEATURES = 256
+# Queries, keys and values [B, heads, N, D] to their attention, of that shape. A program may have one of its own.
+AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -141,10 +144,10 @@ class PatchEmbed(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention over tokens [B, N, D], as timm has it."""
 
-    def __init__(self, config: SiTConfig, operations: Any, **factory: Any) -> None:
+    def __init__(self, config: SiTConfig, operations: Any, attention: AttentionFunction, **factory: Any) -> None:
         super().__init__()
         d = config.hidden_size
-        self.config = config
+        self.config, self.attention = config, attention
         self.qkv = operations.Linear(d, 3 * d, **factory)
         self.proj = operations.Linear(d, d, **factory)
         if config.qk_norm:
@@ -155,18 +158,18 @@ class Attention(nn.Module):
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.config.num_heads)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
+        return self.proj(rearrange(self.attention(q, k, v), "b h n d -> b n (h d)"))
 
 
 class Block(nn.Module):
     """A transformer block with adaptive layer norm (adaLN-Zero): tokens [B, N, D], condition [B, D]."""
 
-    def __init__(self, config: SiTConfig, operations: Any, **factory: Any) -> None:
+    def __init__(self, config: SiTConfig, operations: Any, attention: AttentionFunction, **factory: Any) -> None:
         super().__init__()
         d = config.hidden_size
         inner = int(d * config.mlp_ratio)
         self.norm = operations.LayerNorm(d, elementwise_affine=False, eps=1e-6, **factory)
-        self.attn = Attention(config, operations, **factory)
+        self.attn = Attention(config, operations, attention, **factory)
         self.mlp = nn.ModuleDict(
             {"fc1": operations.Linear(d, inner, **factory), "fc2": operations.Linear(inner, d, **factory)}
         )
@@ -202,6 +205,7 @@ class SiT(nn.Module):
         config: sizes and the checkpoint's own convention.
         operations: namespace of layer classes (`torch.nn`, or ComfyUI's `comfy.ops` classes).
         device, dtype: where and in what the parameters are made.
+        attention: see `AttentionFunction`.
     """
 
     def __init__(
@@ -210,6 +214,7 @@ class SiT(nn.Module):
         operations: Any = nn,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        attention: AttentionFunction = F.scaled_dot_product_attention,
     ) -> None:
         super().__init__()
         factory = {"device": device, "dtype": dtype}
@@ -220,7 +225,7 @@ class SiT(nn.Module):
         side = config.input_size // config.patch_size
         table = sincos_position_table(config.hidden_size, side, side)
         self.pos_embed = nn.Parameter(table.to(device=device, dtype=dtype), requires_grad=False)
-        self.blocks = nn.ModuleList([Block(config, operations, **factory) for _ in range(config.depth)])
+        self.blocks = nn.ModuleList([Block(config, operations, attention, **factory) for _ in range(config.depth)])
         self.final_layer = FinalLayer(config, operations, **factory)
 
     @property

@@ -9,6 +9,7 @@ import torch
 comfyui.require()
 
 import comfy.controlnet
+import comfy.ldm.modules.attention as attention
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sample
@@ -34,6 +35,7 @@ from ba_solver.nodes.models.compatibility import facts_of
 from ba_solver.nodes.models.parameterization import flow_interval
 from ba_solver.nodes.sampling.guider import guider_for
 from ba_solver.nodes.sampling.sampler import METHODS, Options, sample_ba_solver
+from ba_solver.nodes.sampling.sidenet import sidenet_chunk
 from ba_solver.nodes.sampling_nodes import BASampler, BAScheduler
 from ba_solver.nodes.sidenet_nodes import ApplySideNet
 from comfy.k_diffusion.sampling import sample_euler
@@ -1216,3 +1218,57 @@ def test_flux_guidance_outside_the_trained_range_is_said(model, tmp_path, caplog
             run(applied, "flux", sampler(), sigmas_of(applied), **how)
         warned = [record.getMessage() for record in caplog.records if "less accurate" in record.getMessage()]
         assert len(warned) == len(said) and all(part in text for part, text in zip(said, warned, strict=True)), warned
+
+
+# --- attention ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["conv", "transformer"])
+@pytest.mark.parametrize("name", ["attention_basic", "attention_split", "attention_sub_quad", "attention_pytorch"])
+def test_a_sidenet_attends_by_comfyuis_function(name, architecture, model, sidenet, monkeypatch):
+    """Whichever was chosen; all of them compute the same."""
+    applied = models.with_sidenet(model("wan"), sidenet(16, architecture=architecture, anchors=2))
+    chosen, shapes = getattr(attention, name), []
+
+    def optimized_attention(q, *rest, **named):
+        shapes.append(tuple(q.shape))
+        return chosen(q, *rest, **named)
+
+    expected = run(applied, "wan", reference(sidenet.path), sigmas_of(applied))
+    # ComfyUI's models hold the function that was there when they were imported; the SideNet looks it up.
+    monkeypatch.setattr(attention, "optimized_attention", optimized_attention)
+    torch.testing.assert_close(run(applied, "wan", sampler(follow_sigmas=True), sigmas_of(applied)), expected, **CLOSE)
+    assert shapes and all(len(shape) == 4 for shape in shapes)
+
+
+def test_a_node_that_replaces_attention_on_a_model_replaces_the_sidenets_too(model, sidenet):
+    applied = models.with_sidenet(model("wan"), sidenet(16, anchors=2))
+    patched, seen = applied.clone(), []
+
+    def override(function, q, *rest, **named):
+        seen.append(bool(named.get("skip_output_reshape")))
+        return function(q, *rest, **named)
+
+    patched.model_options["transformer_options"]["optimized_attention_override"] = override
+    expected = run(applied, "wan", sampler(), sigmas_of(applied))
+    assert not seen
+    torch.testing.assert_close(run(patched, "wan", sampler(), sigmas_of(applied)), expected, **CLOSE)
+    assert any(seen), "only the SideNet keeps the heads apart"
+    seen.clear()
+    run(applied, "wan", sampler(), sigmas_of(applied))
+    assert not seen, "the next sampling is as before"
+
+
+def test_chunks_count_the_memory_of_the_attention_that_was_chosen(model, sidenet, monkeypatch):
+    """Without a fused function the matrix of attention has to fit too."""
+    applied = models.with_sidenet(model("sd3"), sidenet(16, anchors=2))
+    network = applied_sidenet(applied)
+    free = 2 * 10 * (16 * 16 * 4096 * 4 + 2 * 4096**2 * 8)  # for ten samples, of width 16 with two heads
+    monkeypatch.setattr(type(network.patcher), "get_free_memory", lambda self, device: free)
+    x, chunks = torch.zeros(1, 16, 64, 64), {}
+    for name in ("attention_split", "attention_pytorch"):
+        monkeypatch.setattr(attention, "optimized_attention", getattr(attention, name))
+        chunks[name] = sidenet_chunk(network, x)
+    config = network.network.config
+    assert (config.base_channels, config.num_heads, config.patch_size) == (16, 2, 1)
+    assert chunks["attention_split"] == 10 and chunks["attention_pytorch"] > 100

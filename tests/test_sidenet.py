@@ -327,3 +327,21 @@ def test_norms_do_not_overflow_in_half_precision():
     for dtype in (torch.float16, torch.bfloat16):
         normed = channel_norm(torch.full((1, 8, 2, 2), 300.0, dtype=dtype))
         torch.testing.assert_close(normed, torch.ones_like(normed), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("architecture", ["conv", "transformer"])
+def test_attention_is_the_function_that_was_given(architecture):
+    """And nothing else of the network changes."""
+    seen = []
+
+    def attention(q, k, v):
+        seen.append(q.shape)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    plain = small_sidenet(architecture=architecture)
+    other = SideNet(plain.config, dtype=torch.float64, attention=attention)
+    other.load_state_dict(plain.state_dict())
+    x, h = noise(2, 2, 4, 4), noise(2)
+    given = x, x + 1, h, h, torch.tensor([0, 1])
+    torch.testing.assert_close(other(*given), plain(*given))
+    assert seen == [(2, 2, 16, 4)] * (3 if architecture == "transformer" else 1)

@@ -243,3 +243,18 @@ def test_a_number_of_heads_that_does_not_fit_is_refused(tmp_path):
     torch.save(ema, tmp_path / "sit.pt")
     with pytest.raises(CheckpointError, match=r"sit.pt.*num_heads 3; got 16"):
         load_sit(tmp_path / "sit.pt", num_heads=3)
+
+
+def test_attention_is_the_function_that_was_given():
+    seen = []
+
+    def attention(q, k, v):
+        seen.append(q.shape)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    plain = small_sit()
+    other = SiT(plain.config, dtype=torch.float64, attention=attention)
+    other.load_state_dict(plain.state_dict())
+    given = noise(2, 3, 8, 8), torch.tensor([0.3, 0.7]).double(), torch.tensor([0, 1])
+    torch.testing.assert_close(other(*given), plain(*given))
+    assert seen == [(2, 2, 16, 8)] * 2

@@ -13,6 +13,7 @@ import torch
 
 from ...bas_core.checkpoint import SideNetCard, load_sidenet
 from ...bas_core.sidenet import SideNet
+from .attention import ComfyAttention
 
 KEY = "sidenet"
 RECORD = "ba_solver_sidenet"
@@ -59,7 +60,7 @@ def read_sidenet(path: Path, name: str, dtype: torch.dtype | None = None) -> Loa
     weights = stored.state_dict()
     offload = comfy.model_management.unet_offload_device()
     network = SideNet(
-        stored.config, comfy.ops.manual_cast, device=offload, dtype=next(iter(weights.values())).dtype
+        stored.config, comfy.ops.manual_cast, offload, next(iter(weights.values())).dtype, ComfyAttention()
     ).eval()
     patcher = comfy.model_patcher.CoreModelPatcher(
         network, load_device=comfy.model_management.get_torch_device(), offload_device=offload

@@ -18,6 +18,7 @@ from ...bas_core.checkpoint import load_sit
 from ...bas_core.files import fingerprint
 from ...bas_core.sit import SiT as SiTNetwork
 from ...bas_core.sit import SiTConfig
+from .attention import ComfyAttention
 from .identity import SIT_RECORD
 from .labels import KEY
 
@@ -26,10 +27,18 @@ class DiffusionSiT(SiTNetwork):
     """The network, called as ComfyUI calls a diffusion model."""
 
     def __init__(self, config: SiTConfig, dtype: torch.dtype, device: Any = None, operations: Any = None) -> None:
-        super().__init__(config, operations, device=device, dtype=dtype)
+        self.attention = ComfyAttention()
+        super().__init__(config, operations, device, dtype, self.attention)
         self.dtype = dtype
 
-    def forward(self, x: Tensor, timestep: Tensor, y: Tensor | None = None, **_: Any) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        y: Tensor | None = None,
+        transformer_options: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> Tensor:
         """Velocity [B, C, H, W] at x, flow times [B] and class indices y [B].
 
         Raises:
@@ -44,6 +53,7 @@ class DiffusionSiT(SiTNetwork):
                 f"This SiT draws {pixels}x{pixels} pixels only, from latents of {c.in_channels} channels; got a latent "
                 f"of {tuple(x.shape[1:])}. Set Empty Latent Image to {pixels}x{pixels}."
             )
+        self.attention.options = transformer_options or {}
         return super().forward(x, timestep, y.flatten())
 
 

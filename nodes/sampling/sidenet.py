@@ -11,6 +11,7 @@ from torch import Tensor
 from ...bas_core.prediction import SideNetProtocol
 from ...bas_core.strength import WeightedSideNet, with_strength
 from ..models.attach import LoadedSideNet
+from ..models.attention import ComfyAttention, attention_bytes
 from .guider import cfg_of, distilled_guidance, known_guidance
 from .model_caller import ModelCaller
 
@@ -60,6 +61,9 @@ def predictor_of(caller: ModelCaller, sidenet: LoadedSideNet | None) -> SideNetP
     """
     if sidenet is None:
         return None
+    attention = sidenet.network.attention
+    if isinstance(attention, ComfyAttention):
+        attention.options = caller.options.get("transformer_options", {})
     if caller.extra_args.get("denoise_mask") is None:
         return with_strength(sidenet.network, sidenet.strength)
 
@@ -81,6 +85,7 @@ def sidenet_chunk(sidenet: LoadedSideNet, x: Tensor) -> int | None:
     positions = math.prod(x.shape[2:]) / config.patch_size**2
     # The widest point, attention, holds the feature, its norm, q, k, v and their product; with as much again in use.
     each = 16 * config.base_channels * positions * sidenet.network.input_conv.weight.element_size()
+    each += attention_bytes(sidenet.network, x.shape[1:])
     samples = int(sidenet.patcher.get_free_memory(x.device) / 2 / each)
     batch = x.shape[0]
     return max(1, samples // batch) * batch
