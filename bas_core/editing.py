@@ -87,9 +87,20 @@ class Control:
             return 1.0
         if self.fade == 0:
             return 0.0
-        pool = F.avg_pool2d if distance.ndim == 4 else F.avg_pool3d
-        size = pool(distance.square().mean(1, keepdim=True), 3, 1, 1, count_include_pad=False).sqrt()
+        size = mean_of_neighbours(distance.square().mean(1, keepdim=True)).sqrt()
         return (1 - size / self.fade).clamp_min(0)
+
+
+def mean_of_neighbours(x: Tensor) -> Tensor:
+    """The mean over each place of [B, 1, *spatial] and those next to it, also diagonally.
+
+    One axis after another: a mean over a box is that of means, and not every device has `avg_pool3d`.
+    """
+    for axis in range(2, x.ndim):
+        rows = x.movedim(axis, -1)
+        means = F.avg_pool1d(rows.reshape(-1, 1, rows.shape[-1]), 3, 1, 1, count_include_pad=False)
+        x = means.view(rows.shape).movedim(-1, axis)
+    return x
 
 
 NO_CONTROL = Control()
@@ -215,13 +226,13 @@ def straight_trajectory(
     grid = _as_descending(times)
     down = grid.tolist()
     states = [interpolate(image, noise, t) for t in down[:-1]]
-    velocities = []
+    velocities, before = [], field.calls
     for index, (x, t) in enumerate(zip(states, down, strict=False)):
         velocities.append(field(x, t, _branches(field)))
         if callback is not None:
             guided = field.guidance.combine(velocities[-1], t)
             following = image if index == len(states) - 1 else states[index + 1]
-            callback(Step(index, len(states), t, down[index + 1], x, guided, following, field.calls))
+            callback(Step(index, len(states), t, down[index + 1], x, guided, following, field.calls - before))
     return _source_trajectory(field, sidenet, grid, [*states, image], velocities, chunk)
 
 

@@ -239,12 +239,27 @@ class Field:
         return self.call_model(x, t, 1)[0]
 
 
+def check_labels(labels: Tensor, highest: int) -> Tensor:
+    """The same class indices, if none is below 0 or above the highest, which is the null class of most models.
+
+    A GPU meets others in the midst of a model call, and is unusable from there until the program ends.
+
+    Raises:
+        ValueError: saying which are wrong.
+    """
+    wrong = sorted(set(labels[(labels < 0) | (labels > highest)].tolist()))
+    if wrong:
+        raise ValueError(f"Classes must be from 0 to {highest}; got {', '.join(map(str, wrong))}. Choose others.")
+    return labels
+
+
 def model_field(
     model: Callable[..., Tensor],
     cond: Tensor | None = None,
     uncond: Tensor | None = None,
     guidance: Guidance = NO_GUIDANCE,
     mode: CFGMode = "per_branch",
+    null_class: int | None = None,
 ) -> Field:
     """A field over `model(x, t)` or, with a condition, `model(x, t, cond)`.
 
@@ -254,9 +269,10 @@ def model_field(
         guidance: with a scale other than 1, needs `uncond`.
         mode: "per_branch" leaves the branches to the solver (the paper: the SideNet predicts each, and they are
             combined at each quadrature node's own time); "combined" gives it the guided velocity.
+        null_class: for conditions that are class indices, the highest that there is; see `check_labels`.
 
     Raises:
-        ValueError: guidance without `uncond`, or an unknown mode.
+        ValueError: a class that the model has not, guidance without `uncond`, or an unknown mode.
     """
     if mode not in CFG_MODES:
         raise ValueError(f"mode must be one of {', '.join(CFG_MODES)}; got {mode!r}.")
@@ -264,6 +280,9 @@ def model_field(
         raise ValueError("guidance with a scale other than 1 needs uncond, the unconditional branch's condition.")
     if uncond is not None and cond is None:
         raise ValueError("uncond was given without cond; give both, or neither.")
+    for labels in (cond, uncond):
+        if null_class is not None and labels is not None:
+            check_labels(labels, null_class)
 
     def branches(x: Tensor, t: Tensor, count: int) -> Tensor:
         conditions = [c for c in (cond, uncond)[:count] if c is not None]

@@ -172,6 +172,13 @@ def test_sit_says_what_it_needs(demo):
         sample(model, label(model, "demo 1: ring"), torch.randn(1, 3, 48, 48), options={"method": "multistep"})
 
 
+def test_a_class_of_another_sit_is_refused_before_the_model_meets_it(demo):
+    _, _, model = demo
+    other = [[torch.zeros(1, 1, 1), {"class_label": torch.tensor([207])}]]
+    with pytest.raises(ValueError, match="Classes must be from 0 to 10; got 207"):
+        sample(model, (other, label(model, "demo 1: ring")[1]), noise(1), options={"method": "multistep"})
+
+
 def test_lora_on_the_sit(demo):
     model, sidenet, applied = demo
     key = "diffusion_model.blocks.1.attn.qkv.weight"

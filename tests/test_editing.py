@@ -16,6 +16,7 @@ from ba_solver.bas_core import (
     straight_trajectory,
     time_grid,
 )
+from ba_solver.bas_core.editing import mean_of_neighbours
 from checks import (
     check_eta,
     check_exact_return,
@@ -257,3 +258,24 @@ def test_nan_is_named():
 def test_bad_input_is_refused_in_words(work, message):
     with pytest.raises(ValueError, match=message):
         work()
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 5, 4), (2, 1, 3, 5, 4)])
+def test_the_mean_of_neighbours_is_a_pool_of_three(shape):
+    x, pool = noise(*shape), torch.nn.functional.avg_pool2d if len(shape) == 4 else torch.nn.functional.avg_pool3d
+    torch.testing.assert_close(mean_of_neighbours(x), pool(x, 3, 1, 1, count_include_pad=False))
+
+
+def test_a_video_of_one_frame_fades_as_an_image_does():
+    image = noise(2, 2, 4, 4)
+    video = Control(fade=2.0).residual_weight(image[:, :, None])
+    torch.testing.assert_close(video[:, :, 0], Control(fade=2.0).residual_weight(image))
+
+
+def test_a_straight_trajectory_counts_its_own_calls():
+    """A field that was used before counts on; a callback sees the calls of its sampling."""
+    field, seen = guided_field(2, Guidance(2.0)), []
+    for _ in range(2):
+        image = noise(2, 2, 4, 4)
+        straight_trajectory(field, None, image, image + 1, smooth_grid(3), callback=lambda s: seen.append(s.calls))
+    assert seen == [1, 2, 3] * 2

@@ -64,3 +64,12 @@ def test_edges_on_the_grid_are_where_they_were_written(steps):
 
 def test_an_interval_in_a_list_is_the_whole_range_too():
     assert field("combined", Guidance(SCALE, [0, 1])).can_omit_unconditional
+
+
+def test_classes_that_a_model_has_not_are_refused_where_they_are_given():
+    """On a GPU, a model call with one would end the program."""
+    good, bad = torch.tensor([0, 10]), torch.tensor([11, 3, -1])
+    assert model_field(branch, good, good, null_class=10)
+    for given in ((bad, bad), (good, torch.tensor([11, -1, 3])), (bad, None)):
+        with pytest.raises(ValueError, match=r"Classes must be from 0 to 10; got -1, 11\."):
+            model_field(branch, *given, null_class=10)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from ba_solver.bas_core import CheckpointError
 from ba_solver.training.backbones import open_backbone
-from ba_solver.training.backbones.base import BackboneChoice
+from ba_solver.training.backbones.base import Backbone, BackboneChoice
 from ba_solver.training.baselines import run_baseline
 from ba_solver.training.cli import main
 from ba_solver.training.recording import record as recording
@@ -323,3 +323,10 @@ def test_the_documented_example_is_recorded(tmp_path):
     assert metadata["backbone"]["name"] == "my model" and tuple(trajectories.states.shape) == (4, 12, 4, 32, 32)
     root = Path(__file__).resolve().parents[1]
     assert (root / "tests" / "example_backbone.py").read_text() in (root / "docs" / "training.md").read_text()
+
+
+def test_a_class_that_a_backbone_has_not_is_refused():
+    backbone = Backbone("b", "python", "0", (1, 2, 2), lambda x, t, c, s: x, conditions=3, null=3, num_classes=3)
+    assert backbone.field(torch.tensor([0, 3]), 2.0)
+    with pytest.raises(ValueError, match="Classes must be from 0 to 3; got 4"):
+        backbone.field(torch.tensor([0, 4]), 1.0)

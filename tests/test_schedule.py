@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from ba_solver.bas_core import Guidance, Schedule, SideNetCard, load_sidenet, plain_schedule, save_sidenet, solve
+from ba_solver.bas_core import (
+    Guidance,
+    Schedule,
+    SideNetCard,
+    load_sidenet,
+    plain_schedule,
+    save_sidenet,
+    solve,
+    time_grid,
+)
 from ba_solver.bas_core.schedule import describe_schedules
 from checks import guided_field
 from problems import noise, small_sidenet
@@ -124,3 +133,47 @@ def test_files_keep_every_part(tmp_path):
         save_sidenet(tmp_path / "a.safetensors", small_sidenet(anchors=2, data_mean_size=2), card)
         loaded = load_sidenet(tmp_path / "a.safetensors")[1]
         assert loaded == card and loaded.schedules[2.0][3].rule == run.rule
+
+
+def test_a_schedule_of_tensors_is_one_of_numbers(tmp_path):
+    """It can be compared, hashed and saved."""
+    times = torch.tensor([1.0, 0.5, 0.25, 0.0])
+    rows = [torch.full((1 + i // 2 + 2 * (i % 2),), 0.5) for i in range(5)]
+    made, same = Schedule(times, rows), Schedule(times.tolist(), [row.tolist() for row in rows])
+    assert made == same and hash(made) == hash(same) and made != Schedule(times)
+    save_sidenet(tmp_path / "a.safetensors", small_sidenet(), SideNetCard(schedules={1.0: {3: made}}))
+    assert load_sidenet(tmp_path / "a.safetensors")[1].schedules == {1.0: {3: same}}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_nothing(dtype):
+    """Neither times nor coefficients nor guidance are rounded to it."""
+    rows = [[0.01] * (1 + i // 2 + 2 * (i % 2)) for i in range(2 * 4 - 1)]
+    schedule = Schedule([1.0, 0.9408, 0.6, 0.3, 0.0], rows, [[], [], [0.1] * 4, [0.1] * 5])
+    net, x = small_sidenet(anchors=2, cfg_input=True, dtype=torch.float32), noise(2, 2, 4, 4, dtype=torch.float32)
+
+    def ends():
+        fields = [guided_field(2, Guidance(2.0, where), mode) for where in ((0.0, 1.0), (0.1, 0.6))
+                  for mode in ("per_branch", "combined")]  # fmt: skip
+        return [solve(field, net, x, over) for field in fields for over in (schedule, time_grid(5, 3.0, 0.1))]
+
+    expected = ends()
+    torch.set_default_dtype(dtype)
+    try:
+        found = ends()
+        assert schedule.grid[1] == torch.tensor(0.9408, dtype=torch.float32)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one, other)
+
+
+def test_a_cfg_scale_that_is_supported_has_schedules():
+    """Wherever the file has any, whichever scale it was trained at."""
+    four = {4: Schedule(time_grid(4))}
+    for own in (1.0, 2.0, 4.0):
+        card = SideNetCard(cfg_range=(2.0, 2.0), schedules={own: four})
+        supported = [cfg for cfg in (0.5, 1.0, 2.0, 3.0, 5.9, 20.0) if card.supports_cfg(cfg)]
+        assert supported and all(card.schedules_for(cfg) == four for cfg in supported)
+        assert card.supports_cfg(own)

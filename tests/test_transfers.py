@@ -2,8 +2,22 @@
 
 import pytest
 import torch
-from ba_solver.bas_core import Guidance, NonFiniteError, Schedule, model_field, solve, time_grid, with_strength
+from ba_solver.bas_core import (
+    Control,
+    Guidance,
+    NonFiniteError,
+    Schedule,
+    edit,
+    editing_grid,
+    invert,
+    model_field,
+    solve,
+    time_grid,
+    with_strength,
+)
 from ba_solver.lab.counted_device import CountedDevice
+from ba_solver.training.baselines import BASELINES, run_baseline
+from ba_solver.training.schedules.fitting import Fitting, fit_schedule
 from problems import NULL, noise, small_sidenet, small_sit
 
 STEPS = 6
@@ -27,11 +41,19 @@ def networks(device, **changes):
 
 
 def counted(
-    schedule, guidance=None, mode="per_branch", strength=1.0, without=False, changes=None, before=True, **options
+    schedule,
+    guidance=None,
+    mode="per_branch",
+    strength=1.0,
+    without=False,
+    changes=None,
+    before=True,
+    float64=True,
+    **options,
 ):
     """Transfers to the host and to the device, in a first and a second sampling: tables are made in the first."""
     guidance, found = guidance or Guidance(1.0), []
-    with torch.no_grad(), CountedDevice() as device:
+    with torch.no_grad(), CountedDevice(float64) as device:
         sit, net, x, cond, uncond = networks(device, **(changes or {}))
         predictor = None if without else with_strength(net, strength)
         for _ in range(2):
@@ -134,3 +156,40 @@ def test_a_field_that_was_stopped_serves_again():
     field.finite.read()
     with pytest.raises(NonFiniteError, match=r"^The backbone returned NaN"):
         field(x, 0.5)
+
+
+# --- devices without double precision -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_sampling_takes_no_double_precision_of_the_device(case):
+    counted(**{"schedule": time_grid(STEPS), **CASES[case], "float64": False})
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (2, 3, 2, 8, 8)], ids=["image", "video"])
+def test_editing_takes_no_double_precision_of_the_device(shape):
+    with torch.no_grad(), CountedDevice(float64=False) as device:
+        net = device.put_module(small_sidenet(in_channels=3, anchors=2, num_classes=0, dtype=torch.float32))
+        field, image = model_field(lambda x, t: torch.sin(x)), device.put(noise(*shape, dtype=torch.float32))
+        source = invert(field, net, image, editing_grid(time_grid(4)))
+        mask = device.put(torch.ones(1, 1, *[1] * (len(shape) - 2)))
+        out = edit(field, net, source, Control(0.3, fade=0.5), mask)
+    assert out.held.isfinite().all()
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_baselines_take_no_double_precision_of_the_device(name):
+    with torch.no_grad(), CountedDevice(float64=False) as device:
+        x = device.put(noise(1, 1, 2, 2, dtype=torch.float32))
+        end = run_baseline(name, model_field(lambda x, t: torch.sin(x)), x, 0.1 + 0.8 * time_grid(4))
+    assert end.held.isfinite().all()
+
+
+def test_fitting_takes_no_double_precision_of_the_device():
+    with torch.no_grad(), CountedDevice(float64=False) as device:
+        x = device.put(noise(4, 1, 4, 4, dtype=torch.float32))
+        labels = device.put(torch.zeros(4)), device.put(torch.ones(4))
+        field = model_field(lambda x, t, y: torch.sin(x + y[:, None, None, None]), *labels, Guidance(2.0), "combined")
+        schedule = fit_schedule(Fitting(None, field, x, lambda t: x * 0.5), Schedule(SHIFTED.times), True)[1]
+        solve(field, None, x, schedule)
+    assert schedule.conditional_only == 2 and schedule.coefficients

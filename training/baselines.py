@@ -152,7 +152,10 @@ def deis(velocity: Velocity, x: Tensor, t0: Tensor, t1: Tensor, history: History
 
 
 def dpm_2(velocity: Velocity, x: Tensor, t0: Tensor, t1: Tensor, history: History) -> tuple[Tensor, History]:
-    """DPM-Solver-2 (Lu et al. 2022; k-diffusion's `sample_dpm_2`): the midpoint in log t, order 2. Cannot step to 0."""
+    """DPM-Solver-2 (Lu et al. 2022; k-diffusion's `sample_dpm_2`): the midpoint in log t, order 2.
+
+    A step onto t = 0 has its midpoint there, and is of order 1.
+    """
     v, history = _evaluate(velocity, x, t0, history, 1)
     between = (t0 * t1).sqrt()
     return x + (t1 - t0) * velocity(x + (between - t0) * v, between), history

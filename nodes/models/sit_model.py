@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...bas_core.checkpoint import load_sit
 from ...bas_core.files import fingerprint
+from ...bas_core.guidance import check_labels
 from ...bas_core.sit import SiT as SiTNetwork
 from ...bas_core.sit import SiTConfig
 from .attention import ComfyAttention
@@ -85,8 +86,16 @@ class SiT(comfy.model_base.BaseModel):
         super().__init__(model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=DiffusionSiT)
 
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
+        """The class indices, as the network takes them.
+
+        Raises:
+            ValueError: the SiT has no such class.
+        """
         labels = kwargs.get(KEY)
-        return {} if labels is None else {"y": comfy.conds.CONDRegular(labels.to(kwargs["device"]))}
+        if labels is None:
+            return {}
+        check_labels(labels, self.diffusion_model.null_class)
+        return {"y": comfy.conds.CONDRegular(labels.to(kwargs["device"]))}
 
 
 def read_sit(

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ...bas_core.guidance import NO_GUIDANCE, CFGMode, Field, Guidance, just_inside, model_field
+from ...bas_core.guidance import NO_GUIDANCE, CFGMode, Field, Guidance, check_labels, just_inside, model_field
 from ..settings import UsageError
 
 Velocity = Callable[[Tensor, Tensor, Tensor, float], Tensor]
@@ -93,8 +93,12 @@ class Backbone:
         interval: tuple[float, float] = (0.0, 1.0),
         cfg_mode: CFGMode = "combined",
     ) -> Field:
-        """The velocity field for conditions [B] at one CFG scale; `cfg_mode` as in `model_field`."""
-        conditions = conditions.to(self.device)
+        """The velocity field for conditions [B] at one CFG scale; `cfg_mode` as in `model_field`.
+
+        Raises:
+            ValueError: there is no such condition.
+        """
+        conditions = check_labels(conditions, max(self.conditions - 1, self.null or 0)).to(self.device)
         branched = scale != 1 and self.null is not None and not self.embedded_guidance
         null = torch.full_like(conditions, self.null or 0) if branched else None
 

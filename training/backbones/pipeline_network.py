@@ -63,7 +63,7 @@ class Clock:
         """The scheduler's timestep of flow times."""
         if self.table is None:
             return t.float() * self.train_timesteps
-        steps = np.interp(t.double().cpu().numpy(), self.table, np.arange(len(self.table)))
+        steps = np.interp(t.cpu().double().numpy(), self.table, np.arange(len(self.table)))
         return torch.from_numpy(steps).to(t.device, torch.float32)
 
     def flow_time(self, timestep: float) -> float:
@@ -177,7 +177,7 @@ def clock_of(pipeline: Any, watch: Watch) -> Clock:
     prediction = "flow" if flow else config.get("prediction_type")
     table = None
     if prediction in ("epsilon", "v_prediction"):
-        table = vp_alpha_to_time(pipeline.scheduler.alphas_cumprod.double().cpu()).numpy()
+        table = vp_alpha_to_time(pipeline.scheduler.alphas_cumprod.cpu().double()).numpy()
     elif prediction != "flow":
         raise CheckpointError(
             f"{type(pipeline.scheduler).__name__} predicts {prediction!r}; flow, epsilon and v_prediction are known."

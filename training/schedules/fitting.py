@@ -34,14 +34,15 @@ CFGRows = list[list[float]]
 
 
 def least_squares(columns: Sequence[Tensor], target: Tensor) -> Tensor:
-    """Coefficients of the combination of `columns` nearest to `target`, all [B, C, *spatial], in double precision."""
-    gram = torch.zeros(len(columns), len(columns), dtype=torch.float64, device=target.device)
+    """Coefficients of the combination of `columns` nearest to `target`, all [B, C, *spatial], in double precision and
+    on the CPU, as some devices have none."""
+    gram = torch.zeros(len(columns), len(columns), dtype=torch.float64)
     moment = gram.new_zeros(len(columns))
     for sample in range(len(target)):  # one by one, for double precision takes much memory
-        matrix = torch.stack([column[sample].flatten() for column in columns], 1).double()
+        matrix = torch.stack([column[sample].flatten() for column in columns], 1).cpu().double()
         gram += matrix.T @ matrix
-        moment += matrix.T @ target[sample].flatten().double()
-    gram += RIDGE * gram.diagonal().mean() * torch.eye(len(columns), dtype=gram.dtype, device=gram.device)
+        moment += matrix.T @ target[sample].flatten().cpu().double()
+    gram += RIDGE * gram.diagonal().mean() * torch.eye(len(columns), dtype=gram.dtype)
     # The pseudo-inverse: where all columns are zero, so are the coefficients.
     return torch.linalg.pinv(gram, hermitian=True) @ moment
 
