@@ -81,7 +81,7 @@ def _add_tensor(digest: Any, name: str, value: Any) -> None:
     digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
     try:
         plain = value.detach().as_subclass(Tensor).flatten()
-        places = torch.linspace(0, plain.numel() - 1, min(SAMPLED, plain.numel())).long()
+        places = torch.linspace(0, plain.numel() - 1, min(SAMPLED, plain.numel()), dtype=torch.float64).long()
         digest.update(plain[places.to(plain.device)].cpu().view(torch.uint8).numpy().tobytes())
     except (RuntimeError, TypeError, NotImplementedError, AttributeError):
         return  # a loader's own kind of tensor that does not let its numbers be picked
