@@ -79,10 +79,10 @@ def latent_tensor(model: Any, latent: dict[str, Any], node: str) -> Tensor:
     """The tensor of a LATENT, [B, C, *spatial]; an empty one in the model's own number of channels.
 
     Raises:
-        ValueError: the latent holds audio, which the node of this name does not take.
+        ValueError: the latent holds audio, alone or beside video (LTX-2), which the node of this name does not take.
     """
     samples: Any = latent["samples"]
     if samples.is_nested or samples.ndim not in (4, 5):
-        raise ValueError(f"{node} takes images and videos; this latent holds audio.")
+        raise ValueError(f"{node} takes images and videos; this latent holds audio, alone or beside video.")
     ratio = latent.get("downscale_ratio_spacial")  # set by newer ComfyUI's nodes for latents of any channels
     return comfy.sample.fix_empty_latent_channels(model, samples, *([ratio] if ratio else []))

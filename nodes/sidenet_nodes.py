@@ -13,6 +13,7 @@ from .models import compatibility
 from .models.attach import LoadedSideNet, apply_sidenet, read_sidenet
 from .notify import warn
 from .report import error_curves, error_plot, report
+from .sampling.sampler import check_before_loading
 
 SideNetLink = io.Custom("SIDENET")
 DTYPES = {"as stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -91,7 +92,9 @@ class ApplySideNet(io.ComfyNode):
             )
         for doubt in compatibility.warnings(sidenet, facts):
             warn(doubt)
-        return io.NodeOutput(apply_sidenet(model, sidenet, strength))
+        applied = apply_sidenet(model, sidenet, strength)
+        check_before_loading(applied)
+        return io.NodeOutput(applied)
 
     @classmethod
     def fingerprint_inputs(cls, sidenet_name: str | None = None, sidenet: Any = None, **others: Any) -> str:

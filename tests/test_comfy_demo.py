@@ -34,7 +34,10 @@ from ba_solver.bas_core import (
 )
 from ba_solver.lab.classifier import load_classifier
 from ba_solver.lab.shapes import CLASS_NAMES
+from ba_solver.nodes.compare_nodes import CompareSolvers
+from ba_solver.nodes.edit_nodes import BAEdit, BAInvert
 from ba_solver.nodes.folders import DEMO, SIDENETS, SITS, WEIGHTS
+from ba_solver.nodes.make_nodes import MakeSideNet
 from ba_solver.nodes.models import compatibility
 from ba_solver.nodes.models.classes import CLASSES, DEMO_CLASSES
 from ba_solver.nodes.models.labels import labels_of
@@ -365,8 +368,23 @@ def test_info_says_what_the_file_says(demo, tmp_path):
 # --- audio and video ----------------------------------------------------------------------------------------------
 
 
-def test_packed_audio_and_video_is_sampled_without_a_sidenet_and_refused_with_one(tmp_path):
-    """LTX's audio-video latents arrive as one [B, 1, N]; the multistep method takes them, a SideNet cannot."""
+def check_refused_by_nodes(model, latent, text):
+    """Every node that takes a latent refuses one of two parts."""
+    two = {"samples": latent}
+    listed = {"model": [model], "positive": [text], "latent_image": [two]}
+    with pytest.raises(ValueError, match="BA Invert takes images and videos; this latent holds audio"):
+        BAInvert.execute(model, text, two, 4)
+    with pytest.raises(ValueError, match="BA Edit takes"):
+        BAEdit.execute(model, two, text, text, 4)
+    with pytest.raises(ValueError, match="Make SideNet takes"):
+        MakeSideNet.execute(**listed)
+    with pytest.raises(ValueError, match="Compare Solvers takes"):
+        CompareSolvers.execute(**listed)
+
+
+def test_packed_audio_and_video_is_sampled_without_a_sidenet_and_refused_with_one(tmp_path, monkeypatch):
+    """LTX's audio-video latents arrive as one [B, 1, N]; the multistep method takes them, a SideNet cannot. With one it
+    is refused before ComfyUI loads anything."""
     import comfy.nested_tensor
     from comfy.supported_models import LTXAV
 
@@ -395,6 +413,12 @@ def test_packed_audio_and_video_is_sampled_without_a_sidenet_and_refused_with_on
         if options["method"] == "bi_anchor":
             with pytest.raises(ValueError, match="audio and video packed into one"):
                 comfy.sample.sample_custom(applied, z, 1.0, solver, sigmas, text, text, latent)
+            applied = ApplySideNet.execute(model, sidenet=sidenet).result[0]
+            with monkeypatch.context() as patched:
+                patched.setattr(comfy.model_management, "load_models_gpu", lambda *_, **__: pytest.fail("loaded"))
+                with pytest.raises(ValueError, match="audio and video packed into one"):
+                    comfy.sample.sample_custom(applied, z, 1.0, solver, sigmas, text, text, latent)
+                check_refused_by_nodes(applied, latent, text)
         else:
             outcomes.append(comfy.sample.sample_custom(applied, z, 1.0, solver, sigmas, text, text, latent))
     fine = torch.linspace(1, 0, 40)
@@ -413,7 +437,7 @@ def test_every_input_has_a_tooltip_every_node_an_alias_a_help_page_and_a_locale_
     root = Path(ba_solver.__file__).parent
     locale = json.loads((root / "locales/en/nodeDefs.json").read_text())
     listed = asyncio.run(asyncio.run(ba_solver.comfy_entrypoint()).get_node_list())
-    assert len(listed) == 11
+    assert len(listed) == 12
     for node in listed:
         schema = node.GET_SCHEMA()
         assert re.match("BA-Solver|.*sampl.*/(samplers|schedulers)$", schema.category), schema.category

@@ -52,13 +52,19 @@ def cfg_of(guider: Any) -> float:
     return 1.0 if math.isclose(cfg, 1.0) else cfg  # as ComfyUI decides whether to skip the negative
 
 
+def takes_guidance(model: Any) -> bool:
+    """Whether a MODEL takes its guidance as an input (FLUX.1-dev), and needs no CFG. ComfyUI tells no more than this of
+    the CFG scale that a model needs."""
+    network = getattr(model.model, "diffusion_model", None)
+    return bool(getattr(getattr(network, "params", None), "guidance_embed", False))
+
+
 def distilled_guidance(guider: Any) -> float | None:
     """The guidance that a guidance-distilled model (FLUX.1-dev) takes as an input; None for other models.
 
     Read where ComfyUI puts it once sampling has begun. Of several positive conditions the first counts.
     """
-    network = getattr(guider.model_patcher.model, "diffusion_model", None)
-    if not getattr(getattr(network, "params", None), "guidance_embed", False):
+    if not takes_guidance(guider.model_patcher):
         return None
     given = [c["model_conds"].get("guidance") for c in guider.conds.get("positive", ()) if "model_conds" in c]
     return float(given[0].cond.flatten()[0]) if given and given[0] is not None else None

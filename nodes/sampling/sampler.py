@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import comfy.patcher_extension
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -15,7 +16,7 @@ from ...bas_core.guidance import Field
 from ...bas_core.prediction import SideNetProtocol
 from ...bas_core.schedule import Schedule
 from ...bas_core.solver import Step, solve
-from ..models.attach import LoadedSideNet, applied_sidenet
+from ..models.attach import KEY, LoadedSideNet, applied_sidenet
 from ..models.parameterization import SigmaSchedule, flow_interval, flow_time, parameterization_of
 from ..notify import log, warn
 from .field import field_of
@@ -25,6 +26,7 @@ from .schedule import Circumstances, schedule_for
 from .sidenet import check_latent, guidance_warnings, predictor_of, sidenet_chunk
 from .start import not_random_noise
 
+BEFORE_LOADING = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
 MULTISTEP = "multistep"
 METHODS = ("bi_anchor", "single_anchor", MULTISTEP)
 
@@ -121,6 +123,21 @@ def sample_ba_solver(
 def sidenet_of(options: Options, guider: Any) -> LoadedSideNet | None:
     """The SideNet on a guider's MODEL, if there is one and the method uses it."""
     return None if options.method == MULTISTEP else applied_sidenet(guider.model_patcher)
+
+
+def check_before_loading(model: Any) -> None:
+    """Have ComfyUI refuse a latent that the SideNet on a MODEL cannot take before it loads either."""
+
+    def check(executor: Any, noise: Tensor, latent_image: Tensor, sampler: Any, *rest: Any, **more: Any) -> Tensor:
+        if getattr(sampler, "sampler_function", None) is sample_ba_solver:
+            sidenet = sidenet_of(sampler.extra_options.get("options", Options()), executor.class_obj)
+            if sidenet is not None:
+                check_latent(sidenet, latent_image)
+        result: Tensor = executor(noise, latent_image, sampler, *rest, **more)
+        return result
+
+    model.remove_wrappers_with_key(BEFORE_LOADING, KEY)
+    model.add_wrapper_with_key(BEFORE_LOADING, KEY, check)
 
 
 def choose_schedule(
