@@ -34,7 +34,7 @@ def _extension() -> Any:
 
         async def get_node_list(self) -> list[type[io.ComfyNode]]:
             from .compare_nodes import CompareSolvers, PromptLines
-            from .edit_nodes import BAEdit, BAInvert
+            from .edit_nodes import BAEdit, BAInvert, BAReconstruct
             from .make_nodes import MakeSideNet
             from .sampling_nodes import BASampler, BAScheduler
             from .sidenet_nodes import ApplySideNet, SideNetInfo
@@ -49,6 +49,7 @@ def _extension() -> Any:
                 SideNetInfo,
                 BAInvert,
                 BAEdit,
+                BAReconstruct,
                 CompareSolvers,
                 PromptLines,
                 MakeSideNet,

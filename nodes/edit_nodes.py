@@ -1,4 +1,4 @@
-"""The nodes BA Invert and BA Edit."""
+"""The nodes BA Invert, BA Edit and BA Reconstruct."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from .editing.schedule import editing_schedule
 from .editing.source_trajectory import InvertedNoise, SourceTrajectoryLink, check_trajectory
 from .editing.validation import check_image, check_mask, repeat_for_prompts
 from .models.parameterization import flow_interval
-from .sampling.guider import guider_for
+from .sampling.guider import guider_for, takes_guidance
+
+# The CFG scale of an edit where none is given and CFG can be used: changes show, and most models keep their looks.
+EDIT_CFG = 2.0
 
 TrajectoryType = io.Custom("BA_SOURCE_TRAJECTORY")
 
@@ -49,7 +52,9 @@ class BAInvert(io.ComfyNode):
                     "any sampler starts where the inversion ends.",
                 ),
                 TrajectoryType.Output(
-                    "trajectory", tooltip="The source trajectory for BA Edit, which then needs no second inversion."
+                    "trajectory",
+                    tooltip="The source trajectory for BA Edit, which then needs no second inversion, and "
+                    "for BA Reconstruct.",
                 ),
             ],
         )
@@ -115,20 +120,22 @@ class BAEdit(io.ComfyNode):
                 inputs.steps(
                     10,
                     2,
-                    "The number of steps from the image to noise, and again from noise to the edited image and to the "
-                    "reconstruction. Each step is one model call. BA-solver is made for 5 to 10.",
+                    "The number of steps from the image to noise, and again from noise to the edited image. Each step "
+                    "is one model call. BA-solver is made for 5 to 10.",
                 ),
                 inputs.editing_denoise(),
                 inputs.cfg(
-                    "The CFG scale of the edit. Models with their own guidance input, such as FLUX, take 1.",
-                    default=2.0,
+                    f"The CFG scale of the edit. 0 takes what the model needs: 1 without a negative, and for models "
+                    f"with a guidance input of their own, such as FLUX; {EDIT_CFG:g} for others.",
+                    default=0.0,
+                    **inputs.RARE,
                 ),
-                io.Combo.Input(
+                inputs.choice(
                     "method",
-                    options=list(METHODS),
-                    default=METHODS[0],
-                    tooltip="inversion: edit along the trajectory that takes the image to noise. inversion-free: edit "
-                    "along the difference between the two prompts' velocities, from random noise, as FlowEdit does. It "
+                    METHODS,
+                    METHODS[0],
+                    "inversion: edit along the trajectory that takes the image to noise. inversion-free: edit along "
+                    "the difference between the two prompts' velocities, from random noise, as FlowEdit does. It "
                     "leaves less grain in few steps.",
                 ),
                 io.Mask.Input(
@@ -146,10 +153,9 @@ class BAEdit(io.ComfyNode):
             ],
             outputs=[
                 io.Latent.Output("edited", tooltip="The edited image."),
-                io.Latent.Output(
-                    "reconstruction",
-                    tooltip="The image inverted and sampled again under the source prompt. It shows what an inversion "
-                    "in these steps loses. The edit corrects this loss.",
+                TrajectoryType.Output(
+                    "trajectory",
+                    tooltip="The image's source trajectory, for BA Reconstruct and for other edits of this image.",
                 ),
             ],
         )
@@ -164,7 +170,7 @@ class BAEdit(io.ComfyNode):
         steps: int,
         negative: Any = None,
         denoise: float = 0.8,
-        cfg: float = 2.0,
+        cfg: float = 0.0,
         method: str = METHODS[0],
         mask: torch.Tensor | None = None,
         trajectory: SourceTrajectoryLink | None = None,
@@ -178,6 +184,7 @@ class BAEdit(io.ComfyNode):
             raise ValueError(
                 f"eta_start_percent ({eta_start_percent:g}) must not be above eta_end_percent ({eta_end_percent:g})."
             )
+        cfg = cfg or (1.0 if negative is None or takes_guidance(model) else EDIT_CFG)
         prompts = (source, positive, *([] if cfg == 1 or negative is None else [negative]))
         image = _image(model, latent_image, "BA Edit", *prompts)
         edit_mask = check_mask(mask, latent_image, image)
@@ -188,5 +195,25 @@ class BAEdit(io.ComfyNode):
         window = flow_interval(model.get_model_object("model_sampling"), eta_start_percent, eta_end_percent)
         control = Control(eta, window, None if trajectory.straight else FADE)
         edited = edit(trajectory, guider_for(model, positive, negative, cfg), image, control, edit_mask)
-        reconstruction = reconstruct(trajectory, image)
-        return io.NodeOutput({**latent_image, "samples": edited}, {**latent_image, "samples": reconstruction})
+        return io.NodeOutput({**latent_image, "samples": edited}, trajectory)
+
+
+class BAReconstruct(io.ComfyNode):
+    """The image that an inversion alone gives back."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="BASolverReconstruct",
+            display_name="BA Reconstruct",
+            category="BA-Solver/Editing",
+            description="Sample an inverted image again under its own prompt, without corrections. It shows what an "
+            "inversion in these steps loses, and what BA Edit corrects.",
+            search_aliases=["reconstruction", "inversion error", "round trip"],
+            inputs=[TrajectoryType.Input("trajectory", tooltip="The source trajectory from BA Edit or BA Invert.")],
+            outputs=[io.Latent.Output("reconstruction", tooltip="The image as the inversion alone gives it back.")],
+        )
+
+    @classmethod
+    def execute(cls, trajectory: SourceTrajectoryLink) -> io.NodeOutput:
+        return io.NodeOutput({"samples": reconstruct(trajectory)})

@@ -25,10 +25,11 @@ from ba_solver.bas_core import (
 )
 from ba_solver.bas_core.editing import FADE
 from ba_solver.lab.shapes import draw_shapes
-from ba_solver.nodes.edit_nodes import BAEdit, BAInvert
+from ba_solver.nodes.edit_nodes import EDIT_CFG, BAEdit, BAInvert, BAReconstruct
 from ba_solver.nodes.editing.schedule import editing_schedule
 from ba_solver.nodes.folders import DEMO, SIDENETS, SITS
 from ba_solver.nodes.models.parameterization import flow_interval
+from ba_solver.nodes.sampling.guider import guider_for
 from ba_solver.nodes.sidenet_nodes import ApplySideNet
 from ba_solver.nodes.sit_nodes import ClassLabel, LoadSiT
 from comfy_extras.nodes_custom_sampler import Guider_Basic, SamplerCustomAdvanced
@@ -84,12 +85,14 @@ def psnr(a, b):
 
 
 def edited(model, image, source, positive, negative, **more):
-    return [
-        out["samples"]
-        for out in BAEdit.execute(
-            model, {"samples": image}, source, positive, **{"steps": STEPS, "negative": negative, **more}
-        ).result
-    ]
+    """The edited image, and the source trajectory."""
+    given = {"steps": STEPS, "negative": negative, **more}
+    latent, trajectory = BAEdit.execute(model, {"samples": image}, source, positive, **given).result
+    return latent["samples"], trajectory
+
+
+def reconstructed(trajectory):
+    return BAReconstruct.execute(trajectory).result[0]["samples"]
 
 
 def tiny_case(tiny, name, batch=1):
@@ -104,9 +107,10 @@ def tiny_case(tiny, name, batch=1):
 def test_demo_equals_the_core_on_plain_torch(method, demo):
     batch = shapes()
     source, target = label(demo, int(batch.labels[0])), label(demo, 4)
-    ours, back = edited(
+    ours, trajectory = edited(
         demo, batch.images, source[0], target[0], target[1], method=method, eta=0.2, eta_end_percent=0.5
     )
+    back = reconstructed(trajectory)
     noise_ = comfy.sample.prepare_noise(batch.images, 0)
     sit, (net, _) = load_sit(SITS.demo), load_sidenet(SIDENETS.demo)
     classes = torch.full((2,), int(batch.labels[0]))
@@ -130,10 +134,10 @@ def test_demo_equals_the_core_on_plain_torch(method, demo):
 def test_the_same_prompt_gives_the_image_back(name, method, tiny):
     model, image, source, _, negative = tiny_case(tiny, name)
     guided = {"cfg": 1.0, "source_cfg": 1.0, "method": method}
-    same, back = edited(model, image, source, source, negative, **guided)
+    same, trajectory = edited(model, image, source, source, negative, **guided)
     assert psnr(same, image) > 60
     if method == "inversion":
-        assert psnr(back, image) < 60, "the plain return shows the solver's error"
+        assert psnr(reconstructed(trajectory), image) < 60, "the plain return shows the solver's error"
     other, _ = edited(model, image, source, models.text(name, 2), negative, **guided)
     assert (other - image).abs().mean() > 1e-3
 
@@ -225,9 +229,11 @@ def test_lora_acts(tiny):
 def test_edit_along_a_trajectory_is_the_edit(name, tiny):
     model, image, source, target, negative = tiny_case(tiny, name)
     _, _, trajectory = BAInvert.execute(model, source, {"samples": image}, STEPS).result
-    along = edited(model, image, source, target, negative, trajectory=trajectory)
-    for ours, theirs in zip(along, edited(model, image, source, target, negative), strict=True):
-        torch.testing.assert_close(ours, theirs, **CLOSE)
+    along, same = edited(model, image, source, target, negative, trajectory=trajectory)
+    alone, own = edited(model, image, source, target, negative)
+    torch.testing.assert_close(along, alone, **CLOSE)
+    assert same is trajectory
+    torch.testing.assert_close(reconstructed(own), reconstructed(trajectory), **CLOSE)
 
 
 @pytest.mark.parametrize("denoise", [1.0, 0.7])
@@ -282,7 +288,8 @@ def test_previews_are_called_back(demo, monkeypatch):
     batch = shapes(1)
     positive, negative = label(demo, 3)
     edited(demo, batch.images, positive, positive, negative)
-    assert [i for i, _, _ in seen] == [0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 3]
+    # The way to noise, and the edit: what an inversion alone gives back is not computed unless BA Reconstruct asks.
+    assert [i for i, _, _ in seen] == [0, 1, 2, 0, 1, 2, 3]
     assert {(n, shape) for _, n, shape in seen} == {(STEPS, torch.Size([1, 3, 32, 32]))}
 
 
@@ -351,7 +358,7 @@ def test_cfg_outside_the_sidenets_range_is_warned_of(demo, caplog):
     """The demo's SideNet was made for CFG 2 and serves half to one and a half times of it. A way to noise at CFG 1,
     which every edit takes, is never warned of."""
     image, source, target = shapes(1).images, label(demo, 0), label(demo, 4)
-    cases = (({}, []), ({"cfg": 5.0}, ["at 5"]), ({"source_cfg": 1.5}, []), ({"source_cfg": 4.0}, ["at 4"] * 2))
+    cases = (({}, []), ({"cfg": 5.0}, ["at 5"]), ({"source_cfg": 1.5}, []), ({"source_cfg": 4.0}, ["at 4"]))
     for inputs, expected in cases:
         caplog.clear()
         edited(demo, image, source[0], target[0], target[1], **inputs)
@@ -386,3 +393,29 @@ def test_the_seed_of_an_inversion_stays():
     for node in (BAInvert, BAEdit):
         (seed,) = (entry for entry in node.GET_SCHEMA().inputs if entry.id == "seed")
         assert seed.as_dict()["control_after_generate"] is False
+
+
+def test_the_cfg_of_an_edit_is_what_the_model_needs(tiny, monkeypatch):
+    """Where none is given: 1 without a negative, which could not be used, and where the model takes its guidance as an
+    input (FLUX.1-dev); CFG for others."""
+    asked = []
+    monkeypatch.setattr(
+        "ba_solver.nodes.edit_nodes.guider_for",
+        lambda model, positive, negative, cfg: asked.append(cfg) or guider_for(model, positive, negative, cfg),
+    )
+    for name, guided in (("sd3", EDIT_CFG), ("flux", 1.0)):
+        model, image, source, target, negative = tiny_case(tiny, name)
+        for given, expected in ((negative, guided), (None, 1.0)):
+            asked.clear()
+            edited(model, image, source, target, given)
+            assert asked == [1.0, expected], name
+        edited(model, image, source, target, negative, cfg=3.0)
+        assert asked[-1] == 3.0
+
+
+def test_six_inputs_of_ba_edit_are_needed():
+    """The others are links that may stay empty, or advanced."""
+    required = [entry.id for entry in BAEdit.GET_SCHEMA().inputs if not entry.optional]
+    assert required == ["model", "latent_image", "source", "positive", "steps", "denoise"]
+    widgets = [entry for entry in BAEdit.GET_SCHEMA().inputs if hasattr(entry, "default") and entry.optional]
+    assert widgets and all(entry.advanced for entry in widgets)

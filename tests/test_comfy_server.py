@@ -36,6 +36,7 @@ NODES = {
     "BASolverSideNetInfo",
     "BASolverInvert",
     "BASolverEdit",
+    "BASolverReconstruct",
     "BASolverCompare",
     "BASolverPromptLines",
     "BASolverMakeSideNet",

@@ -32,7 +32,7 @@ def own_ids():
 
 def test_node_ids_are_literal_and_unique_and_documented():
     ids = own_ids()
-    assert len(ids) == len(set(ids)) == 11
+    assert len(ids) == len(set(ids)) == 12
     assert {p.stem for p in (ROOT / "web" / "docs").glob("*.md")} == set(ids)
     assert set(json.loads((ROOT / "locales" / "en" / "nodeDefs.json").read_text())) == set(ids)
 

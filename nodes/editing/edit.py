@@ -76,8 +76,9 @@ def edit(
     return _sample(guider, latent, torch.zeros_like(latent), trajectory.schedule, stage)
 
 
-def reconstruct(trajectory: SourceTrajectoryLink, latent: Tensor) -> Tensor:
+def reconstruct(trajectory: SourceTrajectoryLink) -> Tensor:
     """What an inversion gives back without its residuals, as a latent; N model calls, none if it is straight."""
+    latent = trajectory.latent
     if trajectory.straight:
         return latent
 
