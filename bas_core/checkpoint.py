@@ -37,6 +37,8 @@ SIT_FORMAT, SIT_VERSION = "ba-solver-sit", 1
 OWN_TENSOR = "emb_fusion.0.weight"  # which only SideNets have
 # Schedules that were fitted at a CFG scale serve from this to that multiple of it (docs/measurements.md).
 CFG_RANGE = (0.5, 1.5)
+# The part of the path that a SideNet is for: the whole.
+WHOLE_PATH = (1.0, 0.0)
 # What a configuration with impossible sizes raises.
 CONFIG_ERRORS = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError)
 
@@ -125,24 +127,31 @@ class SideNetCard:
         cfg_mode: "per_branch" (the SideNet predicts each branch of CFG) or "combined" (the guided velocity).
         cfg_range: lowest and highest CFG scale of the training.
         backbone: name, kind and fingerprint of the model.
-        schedules: by CFG scale, and by NFE.
+        schedules: by CFG scale, and by NFE; their times go from 1 to 0, whatever the part.
+        part: the part of the path that they and the network are for: the flow times that it starts and ends at, over
+            the one that the model's sampling starts from.
         training: objective, trajectories, NFE, steps, seconds, seed, versions.
         evaluation: the error table.
         license: of the weights.
 
     Raises:
-        ValueError: a schedule takes another NFE than it is listed under, or a CFG scale is not positive and finite.
+        ValueError: a schedule takes another NFE than it is listed under, a CFG scale is not positive and finite, or
+            the part is none.
     """
 
     cfg_mode: CFGMode = "per_branch"
     cfg_range: tuple[float, float] = (1.0, 1.0)
     backbone: dict[str, str] = field(default_factory=dict)
     schedules: dict[float, dict[int, Schedule]] = field(default_factory=dict)
+    part: tuple[float, float] = WHOLE_PATH
     training: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
     license: str = ""
 
     def __post_init__(self) -> None:
+        start, end = self.part
+        if not 1 >= start > end >= 0:
+            raise ValueError(f"A part of the path needs 1 >= start > end >= 0; got {start:g} and {end:g}.")
         for cfg, schedules in self.schedules.items():
             if not 0 < cfg < math.inf:
                 raise ValueError(f"Schedules are for a CFG scale above 0; some are listed under {cfg:g}.")
@@ -159,6 +168,26 @@ class SideNetCard:
     def own_schedules(self) -> dict[int, Schedule]:
         """The schedules for `cfg`, by NFE."""
         return self.schedules_for(self.cfg)
+
+    @property
+    def whole_path(self) -> bool:
+        """Whether the SideNet is for the whole path."""
+        return self.part == WHOLE_PATH
+
+    def check_whole_path(self, name: str) -> None:
+        """Refuse a SideNet, of the file `name`, for work that takes the whole path.
+
+        Raises:
+            CheckpointError: it is for a part of it.
+        """
+        if not self.whole_path:
+            raise CheckpointError(
+                f"The SideNet {name!r} was made for a part of the path, {self.describe_part()}. Use one for the whole."
+            )
+
+    def describe_part(self) -> str:
+        """The part of the path in words."""
+        return "the whole" if self.whole_path else "from flow time {:.3g} to {:.3g}".format(*self.part)
 
     def supports_cfg(self, cfg: float) -> bool:
         """Whether the SideNet was trained for a CFG scale, or has schedules that serve it."""
@@ -245,6 +274,9 @@ def _read_card(metadata: Mapping[str, str], path: Path | str) -> SideNetCard:
     low, high = parse_json(metadata, "cfg_range", path)
     if {type(low), type(high)} - {int, float} or not 0 <= low <= high < math.inf:
         raise ValueError(f"cfg_range must be two scales, the lower first; got {low!r:.60} and {high!r:.60}")
+    part = parse_json(metadata, "part", path) if "part" in metadata else WHOLE_PATH
+    if len(part) != 2 or {type(time) for time in part} - {int, float}:
+        raise ValueError(f"part must be two flow times; got {part!r:.60}")
     schedules = {
         float(cfg): {int(nfe): _read_schedule(parts) for nfe, parts in by_nfe.items()}
         for cfg, by_nfe in values.pop("schedules").items()
@@ -253,6 +285,7 @@ def _read_card(metadata: Mapping[str, str], path: Path | str) -> SideNetCard:
         cfg_mode=cfg_mode,
         cfg_range=(float(low), float(high)),
         schedules=schedules,
+        part=(float(part[0]), float(part[1])),
         license=metadata.get("license", ""),
         **values,
     )

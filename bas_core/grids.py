@@ -69,6 +69,11 @@ def resample_grid(times: Tensor, intervals: int) -> Tensor:
     return times_at(known, torch.linspace(0, len(known) - 1, intervals + 1, dtype=torch.float64)).to(times.dtype)
 
 
+def grid_between(grid: Tensor, start: float, end: float = 0.0) -> Tensor:
+    """The times of a grid from 1 to 0 over a part of the path, from exactly `start` to exactly `end`."""
+    return (1 - grid) * end + grid * start
+
+
 def times_at(times: Tensor, positions: Tensor) -> Tensor:
     """The times of a grid [N + 1] at positions from 0 (its first) to N (its last), float64, by linear interpolation."""
     left = positions.floor().long().clamp(max=len(times) - 2)

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .grids import as_grid, has_short_first_step
+from .grids import as_grid, grid_between, has_short_first_step
 from .guidance import Field
 from .quadrature import get_rule
 
@@ -299,9 +299,12 @@ class Schedule:
         analytic = self.analytic_first_step and float(times[0]) == 1
         return dataclasses.replace(self, times=_numbers(times), analytic_first_step=analytic)
 
-    def scaled(self, start: float) -> Schedule:
-        """The same schedule for a model whose sampling starts at an earlier time than 1."""
-        return self if start == 1 else self.with_times(torch.tensor(self.times, dtype=torch.float32) * start)
+    def scaled(self, start: float, end: float = 0.0) -> Schedule:
+        """The same schedule from another time than 1, where a model's sampling starts below it, or to another than 0,
+        for a part of the path."""
+        if (start, end) == (1, 0):
+            return self
+        return self.with_times(grid_between(torch.tensor(self.times, dtype=torch.float32), start, end))
 
 
 def _numbers(values: Row | Tensor) -> Numbers:

@@ -127,6 +127,7 @@ class BAEdit(io.ComfyNode):
                 inputs.cfg(
                     f"The CFG scale of the edit. 0 takes what the model needs: 1 without a negative, and for models "
                     f"with a guidance input of their own, such as FLUX; {EDIT_CFG:g} for others.",
+                    "cfg",
                     default=0.0,
                     **inputs.RARE,
                 ),

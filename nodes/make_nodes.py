@@ -48,6 +48,12 @@ class MakeSideNet(io.ComfyNode):
                 io.Latent.Input("latent_image", tooltip="An empty latent of the size of the images or the video."),
                 *_basic(),
                 inputs.negative(),
+                io.Model.Input(
+                    "earlier_model",
+                    optional=True,
+                    tooltip="The model that samples the path before start_percent, such as Wan 2.2's high-noise model "
+                    "where the SideNet is for the low-noise one. Without it the model itself does.",
+                ),
                 *_advanced(),
             ],
             outputs=[
@@ -71,7 +77,9 @@ class MakeSideNet(io.ComfyNode):
         )
         try:
             cache = Path(one["cache_dir"]) / settings.out.stem if one.get("cache_dir") else None
-            card = make(model, (given["positive"], one.get("negative")), latent, settings, reporter, cache)
+            prompts = given["positive"], one.get("negative")
+            percents = one.get("start_percent", 0.0), one.get("end_percent", 1.0)
+            card = make(model, prompts, latent, settings, reporter, cache, percents, one.get("earlier_model"))
         except Exception as error:
             message = error_message(error)
             if message is None:
@@ -138,6 +146,8 @@ def settings_of(one: dict[str, Any]) -> MakeSettings:
         "record_batch": one.get("batch_size", 4),
         "extra_guidance": cfg_scales(one.get("extra_cfg", "")),
         **changed,
+        # Prefixes are for what becomes of noise.
+        **({"prefixes": 0} if one.get("start_percent") else {}),
     }
     out = folder / f"{check_name(one['output_name'])}.safetensors"
     return MakeSettings(backbone="comfyui:model", out=out, **{**PRESETS[one["preset"]], **own})
@@ -187,7 +197,21 @@ def _advanced() -> list[Any]:
     def text(name: str, tooltip: str) -> Any:
         return io.String.Input(name, default="", optional=True, advanced=True, tooltip=tooltip)
 
+    percent = "Flow models of two parts, such as Wan 2.2, and samplings that are split have a SideNet for each part."
     return [
+        inputs.share(
+            "start_percent",
+            0.0,
+            f"The SideNet is for the path from this share of the sampling on: 0 is the first step. {percent}",
+            **inputs.RARE,
+        ),
+        inputs.share(
+            "end_percent",
+            1.0,
+            "The SideNet is for the path up to this share of the sampling: 1 is the last step. With the scheduler "
+            "'simple', step 4 of 8 is at 0.5.",
+            **inputs.RARE,
+        ),
         # Not "seed": ComfyUI would change that after each run, and interrupted work could not be resumed.
         number("recording_seed", 1, 1_000_000, "The seed of the noise that trajectories are recorded from."),
         text("cache_dir", "The folder for the recordings, if the disk with the SideNet has no room for them."),

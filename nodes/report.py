@@ -32,6 +32,7 @@ def report(name: str, config: SideNetConfig, card: SideNetCard) -> str:
         f"Latents: {config.in_channels} channels; classes: {config.num_classes or 'none'}",
         f"Predicts: {'each branch of CFG' if card.cfg_mode == 'per_branch' else 'the guided velocity'}, "
         f"CFG {card.describe_cfg()}; anchors: {config.anchors}",
+        *([] if card.whole_path else [f"Part of the path: {card.describe_part()}"]),
         f"Schedules: {describe_schedules(card.own_schedules)}",
         *(f"Training {key}: {value if isinstance(value, str) else json.dumps(value)}" for key, value in making.items()),
     ]

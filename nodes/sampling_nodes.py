@@ -11,9 +11,8 @@ from comfy_extras.nodes_custom_sampler import BasicScheduler, KSamplerSelect
 
 from ..bas_core.quadrature import RULES
 from . import inputs
-from .models.attach import applied_sidenet
 from .sampling.sampler import METHODS, Options, sample_ba_solver
-from .sampling.schedule import sigmas_for
+from .sampling.schedule import path_schedules, sigmas_for
 
 AUTO = "auto"
 SIDENET, MODEL_DEFAULT = SCHEDULES = ("sidenet", "model default")
@@ -129,7 +128,6 @@ class BAScheduler(io.ComfyNode):
     def execute(cls, model: Any, steps: int, denoise: float = 1.0, schedule: str = SIDENET) -> io.NodeOutput:
         if denoise <= 0:
             return io.NodeOutput(torch.FloatTensor([]))  # for ComfyUI's samplers this means: leave the latent as it is
-        sidenet = applied_sidenet(model)
         sampling = model.get_model_object("model_sampling")
-        schedules = sidenet.card.own_schedules if sidenet is not None and schedule == SIDENET else {}
+        schedules = path_schedules(model) if schedule == SIDENET else {}
         return io.NodeOutput(sigmas_for(sampling, steps, denoise, schedules))

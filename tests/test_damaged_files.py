@@ -57,6 +57,8 @@ METADATA = {
     "points": 4,
     "shift": 1.0,
     "start": 1.0,
+    "end": 0.0,
+    "part": [1.0, 0.0],
     "num_classes": 3,
     "patch_size": 2,
     "record_batch": 3,

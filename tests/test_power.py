@@ -440,8 +440,8 @@ def forget_a_row(patch):
     """One step's weights are lost where a method becomes a schedule's numbers."""
     real = linear_form.from_numbers
 
-    def damaged(numbers, steps, start):
-        times, weights = real(numbers, steps, start)
+    def damaged(numbers, steps, *part):
+        times, weights = real(numbers, steps, *part)
         weights[:, -1] = weights[:, -2] * times[:, -1:].sub(times[:, :1]) / times[:, -2:-1].sub(times[:, :1])
         return times, weights
 

@@ -164,7 +164,7 @@ def test_rollouts_make_the_surrogate_the_model():
         data.learn(seen.times, seen.states, seen.velocities, rows)
     data.surrogate.learn()
     form = linear_form("adams_bashforth2", time_grid(6, 1.2, dtype=torch.float64))
-    truth = data.roll_out(Candidate("", form), rows).ends - data.data.ends
+    truth = data.roll_out(Candidate("", form), rows).ends - data.data.ends()
     blind, seeing = (
         (each.end_errors(form.times[None], form.weights[None])[0] - truth).norm() / truth.norm()
         for each in (before, data.surrogate)

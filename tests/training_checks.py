@@ -103,6 +103,7 @@ def check_end_fit(folder, trained, tmp_path):
     rows = torch.arange(12)
     begun = Candidate("", linear_form("predictor_corrector", time_grid(5, dtype=torch.float64)))
     errors = [
-        mean_error(data.roll_out(each, rows).ends - data.data.ends, data.size) for each in (search.stages[5][-1], begun)
+        mean_error(data.roll_out(each, rows).ends - data.data.ends(), data.size)
+        for each in (search.stages[5][-1], begun)
     ]
     assert errors[0] < 0.5 * errors[1], errors

@@ -190,6 +190,7 @@ def open_sidenet(settings: SampleSettings, backbone: Backbone) -> tuple[SideNet 
         network, card = load_official_sidenet(settings.sidenet).to(backbone.device), SideNetCard(cfg_mode="per_branch")
     else:
         network, card = load_sidenet(settings.sidenet, backbone.device, torch.float32)
+        card.check_whole_path(settings.sidenet.name)
     if card.backbone.get("fingerprint") not in (None, "", backbone.fingerprint):
         raise CheckpointError(
             f"{settings.sidenet} belongs to {card.backbone.get('name')!r}, and {backbone.name!r} is to draw. Give the "

@@ -68,6 +68,7 @@ def describe_sidenet(sidenet: SideNet, card: SideNetCard) -> str:
         + (f", {config.num_classes} classes" if config.num_classes else ""),
         "velocity": f"{card.cfg_mode}, guidance {card.describe_cfg()}",
         "schedules": describe_schedules(card.own_schedules),
+        "part of path": "" if card.whole_path else card.describe_part(),
         "trained": str(training.get("objective", "unknown")),
         "recorded": _formatted(
             "{trajectories} trajectories of {points} points of ({size}); the reference solver's error "

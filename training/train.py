@@ -214,6 +214,7 @@ def card_of(
         cfg_range=(low, high),
         backbone=job.metadata["backbone"],
         schedules={(low + high) / 2: schedules} if schedules else {},
+        part=tuple(job.metadata["part"]),
         training={
             "objective": job.training.objective if job.training.steps or begun else NO_NETWORK,
             "trajectories": count,

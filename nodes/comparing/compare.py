@@ -20,7 +20,7 @@ from ..models.parameterization import SigmaSchedule, parameterization_of
 from ..notify import warn
 from ..sampling.callback_sampler import CallbackSampler, Prepared
 from ..sampling.sampler import MULTISTEP, Options, open_solver, sample_ba_solver
-from ..sampling.schedule import sigmas_for
+from ..sampling.schedule import path_schedules, sigmas_for
 from .call_counter import CallCounter, counting, steps_for
 
 OURS = "BA-Solver"
@@ -106,7 +106,8 @@ def jobs_for(model: Any, samplers: Sequence[str], schedulers: Sequence[str]) -> 
     jobs += [Job(WITHOUT_SIDENET, s, multistep, grid("euler", s)) for s in schedulers]
     sidenet = applied_sidenet(model)
     if sidenet is not None:
-        model_sampling, schedules = model.get_model_object("model_sampling"), sidenet.card.own_schedules
+        sidenet.card.check_whole_path(sidenet.name)
+        model_sampling, schedules = model.get_model_object("model_sampling"), path_schedules(model)
         jobs.append(
             Job(
                 OURS,

@@ -7,7 +7,7 @@ from typing import Any
 from ...bas_core.editing import T_MIN, editing_grid
 from ..models.attach import applied_sidenet
 from ..models.parameterization import SigmaSchedule, flow_time, parameterization_of
-from ..sampling.schedule import sigmas_for
+from ..sampling.schedule import path_schedules, sigmas_for
 
 
 def editing_schedule(model: Any, steps: int, denoise: float) -> SigmaSchedule:
@@ -19,12 +19,15 @@ def editing_schedule(model: Any, steps: int, denoise: float) -> SigmaSchedule:
         denoise: in (0, 1]; 1 = up to pure noise.
 
     Raises:
-        ValueError: the MODEL is neither a flow nor a diffusion model, or denoise is too small for any step.
+        ValueError: the MODEL is neither a flow nor a diffusion model, its SideNet is for a part of the path, or denoise
+            is too small for any step.
     """
     sampling = model.get_model_object("model_sampling")
     parameterization = parameterization_of(sampling)
     sidenet = applied_sidenet(model)
-    sigmas = sigmas_for(sampling, steps - 1, denoise, sidenet.card.own_schedules if sidenet else {})
+    if sidenet is not None:
+        sidenet.card.check_whole_path(sidenet.name)
+    sigmas = sigmas_for(sampling, steps - 1, denoise, path_schedules(model))
     # Diffusion models have a smallest noise level.
     start = max(T_MIN, flow_time(sampling, sampling.sigma_min))
     times = parameterization.times(sigmas.double())

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from ...bas_core.checkpoint import SideNetCard, load_sidenet
-from ...training.extra_cfg import add_extra_cfg, check_extra_cfg, nfe_for_cfg
+from ...training.extra_cfg import add_extra_cfg, check_extra_cfg, nfe_for_cfg, recording_for
 from ...training.make import MakeSettings, planned_nfe
 from ...training.progress import Listener, listening, say
-from ...training.recording.record import POINTS, record
+from ...training.recording.record import POINTS, START_POINTS, record
 from ...training.recording.shards import shard_bytes
 from ...training.settings import UsageError, differences, prepare_folder, shareable
 from ...training.train import train_from
+from ..models.parameterization import flow_interval, flow_time
 from .comfy_backbone import ComfyBackbone, open_model
 
 # Settings that may differ when a file of the same name is there: they do not change what was computed.
@@ -107,7 +108,7 @@ def existing_card(path: Path, settings: MakeSettings) -> SideNetCard | None:
 
 
 def check_made_for(card: SideNetCard, backbone: ComfyBackbone, path: Path) -> None:
-    """Refuse a finished SideNet that was made for another model, other prompts or another size.
+    """Refuse a finished SideNet that was made for another model, other prompts, another size or part of the path.
 
     Raises:
         ValueError: saying which.
@@ -117,6 +118,8 @@ def check_made_for(card: SideNetCard, backbone: ComfyBackbone, path: Path) -> No
         "another model, other LoRAs or another precision": (card.backbone.get("fingerprint"), backbone.fingerprint),
         "another size": (recorded.get("shape"), list(backbone.shape)),
         "other prompts": (recorded.get("prompts"), backbone.conditions_digest),
+        "another part of the path": (recorded.get("part"), list(backbone.part)),
+        "another earlier_model": (recorded.get("before"), backbone.before and backbone.before.identity),
     }
     differing = [what for what, (was, now) in compared.items() if was != now]
     if differing:
@@ -133,6 +136,8 @@ def make(
     settings: MakeSettings,
     reporter: ProgressReporter,
     cache: Path | None = None,
+    percents: tuple[float, float] = (0.0, 1.0),
+    earlier: Any = None,
 ) -> SideNetCard:
     """Make a SideNet for a MODEL, or go on with an unfinished one.
 
@@ -143,6 +148,8 @@ def make(
         settings: of the trainer; `guidance` is the CFG scale, `out` the file.
         reporter: of the progress.
         cache: folder of the recordings; None = beside the file.
+        percents: the part of the path that the SideNet is for, in shares of the sampling.
+        earlier: the MODEL that samples the path up to that part; None = the same.
 
     Returns:
         The file's metadata.
@@ -154,8 +161,16 @@ def make(
     card = existing_card(settings.out, settings)
     missing = len(set(settings.extra_guidance) - set(card.schedules if card else ()))
 
+    part = part_between(model, *percents)
+    if earlier is not None and part[0] == 1:
+        raise ValueError("earlier_model is for a start_percent above 0. Raise that, or disconnect earlier_model.")
+
+    def opened(which: Any, scale: float) -> ComfyBackbone:
+        return open_model(which, *prompts, scale, latent, reporter.on_samples, settings.record_batch)
+
     def at_scale(scale: float) -> ComfyBackbone:
-        return open_model(model, *prompts, scale, latent, reporter.on_samples, settings.record_batch)
+        before = None if part[0] == 1 else replace(opened(earlier or model, scale), part=(1.0, part[0]))
+        return replace(opened(model, scale), part=part, before=before)
 
     backbone = at_scale(settings.guidance[0])
     if card is not None:
@@ -167,6 +182,7 @@ def make(
     check_extra_cfg(settings)
     prepare_folder(settings.out.parent, "The folder")
     reporter.planned = planned_nfe(settings) if card is None else missing * nfe_for_cfg(settings)
+    reporter.planned += 0 if backbone.before is None else start_calls(settings, card is None, missing)
     # Nodes run in inference mode, whose tensors cannot be trained on.
     with torch.inference_mode(False), torch.enable_grad(), listening(reporter.listener()):
         settings.check_recording(backbone)
@@ -175,6 +191,28 @@ def make(
         if card is None:
             record_and_train(settings, backbone, folder)
         return add_extra_cfg(replace(settings, device=str(backbone.device)), folder, at_scale)
+
+
+def part_between(model: Any, start_percent: float, end_percent: float) -> tuple[float, float]:
+    """The part of the path between two shares of a MODEL's sampling; see `Backbone.part`.
+
+    Raises:
+        ValueError: it is empty, or the MODEL is neither a flow nor a diffusion model.
+    """
+    if not 0 <= start_percent < end_percent <= 1:
+        raise ValueError(
+            f"start_percent must be below end_percent; got {start_percent:g} and {end_percent:g}. 0 and 1 are the "
+            "whole path."
+        )
+    model_sampling = model.get_model_object("model_sampling")
+    last, first = flow_interval(model_sampling, start_percent, end_percent)
+    highest = flow_time(model_sampling, model_sampling.sigma_max)
+    return min(1.0, first / highest), last / highest
+
+
+def start_calls(settings: MakeSettings, new: bool, scales: int) -> int:
+    """How many model calls the states take that a later part of the path starts at, for the SideNet and some scales."""
+    return START_POINTS * ((settings.starts if new else 0) + scales * recording_for(settings).starts)
 
 
 def plan_text(settings: MakeSettings, calls: int, backbone: ComfyBackbone) -> str:

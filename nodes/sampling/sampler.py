@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from ..notify import log, warn
 from .field import field_of
 from .guider import cfg_of, is_comfyui_cfg, known_guidance, may_split
 from .model_caller import ModelCaller
-from .schedule import Circumstances, schedule_for
+from .schedule import Circumstances, place_of, schedule_for
 from .sidenet import check_latent, guidance_warnings, predictor_of, sidenet_chunk
 from .start import not_random_noise
 
@@ -99,6 +100,7 @@ def sample_ba_solver(
     if len(sigmas) < 2:
         return x
     given = SigmaSchedule.of(parameterization_of(model.inner_model.inner_model.model_sampling), sigmas)
+    options = within_part(model.inner_model, given, options)
     schedule, text = choose_schedule(model, extra_args, x, given, options)
     used = given.over(schedule.grid)
     extra_args = with_sample_sigmas(extra_args, used.sigmas.to(sigmas))
@@ -118,6 +120,23 @@ def sample_ba_solver(
             chunk=solver.chunk,
         )
     return used.parameterization.from_flow(end.reshape(x.shape), sigmas[-1].to(x))
+
+
+def within_part(guider: Any, given: SigmaSchedule, options: Options) -> Options:
+    """The options; with the multistep method where a sampling leaves the part of the path that the SideNet is for, for
+    it knows nothing of the rest."""
+    sidenet, model_sampling = sidenet_of(options, guider), guider.inner_model.model_sampling
+    if sidenet is None:
+        return options
+    start, end = float(given.times[0]), float(given.times[-1])
+    highest = flow_time(model_sampling, model_sampling.sigma_max)
+    if place_of(sidenet.card.part, start, end, highest).inside:
+        return options
+    warn(
+        f"the SideNet {sidenet.name!r} was made for a part of the path, {sidenet.card.describe_part()}. It is not used "
+        f"from {start:.3g} to {end:.3g}. Set the start and end steps, or the split of the sigmas, to that part."
+    )
+    return dataclasses.replace(options, method=MULTISTEP)
 
 
 def sidenet_of(options: Options, guider: Any) -> LoadedSideNet | None:

@@ -7,15 +7,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import comfy.samplers
+import torch
 from torch import Tensor
 
+from ...bas_core.grids import grid_between
 from ...bas_core.schedule import Schedule, describe_schedule
 from ...bas_core.selection import select_part, select_schedule, spread
-from ..models.attach import LoadedSideNet
+from ..models.attach import LoadedSideNet, applied_sidenet
 from ..models.parameterization import SigmaSchedule, flow_time, parameterization_of
 
 # Schedulers start a little below the model's largest sigma, and end a little above 0, by rounding or by design.
 WHOLE_FROM, WHOLE_UNTIL = 0.98, 1e-4
+# Schedulers have no sigma just where a SideNet's part of the path starts or ends. So near, as a share of its length,
+# its schedules are moved to where the sampling does.
+NEAR = 0.1
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,42 @@ class Circumstances:
     no_analytic_step: str = ""
     conditional_only: bool = True
     full_cfg: bool = True
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a sampling lies in the part of the path that a SideNet is for, which for most is the whole.
+
+    Attributes:
+        inside: whether it does not leave the part.
+        fills: whether it goes from the part's start to its end.
+        first, last: flow times of these.
+    """
+
+    inside: bool
+    fills: bool
+    first: float
+    last: float
+
+    def of(self, t: float) -> float:
+        """A flow time as the part's schedules count it: 1 at its start and 0 at its end."""
+        return min(1.0, max(0.0, (t - self.last) / (self.first - self.last)))
+
+
+def place_of(part: tuple[float, float], start: float, end: float, highest: float) -> Place:
+    """The place of a sampling from one flow time to another.
+
+    Args:
+        part: see `SideNetCard`.
+        start, end: flow times.
+        highest: the flow time at which the model's sampling starts.
+    """
+    first, last = (highest * share for share in part)
+    near = NEAR * (first - last)
+    at_start = start >= WHOLE_FROM * highest if part[0] == 1 else abs(start - first) <= near
+    at_end = end <= WHOLE_UNTIL if part[1] == 0 else abs(end - last) <= near
+    inside = (part[0] == 1 or start <= first + near) and end >= last - near
+    return Place(inside, at_start and at_end, first, last)
 
 
 def schedule_for(
@@ -53,18 +94,27 @@ def schedule_for(
     if not schedules:
         return Schedule(times.tolist()), "the scheduler's times (the SideNet's file holds no schedules)"
     start, end = float(times[0]), float(times[-1])
-    if start < WHOLE_FROM * highest or end > WHOLE_UNTIL:
-        share = select_part(schedules, min(1.0, start / highest), end / highest, steps)
-        ends = [start, *(highest * t for t in share.times[1:-1]), end]
-        return Schedule(ends), "part of the path, on its share of the fitted times"
+    place = place_of(sidenet.card.part, start, end, highest)
+    if not place.fills:
+        share = select_part(schedules, place.of(start), place.of(end), steps)
+        inner = grid_between(torch.tensor(share.times[1:-1]), place.first, place.last).tolist()
+        return Schedule([start, *inner, end]), "part of the path, on its share of the fitted times"
     if not circumstances.full_cfg:
-        return Schedule((start * spread(schedules, steps)).tolist()), "the fitted times (CFG in a range)"
+        return Schedule(spread(schedules, steps).tolist()).scaled(start, end), "the fitted times (CFG in a range)"
     analytic = not circumstances.no_analytic_step and sidenet.has_data_mean and start == 1
     found = select_schedule(schedules, steps, analytic=analytic, conditional_only=circumstances.conditional_only)
     text = f"the fitted schedule of {describe_schedule(found)}" if found.fitted else "plain steps on the fitted times"
     if circumstances.no_analytic_step and any(schedule.analytic_first_step for schedule in schedules.values()):
         text += f"; a model call for the first step, because {circumstances.no_analytic_step}"
-    return found.scaled(start), text
+    if not sidenet.card.whole_path:
+        text += f", over {sidenet.card.describe_part()}"
+    return found.scaled(start, end if place.last else 0.0), text
+
+
+def path_schedules(model: Any) -> Mapping[int, Schedule]:
+    """The schedules for the whole path, by number of model calls, of the SideNet on a MODEL; none without such."""
+    sidenet = applied_sidenet(model)
+    return sidenet.card.own_schedules if sidenet is not None and sidenet.card.whole_path else {}
 
 
 def sigmas_for(model_sampling: Any, steps: int, denoise: float, schedules: Mapping[int, Schedule]) -> Tensor:

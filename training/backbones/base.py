@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ...bas_core.checkpoint import WHOLE_PATH
 from ...bas_core.guidance import NO_GUIDANCE, CFGMode, Field, Guidance, check_labels, just_inside, model_field
 from ..settings import UsageError
 
@@ -48,6 +49,8 @@ class Backbone:
         patch_size: side of its network's patches.
         shift: the time shift that the model is usually sampled with.
         start: the time that sampling starts from; below 1 for diffusion models, whose last noise level is finite.
+        part: the part of the path that is recorded and fitted: where it starts and ends, over `start`.
+        before: the model that samples the path up to the part, where it starts later than the path.
         combine: other guidance than CFG, `(conditional, unconditional, scale) -> velocity`; combined mode only.
         device, dtype: where states go, and what the network computes in.
         decode: states [B, C, *spatial] to images [B, 3, H, W] in [0, 1], or None.
@@ -71,6 +74,8 @@ class Backbone:
     patch_size: int = 2
     shift: float = 1.0
     start: float = 1.0
+    part: tuple[float, float] = WHOLE_PATH
+    before: Backbone | None = None
     combine: Combine | None = None
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
@@ -80,6 +85,16 @@ class Backbone:
     conditions_digest: str = ""
     within: Within = work_here
     make_room: Callable[[], int | None] = lambda: None
+
+    @property
+    def first_time(self) -> float:
+        """The time that the part starts at."""
+        return self.start * self.part[0]
+
+    @property
+    def last_time(self) -> float:
+        """The time that the part ends at."""
+        return self.start * self.part[1]
 
     @property
     def identity(self) -> dict[str, str]:

@@ -227,6 +227,7 @@ def evaluate(
     numbers = check_evaluation(evaluation)
     prepare_folder(out)
     sidenet, card = load_sidenet(path, backbone.device, torch.float32)
+    card.check_whole_path(path.name)
     scale = guidance_for(choice, card, backbone)
     schedules = card.schedules_for(scale)
     interval = tuple(card.training.get("recorded", {}).get("guidance_interval", choice.guidance_interval))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...bas_core.flow import per_sample
-from ...bas_core.grids import has_short_first_step, time_grid
+from ...bas_core.grids import grid_between, has_short_first_step, time_grid
 from ...bas_core.quadrature import Rule
 from ..recording.trajectories import Points, Trajectories
 
@@ -71,6 +71,7 @@ class QueryRange:
         shift: lowest and highest time shift of the grids (drawn log-uniformly).
         cosine: lowest and highest cosine blend.
         ascending: share of examples in the other direction (toward noise), for inversion.
+        part: the times from and to which samplings go.
         analytic_first_step: share of the samplings with an analytic first step, of those whose first interval is short.
     """
 
@@ -78,6 +79,7 @@ class QueryRange:
     shift: tuple[float, float] = (0.8, 3.5)
     cosine: tuple[float, float] = (-0.3, 0.6)
     ascending: float = 0.1
+    part: tuple[float, float] = (1.0, 0.0)
     analytic_first_step: float = 0.0
 
 
@@ -111,7 +113,8 @@ def draw_queries(rule: Rule, anchors: int, count: int, ranges: QueryRange, gener
     for a, b, c, d, e, f in uniform.tolist():
         intervals = low + int(a * (high - low + 1 + bool(ranges.analytic_first_step)))
         shift = ranges.shift[0] * (ranges.shift[1] / ranges.shift[0]) ** b
-        grid = time_grid(intervals, shift, ranges.cosine[0] + c * (ranges.cosine[1] - ranges.cosine[0])).tolist()
+        cosine = ranges.cosine[0] + c * (ranges.cosine[1] - ranges.cosine[0])
+        grid = grid_between(time_grid(intervals, shift, cosine), *ranges.part).tolist()
         last = intervals - 1
         # All queries of a sampling are equally likely, but those of the first interval, where one anchor must do, come
         # three times as often.

@@ -77,6 +77,7 @@ class Job:
             nfe=self.training.nfe_range,
             # From uniform grids to well beyond the model's own shift.
             shift=(default.shift[0], max(default.shift[1], 1.5 * self.metadata["shift"])),
+            part=(self.metadata["start"], self.metadata["end"]),
             analytic_first_step=0.0 if self.mean is None else ANALYTIC_SHARE,
         )
         prefixes = self.prefixes if trajectories is self.trajectories else None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...bas_core.files import CheckpointError
-from ...bas_core.grids import time_grid, time_shift
+from ...bas_core.grids import grid_between, time_grid, time_shift
 from ...bas_core.guidance import CFG_MODES, CFGMode
 from ..backbones import Backbone, BackboneChoice, open_backbone
 from ..baselines import run_baseline
@@ -33,6 +33,7 @@ from .reference_solver import (
     record_trajectory,
 )
 from .shards import open_shard, save_shard, shard_bytes
+from .trajectories import Trajectories, open_trajectories
 
 # A few trajectories, on usual times, show where the model's velocity bends; the points of the recording lie there.
 PILOT, PILOT_TRAJECTORIES, PILOT_POINTS = "pilot", 2, 40
@@ -50,6 +51,10 @@ PREFIXES = "prefixes"
 PREFIXES_UNTIL = 0.69
 # Added to the seed, so that prefixes have other noises than the whole trajectories.
 PREFIX_SEEDS = 500_000
+# Where the path is recorded from a later time than it starts at, the states there are in this subfolder: the ends of
+# samplings from noise, of so many points. They need not be exact, for samplings in few steps come there less exactly
+# still; the trajectories that start at them are.
+STARTS, START_POINTS, START_SEEDS = "starts", 17, 600_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +112,11 @@ class Recording:
             )
 
     @property
+    def starts(self) -> int:
+        """From how many states trajectories start, the pilot's and the check's included."""
+        return PILOT_TRAJECTORIES + self.checked + self.trajectories
+
+    @property
     def model_calls(self) -> int:
         """Model calls of the whole recording with its pilot, each for one sample; more where the points are left open
         and `POINTS[0]` are too few."""
@@ -137,6 +147,8 @@ class Stretch:
         times: [points] of each, before jitter.
         seed_offset: makes other noises of the same seed.
         measured: what is known of the reference solver's own error.
+        starts: what they start at, for a later part of the path; None = noise.
+        last_only: whether only the last point of each is kept.
     """
 
     folder: Path
@@ -144,6 +156,8 @@ class Stretch:
     times: Tensor
     seed_offset: int = 0
     measured: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    starts: Trajectories | None = None
+    last_only: bool = False
 
     @property
     def points(self) -> int:
@@ -151,22 +165,40 @@ class Stretch:
         return len(self.times)
 
 
-def usual_times(points: int, backbone: Backbone, until: float = LAST_TIME) -> Tensor:
-    """Times for a model of which nothing is known but its shift."""
+def recorded_until(backbone: Backbone) -> float:
+    """The time of whole trajectories' last point."""
+    return max(LAST_TIME, backbone.last_time)
+
+
+def usual_times(points: int, backbone: Backbone, until: float | None = None) -> Tensor:
+    """Times for a model of which nothing is known but its shift; None = to the last point."""
+    until = recorded_until(backbone) if until is None else until
     # The root of the model's own shift: fine where it is sampled finely, and still not coarse near the data.
-    return default_times(points, backbone.shift**0.5, backbone.start, until)
+    return default_times(points, backbone.shift**0.5, backbone.first_time, until)
+
+
+def record_starts(recording: Recording, out: Path, choice: BackboneChoice, backbone: Backbone) -> Trajectories | None:
+    """The states that the trajectories of a later part of the path start at, recorded or read; None = noise."""
+    before = backbone.before
+    if before is None:
+        return None
+    times = usual_times(START_POINTS, before, backbone.first_time)
+    stretch = Stretch(out / STARTS, recording.starts, times, START_SEEDS, last_only=True)
+    record_stretches([stretch], choice, recording, before)
+    return open_trajectories((stretch.folder,))[0]
 
 
 def prefix_stretch(recording: Recording, out: Path, backbone: Backbone) -> Stretch:
     """The prefixes."""
     until = time_shift(torch.tensor(PREFIXES_UNTIL), backbone.shift).item() * backbone.start
-    times = usual_times(recording.prefix_points, backbone, until)
+    times = usual_times(recording.prefix_points, backbone, max(until, recorded_until(backbone)))
     return Stretch(out / PREFIXES, recording.prefixes, times, PREFIX_SEEDS)
 
 
-def pilot_stretch(out: Path, backbone: Backbone) -> Stretch:
+def pilot_stretch(out: Path, backbone: Backbone, starts: Trajectories | None) -> Stretch:
     """The pilot."""
-    return Stretch(out / PILOT, PILOT_TRAJECTORIES, usual_times(PILOT_POINTS, backbone), PILOT_SEEDS)
+    times = usual_times(PILOT_POINTS, backbone)
+    return Stretch(out / PILOT, PILOT_TRAJECTORIES, times, PILOT_SEEDS, starts=starts)
 
 
 def describe(settings: BackboneChoice, recording: Recording, stretch: Stretch, backbone: Backbone) -> dict[str, Any]:
@@ -184,7 +216,10 @@ def describe(settings: BackboneChoice, recording: Recording, stretch: Stretch, b
         "reference_solver": REFERENCE_SOLVER,
         "patch_size": backbone.patch_size,
         "shift": backbone.shift,
-        "start": backbone.start,
+        "start": backbone.first_time,
+        "end": backbone.last_time,
+        "part": list(backbone.part),
+        "before": None if backbone.before is None else backbone.before.identity,
         "null": backbone.null,
         "num_classes": backbone.num_classes,
         "conditions": backbone.conditions,
@@ -206,17 +241,21 @@ def batch_size(recording: Recording, stretch: Stretch, index: int) -> int:
 def draw_batch(
     recording: Recording, stretch: Stretch, choice: BackboneChoice, backbone: Backbone, index: int
 ) -> dict[str, Any]:
-    """Times [N], noise [m, C, *spatial], labels [m] and the CFG scale of one shard."""
+    """Times [N], noise or other starts [m, C, *spatial], labels [m] and the CFG scale of one shard."""
     generator = batch_generator(recording.seed + stretch.seed_offset, index)
     first, count = index * recording.record_batch, batch_size(recording, stretch, index)
     times = jittered(stretch.times, generator) if recording.jitter else stretch.times
     low, high = choice.scales
-    return {
+    drawn = {
         "times": times,
         "scale": low + (high - low) * torch.rand((), generator=generator).item(),
         "noise": backbone.noise(torch.randn((count, *backbone.shape), generator=generator)),
         "labels": (first + torch.arange(count)) % backbone.conditions,
     }
+    if stretch.starts is None:
+        return drawn
+    rows = first + torch.arange(count)
+    return drawn | {"noise": stretch.starts.states[rows, 0 * rows], "labels": stretch.starts.labels[rows]}
 
 
 def recorded(
@@ -242,7 +281,11 @@ def recorded(
 
 
 def reference_error(
-    recording: Recording, times: Tensor, choice: BackboneChoice, backbone: Backbone
+    recording: Recording,
+    times: Tensor,
+    choice: BackboneChoice,
+    backbone: Backbone,
+    starts: Trajectories | None = None,
 ) -> dict[str, float]:
     """How exact the reference solver is on some times: from its ends on every second of them.
 
@@ -251,10 +294,10 @@ def reference_error(
         over the error of ten calls of a multistep method from the same noises. `reference_calls`: model calls spent.
     """
     few = dataclasses.replace(recording, jitter=False, record_batch=recording.checked)
-    drawn = draw_batch(few, Stretch(Path(), recording.checked, times, CHECK_SEEDS), choice, backbone, 0)
+    drawn = draw_batch(few, Stretch(Path(), recording.checked, times, CHECK_SEEDS, starts=starts), choice, backbone, 0)
     noise = drawn["noise"].to(backbone.device)
     field = backbone.field(drawn["labels"], drawn["scale"], choice.guidance_interval)
-    coarse_grid = LAST_TIME + (backbone.start - LAST_TIME) * time_grid(COMPARED_NFE, backbone.shift)
+    coarse_grid = grid_between(time_grid(COMPARED_NFE, backbone.shift), float(times[0]), float(times[-1]))
 
     def distance(x: Tensor, reference: Tensor) -> float:
         return (x - reference).square().mean().sqrt().item()
@@ -277,14 +320,18 @@ def every_second(times: Tensor) -> Tensor:
     return torch.cat([times[:-1:2], times[-1:]])
 
 
-def planned_stretch(recording: Recording, out: Path, choice: BackboneChoice, backbone: Backbone) -> Stretch:
+def planned_stretch(
+    recording: Recording, out: Path, choice: BackboneChoice, backbone: Backbone, starts: Trajectories | None
+) -> Stretch:
     """Where the points of whole trajectories lie, and how many there are: from the pilot, recorded or read."""
-    pilot = pilot_stretch(out, backbone)
+    counts = (PILOT_TRAJECTORIES, recording.checked, recording.trajectories)
+    of_pilot, of_check, of_whole = (None, None, None) if starts is None else starts.split_into(counts)
+    pilot = pilot_stretch(out, backbone, of_pilot)
     path = pilot.folder / "pilot.safetensors"
     asked = describe(choice, recording, pilot, backbone) | {"asked_points": recording.points}
     rank, _, wait_for_all = processes(backbone.device.type == "cpu")
     if rank == 0 and not path.exists():
-        backbone.within(lambda: measure_pilot(path, pilot, recording, choice, backbone, asked))
+        backbone.within(lambda: measure_pilot(path, pilot, recording, choice, backbone, asked, of_check))
     wait_for_all()  # the others read what the first one measured
     tensors, found = open_shard(path)
     differing = differences(found, asked, ("trajectories", "record_batch"))
@@ -293,7 +340,7 @@ def planned_stretch(recording: Recording, out: Path, choice: BackboneChoice, bac
             f"--out {out} holds another recording ({differing}). Choose another folder; nothing is overwritten."
         )
     times = adapted_times(found["chosen_points"], tensors["times"][0], tensors["velocities"])
-    return Stretch(out, recording.trajectories, times, measured=found["measured"])
+    return Stretch(out, recording.trajectories, times, measured=found["measured"], starts=of_whole)
 
 
 def measure_pilot(
@@ -303,6 +350,7 @@ def measure_pilot(
     choice: BackboneChoice,
     backbone: Backbone,
     metadata: dict[str, Any],
+    starts: Trajectories | None,
 ) -> None:
     """Record the pilot, choose the number of points by the reference solver's error, and write both."""
     own = dataclasses.replace(recording, jitter=False, cfg_mode="combined", record_batch=PILOT_TRAJECTORIES)
@@ -312,7 +360,7 @@ def measure_pilot(
     measured: dict[str, float] = {}
     for points in (recording.points,) if recording.points else POINTS:
         times = adapted_times(points, tensors["times"][0], tensors["velocities"])
-        measured = reference_error(own, times, choice, backbone)
+        measured = reference_error(own, times, choice, backbone, starts)
         calls += int(measured["reference_calls"])
         if measured["reference_relative_error"] <= COARSE:
             break
@@ -346,7 +394,7 @@ def check_out(out: Path) -> None:
     """
     prepare_folder(out)
     others = (path for path in out.iterdir() if path.suffix != ".safetensors" and not path.name.startswith("."))
-    strange = sorted({path.name for path in others} - {PREFIXES, PILOT})
+    strange = sorted({path.name for path in others} - {PREFIXES, PILOT, STARTS})
     if strange:
         raise UsageError(
             f"--out {out} holds other things ({strange[0]}). Choose an empty folder, or that of an unfinished "
@@ -389,7 +437,7 @@ def record(choice: BackboneChoice, recording: Recording, out: Path, backbone: Ba
     choice.check_guidance(backbone)
     recording.check_recording(backbone)
     check_out(out)
-    whole = planned_stretch(recording, out, choice, backbone)
+    whole = planned_stretch(recording, out, choice, backbone, record_starts(recording, out, choice, backbone))
     stretches = [whole, prefix_stretch(recording, out, backbone)][: 2 if recording.prefixes else 1]
     say(plan_text(recording, whole, backbone))
     record_stretches(stretches, choice, recording, backbone)
@@ -422,6 +470,8 @@ def record_stretches(
             stretch = stretches[i]
             drawn = draw_batch(recording, stretch, choice, backbone, n)
             tensors = recorded(drawn, recording, choice, backbone)
+            if stretch.last_only:
+                tensors |= {name: tensors[name][:, -1:] for name in ("times", "states", "velocities")}
             save_shard(shard_path(recording, stretch, n), tensors, metadata[i] | {"shard": n})
             if number == 0:
                 seconds = time.perf_counter() - seconds

@@ -21,7 +21,7 @@ OPTIONAL_TENSORS = {"velocities_null"}
 # The metadata that training relies on.
 METADATA = {
     "backbone", "shape", "cfg_mode", "guidance", "guidance_interval", "points", "patch_size", "record_batch", "shift",
-    "start", "null", "num_classes",
+    "start", "end", "part", "null", "num_classes",
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,7 @@ class Trajectories:
     """M recorded trajectories of N points each, from noise (point 0) to data (point N - 1).
 
     Attributes:
-        times: [M, N], descending from the start to `LAST_TIME` or, for prefixes, an earlier end.
+        times: [M, N], descending from the start to `LAST_TIME` or, for prefixes and parts of the path, an earlier end.
         states, velocities: [M, N, C, *spatial]. The velocity is that of combined CFG, or of one branch.
         labels: [M] indices of the conditions (classes, prompts); the null class for an unconditional branch.
         scales: [M] CFG scales; None = all alike.
@@ -86,6 +87,11 @@ class Trajectories:
         """All but the last `validation` trajectories, and those."""
         rows = len(self) - validation * self.branches
         return self.rows(slice(None, rows)), self.rows(slice(rows, None))
+
+    def split_into(self, counts: Sequence[int]) -> list[Trajectories]:
+        """The first of them in groups of some sizes, one after another."""
+        ends = list(itertools.accumulate(counts))
+        return [self.rows(slice(end - count, end)) for end, count in zip(ends, counts, strict=True)]
 
     def rows(self, rows: slice) -> Trajectories:
         """Some of the trajectories."""
@@ -108,15 +114,16 @@ class Trajectories:
         near, far = (1 + 2 * s) * (1 - s) ** 2, s**2 * (3 - 2 * s)
         return near * x0 + far * x1 + step * (s * (1 - s) ** 2 * v0 - s**2 * (1 - s) * v1)
 
-    def ends(self, rows: Tensor) -> Tensor:
-        """[B, C, *spatial] states at t = 0: the last point, and a straight line from there."""
+    def ends(self, rows: Tensor, t: float = 0.0) -> Tensor:
+        """[B, C, *spatial] states at t, not before the last point: a straight line from there."""
         last = torch.full_like(rows, self.times.shape[1] - 1)
         x, v = self.states[rows, last], self.velocities[rows, last]
-        return x - per_sample(self.times[rows, last], x) * v
+        return x - per_sample(self.times[rows, last] - t, x) * v
 
     def truth(self, rows: Tensor, t: Tensor) -> Tensor:
-        """[B, C, *spatial] states of `rows` at time t, 0 included."""
-        return self.ends(rows) if float(t) == 0 else self.at(rows, t)
+        """[B, C, *spatial] states of `rows` at time t, the end of the path included."""
+        time = float(t)
+        return self.ends(rows, time) if time <= float(self.times[rows, -1].min()) else self.at(rows, t)
 
 
 def find_shards(folders: Sequence[Path]) -> list[Path]:

@@ -39,13 +39,13 @@ def fit_on_surrogate(
     Returns:
         The mean error over the trajectories, RMSE, and the method.
     """
-    steps, start = begun.steps, float(begun.times[0])
+    steps, part = begun.steps, (float(begun.times[0]), float(begun.times[-1]))
     first = to_numbers(begun)
     units = torch.full_like(first, WEIGHT_UNIT)
     units[:steps] = STEP_UNIT
 
     def ends(moves: Tensor) -> Tensor:
-        return surrogate.end_errors(*from_numbers(first + moves * units, steps, start), extra)
+        return surrogate.end_errors(*from_numbers(first + moves * units, steps, *part), extra)
 
     moves = torch.zeros_like(first)
     errors = ends(moves[None])[0]
@@ -75,4 +75,4 @@ def fit_on_surrogate(
             damping *= LARGER
         if not least < before * (1 - LEAST_GAIN):
             break
-    return float(mean_error(errors, size)), form_from(first + moves * units, steps, start)
+    return float(mean_error(errors, size)), form_from(first + moves * units, steps, *part)

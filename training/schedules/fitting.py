@@ -63,7 +63,7 @@ class Fitting:
         field: of the samples.
         noise: [B, C, *spatial] where they begin.
         truth: their states at a time.
-        start: the time that they begin at.
+        start, end: the times that they begin and end at.
     """
 
     sidenet: SideNetProtocol | None
@@ -71,6 +71,7 @@ class Fitting:
     noise: Tensor
     truth: Truth
     start: float = 1.0
+    end: float = 0.0
 
     @property
     def analytic_first_step(self) -> bool:
@@ -192,7 +193,7 @@ def fit_schedules(schedules: Mapping[int, Schedule], fitting: Fitting) -> Schedu
     """Schedules by NFE, with coefficients fitted on their times."""
     fitted: Schedules = {}
     for nfe, schedule in progress(list(schedules.items()), "fit coefficients"):
-        found = fit_schedule(fitting, schedule.scaled(fitting.start), schedule.conditional_only > 0)[1]
+        found = fit_schedule(fitting, schedule.scaled(fitting.start, fitting.end), schedule.conditional_only > 0)[1]
         fitted[nfe] = found.with_times(schedule.times)
     return fitted
 
@@ -201,7 +202,8 @@ def fit_coefficients(sidenet: SideNetProtocol, replay: Replay, schedules: Mappin
     """`fit_schedules` on recorded trajectories; the model calls are added to `replay.nfe`."""
     rows = replay.median_cfg_rows(FIT_TRAJECTORIES)
     field, noise = replay.field_of(rows), replay.noise(rows)
-    fitting = Fitting(sidenet, field, noise, partial(replay.truth, rows), replay.backbone.start)
+    backbone = replay.backbone
+    fitting = Fitting(sidenet, field, noise, partial(replay.truth, rows), backbone.first_time, backbone.last_time)
     with torch.inference_mode():
         found = fit_schedules(schedules, fitting)
     replay.nfe["coefficients"] += field.calls * len(noise)

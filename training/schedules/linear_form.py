@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...bas_core.grids import grid_between
 from ...bas_core.guidance import Field
 from ...bas_core.schedule import Schedule
 from ..baselines import run_baseline
@@ -25,7 +26,7 @@ class LinearForm:
     """A linear multistep method on given times.
 
     Attributes:
-        times: [N + 1] descending to 0, float64.
+        times: [N + 1] descending, float64.
         weights: [N, N], lower triangular: the state at times[k + 1] is the noise plus weights[k, j] times the velocity
             of call j = 0 … k. A row's sum is times[k + 1] - times[0], so that a straight path is exact.
     """
@@ -60,7 +61,7 @@ def linear_form(solver: str, times: Tensor) -> LinearForm:
 def schedule_of(
     form: LinearForm, analytic_first_step: bool = False, cfg_coefficients: list[list[float]] | None = None
 ) -> Schedule:
-    """The method as a schedule from t = 1 to 0, in the solver's coefficients (`Schedule.coefficients`).
+    """The method as a schedule with times from 1 to 0, in the solver's coefficients (`Schedule.coefficients`).
 
     After a step's corrector the predictor's state is kept (-1 for the corrected state, 1 for the predicted one), and
     each predictor goes on from there by the difference of two rows of weights.
@@ -75,7 +76,7 @@ def schedule_of(
             rows.append([-1.0, 1.0, *[0.0] * (i + 1)])
         before = weights[i]
     return Schedule(
-        (times / times[0]).tolist(),
+        ((times - times[-1]) / (times[0] - times[-1])).tolist(),
         coefficients=rows,
         cfg_coefficients=cfg_coefficients or (),
         analytic_first_step=analytic_first_step,
@@ -93,17 +94,17 @@ def to_numbers(form: LinearForm) -> Tensor:
     return torch.cat([(-form.times.diff()).log(), form.weights[lower(form.steps)]])
 
 
-def from_numbers(numbers: Tensor, steps: int, start: float) -> tuple[Tensor, Tensor]:
-    """Times [G, N + 1] and weights [G, N, N] of G points [G, N + N (N - 1) / 2] of the space, from the time `start`."""
+def from_numbers(numbers: Tensor, steps: int, start: float, end: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Times [G, N + 1] and weights [G, N, N] of G points [G, N + N (N - 1) / 2] of the space, from `start` to `end`."""
     shares = torch.softmax(numbers[:, :steps], 1).cumsum(1)
     first, last = shares.new_ones(len(numbers), 1), shares.new_zeros(len(numbers), 1)
-    times = start * torch.cat([first, 1 - shares[:, :-1], last], 1)
+    times = grid_between(torch.cat([first, 1 - shares[:, :-1], last], 1), start, end)
     weights = numbers.new_zeros(len(numbers), steps, steps)
     weights[:, lower(steps)] = numbers[:, steps:]
     return times, weights + torch.diag_embed(times[:, 1:] - times[:, :1] - weights.sum(2))
 
 
-def form_from(numbers: Tensor, steps: int, start: float) -> LinearForm:
+def form_from(numbers: Tensor, steps: int, start: float, end: float = 0.0) -> LinearForm:
     """One point of the space [N + N (N - 1) / 2]."""
-    times, weights = from_numbers(numbers[None], steps, start)
+    times, weights = from_numbers(numbers[None], steps, start, end)
     return LinearForm(times[0], weights[0])

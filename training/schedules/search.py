@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ...bas_core.files import read_pickled_tensors, write_atomically
-from ...bas_core.grids import has_short_first_step, time_grid
+from ...bas_core.grids import grid_between, has_short_first_step, time_grid
 from ...bas_core.guidance import Field, just_inside
 from ...bas_core.prediction import SideNetProtocol, StraightLine
 from ...bas_core.schedule import Schedule
@@ -124,14 +124,14 @@ def first_numbers(numbers: Sequence[int]) -> list[int]:
 
 
 @cache
-def known_methods(steps: int, start: float, short_first_step: bool) -> tuple[list[str], list[LinearForm]]:
-    """The known methods on all grids, or on those whose first step is short: labels and forms."""
+def known_methods(steps: int, start: float, end: float, short_first_step: bool) -> tuple[list[str], list[LinearForm]]:
+    """The known methods on all grids from `start` to `end`, or on those whose first step is short: labels and forms."""
     labels, forms = [], []
     for solver, (shift, cosine) in itertools.product(KNOWN, GRIDS):
         grid = time_grid(steps, shift, cosine, dtype=torch.float64)
         if not short_first_step or has_short_first_step(grid):
             labels.append(f"{solver}, shift {shift:g}, cosine {cosine:g}")
-            forms.append(linear_form(solver, grid * start))
+            forms.append(linear_form(solver, grid_between(grid, start, end)))
     return labels, forms
 
 
@@ -193,7 +193,7 @@ class SearchData:
         self.surrogate = Surrogate(self.data)
         self.means = means_for(known, self.rows, mean_size) if mean_size else None
         self.size = known.states[int(self.rows[0])][0].numel()
-        self.start = float(self.data.times[0, 0])
+        self.part = replay.backbone.first_time, replay.backbone.last_time
         # What an analytic first velocity is off by.
         noise, first = self.data.states[:, 0], self.data.velocities[:, 0]
         self.first_missed = None if self.means is None else noise - self.coordinates.of(self.means) - first
@@ -252,7 +252,7 @@ class SearchData:
         self, steps: int, analytic: bool, conditional_only: bool, measured: Tensor | None
     ) -> list[tuple[float, Candidate]]:
         """The known methods on all grids by their error on the surrogate, the best first."""
-        labels, forms = known_methods(steps, self.start, analytic)
+        labels, forms = known_methods(steps, *self.part, analytic)
         found = [Candidate(label, form, analytic, conditional_only) for label, form in zip(labels, forms, strict=True)]
         errors: list[float] = []
         extra = self.extra(found[0], measured) if found else None
@@ -316,7 +316,8 @@ class Search:
         for i, nfe in enumerate(progress(first_numbers(self.numbers), "rollouts of known methods")):
             steps = self.options(nfe)[0][0]
             for j, (solver, shape) in enumerate(FIRST):
-                form = linear_form(solver, time_grid(steps, *shape, dtype=torch.float64) * self.fit.start)
+                grid = time_grid(steps, *shape, dtype=torch.float64)
+                form = linear_form(solver, grid_between(grid, *self.fit.part))
                 chosen = part_of(len(self.fit), i - j, len(FIRST))
                 if len(chosen):
                     scatter = scattered(form, len(chosen), SCATTER, self.generator)
@@ -418,8 +419,9 @@ def judge(
     rows = replay.median_cfg_rows(len(replay.trajectories))
     field = watch(replay.field_of(rows))
     begun = time.perf_counter()
-    ends = solve(field, sidenet, replay.noise(rows), schedule.scaled(replay.backbone.start))
-    errors = endpoint_errors(ends, replay.truth(rows, torch.zeros(()))).cpu()
+    start, end = replay.backbone.first_time, replay.backbone.last_time
+    ends = solve(field, sidenet, replay.noise(rows), schedule.scaled(start, end))
+    errors = endpoint_errors(ends, replay.truth(rows, torch.tensor(end))).cpu()
     replay.nfe["validation"] += round(field.nfe * len(rows))
     return Judged(errors, (time.perf_counter() - begun) / len(rows))
 

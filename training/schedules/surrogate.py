@@ -112,10 +112,9 @@ class Subsampled:
     velocities: Tensor
     variances: Tensor
 
-    @property
-    def ends(self) -> Tensor:
-        """[M, D] at t = 0: a straight line from the last point."""
-        return self.states[:, -1] - self.times[:, -1:] * self.velocities[:, -1]
+    def ends(self, t: float = 0.0) -> Tensor:
+        """[M, D] at t, not before the last point: a straight line from there."""
+        return self.states[:, -1] - (self.times[:, -1:] - t) * self.velocities[:, -1]
 
     def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """States and velocities [G, M, D] at times [G], before the last point those of the last point.
@@ -254,7 +253,7 @@ class Surrogate:
             v = v + self.change(times[:, k], x - states) if k else v
             velocities.append(v if extra is None else v + extra[k])
             x = noise + torch.einsum("gj,gjmd->gmd", weights[:, k, : k + 1], torch.stack(velocities, 1))
-        return x - self.trajectories.ends
+        return x - self.trajectories.ends(float(times[0, -1]))
 
 
 def _alike(distance: Tensor) -> Tensor:
