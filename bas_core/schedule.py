@@ -8,8 +8,8 @@ Beside its times a schedule may hold
 
 - *multistep coefficients*. The bi-anchor step knows two velocities, and what the SideNet makes of them. A linear
   multistep method weights all velocities so far. Both fit together: each step adds to its state a few differences that
-  are zero where the velocity does not change. All coefficients zero is the published solver, and a straight path stays
-  exact with any coefficients.
+  are zero where the velocity does not change, and a share of the step itself: a few-step sampler that goes a little
+  farther or less far than the times say ends nearer. All coefficients zero is the published solver.
 - *conditional-only calls*. CFG doubles every call, v = v_u + scale (v_c - v_u), and v_c - v_u changes less along a path
   than the velocity does. At some calls the unconditional branch is left out and the difference predicted from earlier
   calls, as linear adaptive guidance does (Castillo et al. 2023, arXiv 2312.12487). The NFE saved buy another step.
@@ -134,8 +134,8 @@ def velocity_weights(coefficients: Sequence[Row]) -> list[dict[int, float]]:
     for number, row in enumerate(coefficients):
         step, corrected = divmod(number, 2)
         others = [j for j in range(step + 1 + corrected) if j != step]
-        weights = dict(zip(others, row[1 + corrected :], strict=True))
-        found.append(weights | {step: -sum(weights.values())})
+        weights = dict(zip(others, row[1 + corrected : -1], strict=True))
+        found.append(weights | {step: row[-1] - sum(weights.values())})
     return found
 
 
@@ -226,9 +226,9 @@ class Schedule:
         times: N + 1, descending (to sample) or ascending (to invert), within [0, 1].
         coefficients: 2 N - 1 rows of multistep coefficients, for each step i one after its predictor and one after its
             corrector. They weight what may be added to the state: with d = s - t and p = x_t + d v_i the end of a
-            straight path, x - p; after the corrector also the predictor's state less p; and d (v_j - v_i) for every
-            other anchor j, the step's end included. All are zero where the velocity is constant. Empty: the published
-            solver.
+            straight path, x - p; after the corrector also the predictor's state less p; d (v_j - v_i) for every
+            other anchor j, the step's end included; and d v_i. All but the last are zero where the velocity is
+            constant. Empty: the published solver.
         cfg_coefficients: one row for each of the last model calls: empty for a call of both branches, else the
             coefficients of a conditional-only call. They weight what v_c - v_u is predicted from: itself at earlier
             calls of both branches, and the change of v_c since every earlier call. Empty: both, always.
@@ -317,7 +317,7 @@ def _numbers(values: Row | Tensor) -> Numbers:
 
 def _check_coefficients(rows: Sequence[Row], steps: int) -> None:
     """Refuse rows that do not fit so many steps."""
-    expected = [1 + i // 2 + 2 * (i % 2) for i in range(2 * steps - 1)]
+    expected = [2 + i // 2 + 2 * (i % 2) for i in range(2 * steps - 1)]
     lengths = [len(row) for row in rows]
     if lengths != expected:
         raise ValueError(f"Coefficients for {steps} steps come in rows of {expected} numbers; got {lengths}.")

@@ -24,7 +24,7 @@ TIMES = [1.0, 0.7, 0.45, 0.2, 0.0]
 def random_weights(times=TIMES, size=0.3):
     generator = torch.Generator().manual_seed(5)
     rows = [
-        (size * torch.randn(1 + row // 2 + 2 * (row % 2), generator=generator)).tolist()
+        (size * torch.randn(2 + row // 2 + 2 * (row % 2), generator=generator)).tolist()
         for row in range(2 * (len(times) - 1) - 1)
     ]
     return Schedule(times, rows)
@@ -44,7 +44,8 @@ def naive_run(velocity, x, run):
         end = (
             probe
             + w[0] * (probe - straight)
-            + sum(a * d * (v - now) for a, (_, v) in zip(w[1:], known[:i], strict=True))
+            + sum(a * d * (v - now) for a, (_, v) in zip(w[1:-1], known[:i], strict=True))
+            + w[-1] * d * now
         )
         if i == len(times) - 2:
             return end
@@ -53,7 +54,7 @@ def naive_run(velocity, x, run):
         others = [v for j, (_, v) in enumerate(known) if j != i]
         w = next(rows)
         x = accepted + w[0] * (accepted - straight) + w[1] * (end - straight)
-        x = x + sum(a * d * (v - now) for a, v in zip(w[2:], others, strict=True))
+        x = x + sum(a * d * (v - now) for a, v in zip(w[2:-1], others, strict=True)) + w[-1] * d * now
     raise AssertionError
 
 
@@ -66,10 +67,12 @@ def check_weighted_run():
 
 
 def check_straight_paths_stay_exact():
-    """Any weights leave a velocity that does not change alone, as where an inpaint mask keeps the image."""
+    """Any weights of differences leave a velocity that does not change alone."""
     speed = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(3, 1, 2, 2)
     field = model_field(lambda x, t: speed)
-    x = solve(field, None, state(), random_weights())
+    run = random_weights()
+    differences = Schedule(run.times, [(*row[:-1], 0.0) for row in run.coefficients])
+    x = solve(field, None, state(), differences)
     torch.testing.assert_close(x, state() - speed, atol=1e-12, rtol=0)
 
 
@@ -195,7 +198,7 @@ def test_damaged_weights_in_a_file_are_refused(weights, message, tmp_path):
 
 
 def test_bad_weights_and_methods_are_refused():
-    with pytest.raises(ValueError, match="come in rows of \\[1, 3, 2, 4, 3, 5, 4\\] numbers; got \\[1\\]"):
+    with pytest.raises(ValueError, match="come in rows of \\[2, 4, 3, 5, 4, 6, 5\\] numbers; got \\[1\\]"):
         Schedule(TIMES, [[0.0]])
     with pytest.raises(ValueError, match="must be finite"):
         random_weights(size=float("inf"))

@@ -187,10 +187,13 @@ def test_the_first_step_is_analytic_from_random_noise(name, velocity, model, tmp
         assert len(calls) == 3
 
 
-@pytest.mark.parametrize("first", [0, 7], ids=["no first step", "no call"])
-def test_inpainting_keeps_exactly_what_is_kept(first, model, tmp_path):
-    """With a data mean that is far off; as Euler keeps it."""
-    fitted = Schedule([1.0, 0.9, 0.6, 0.3, 0.0], analytic_first_step=True)
+ANALYTIC = Schedule([1.0, 0.9, 0.6, 0.3, 0.0], analytic_first_step=True)
+WEIGHTED = Schedule([1.0, 0.8, 0.4, 0.0], [[0.1] * (2 + row // 2 + 2 * (row % 2)) for row in range(5)])
+
+
+@pytest.mark.parametrize(("fitted", "first"), [(ANALYTIC, 0), (ANALYTIC, 7), (WEIGHTED, 0)])
+def test_inpainting_keeps_exactly_what_is_kept(fitted, first, model, tmp_path):
+    """With a data mean that is far off, and with coefficients that leave a straight path; as Euler keeps it."""
     card = SideNetCard("combined", (1.0, 10.0), schedules={3.0: {3: fitted}})
     net = models.make_sidenet(tmp_path / "mean.safetensors", 16, card, anchors=2, data_mean_size=4)
     with torch.no_grad():
@@ -471,7 +474,7 @@ def test_step_weights_act_on_the_grid_that_they_were_fitted_on(name, velocity, m
     """As in the core; and not on other grids, with part of the SideNet's strength or another quadrature."""
     grid, path = [1.0, 0.8, 0.5, 0.25, 0.0], tmp_path / "weighted.safetensors"
     generator = torch.Generator().manual_seed(3)
-    rows = [(0.2 * torch.randn((1 + row // 2 + 2 * (row % 2)), generator=generator)).tolist() for row in range(7)]
+    rows = [(0.2 * torch.randn((2 + row // 2 + 2 * (row % 2)), generator=generator)).tolist() for row in range(7)]
     fitted = Schedule(grid, rows)
     card = SideNetCard(velocity, (1.0, 10.0), schedules={3.0: {4: fitted}})
     net = models.make_sidenet(path, CHANNELS[name], card, anchors=2)
@@ -520,7 +523,7 @@ def test_no_number_of_steps_makes_more_calls(steps, model, tmp_path):
 def test_parts_are_sampled_on_their_share_of_the_fitted_times(model, tmp_path):
     """SplitSigmas: as many calls as the part has steps, at times between the fitted ones, without coefficients."""
     grid = [1.0, 0.9, 0.75, 0.5, 0.2, 0.0]
-    rows = [[0.1] * (1 + row // 2 + 2 * (row % 2)) for row in range(9)]
+    rows = [[0.1] * (2 + row // 2 + 2 * (row % 2)) for row in range(9)]
     card = SideNetCard(schedules={3.0: {5: Schedule(grid, rows)}})
     net = models.make_sidenet(tmp_path / "part.safetensors", 16, card, anchors=2)
     applied, times = models.with_sidenet(model("sd3"), net), []

@@ -23,7 +23,7 @@ CONDITIONAL_ONLY = [[], [0.7, -0.4], [], [0.5, 0.3, 0.1, -0.2, 0.6]]
 def fitted(times=TIMES, **changes):
     generator = torch.Generator().manual_seed(1)
     rows = [
-        (0.1 * torch.randn(1 + row // 2 + 2 * (row % 2), generator=generator)).tolist()
+        (0.1 * torch.randn(2 + row // 2 + 2 * (row % 2), generator=generator)).tolist()
         for row in range(2 * len(times) - 3)
     ]
     return Schedule(
@@ -138,7 +138,7 @@ def test_files_keep_every_part(tmp_path):
 def test_a_schedule_of_tensors_is_one_of_numbers(tmp_path):
     """It can be compared, hashed and saved."""
     times = torch.tensor([1.0, 0.5, 0.25, 0.0])
-    rows = [torch.full((1 + i // 2 + 2 * (i % 2),), 0.5) for i in range(5)]
+    rows = [torch.full((2 + i // 2 + 2 * (i % 2),), 0.5) for i in range(5)]
     made, same = Schedule(times, rows), Schedule(times.tolist(), [row.tolist() for row in rows])
     assert made == same and hash(made) == hash(same) and made != Schedule(times)
     save_sidenet(tmp_path / "a.safetensors", small_sidenet(), SideNetCard(schedules={1.0: {3: made}}))
@@ -148,7 +148,7 @@ def test_a_schedule_of_tensors_is_one_of_numbers(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_the_default_dtype_changes_nothing(dtype):
     """Neither times nor coefficients nor guidance are rounded to it."""
-    rows = [[0.01] * (1 + i // 2 + 2 * (i % 2)) for i in range(2 * 4 - 1)]
+    rows = [[0.01] * (2 + i // 2 + 2 * (i % 2)) for i in range(2 * 4 - 1)]
     schedule = Schedule([1.0, 0.9408, 0.6, 0.3, 0.0], rows, [[], [], [0.1] * 4, [0.1] * 5])
     net, x = small_sidenet(anchors=2, cfg_input=True, dtype=torch.float32), noise(2, 2, 4, 4, dtype=torch.float32)
 

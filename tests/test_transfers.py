@@ -24,7 +24,7 @@ STEPS = 6
 INTERVAL = (0.0, 0.7)
 SHIFTED = Schedule(
     time_grid(STEPS, 3.0, -0.2).tolist(),
-    [[0.01] * (1 + i // 2 + 2 * (i % 2)) for i in range(2 * STEPS - 1)],
+    [[0.01] * (2 + i // 2 + 2 * (i % 2)) for i in range(2 * STEPS - 1)],
     rule="lobatto2",
 )
 CONDITIONAL_ONLY = Schedule(SHIFTED.times, SHIFTED.coefficients, [[], [], [0.1] * 4, [], [0.1] * 7], rule="lobatto2")

@@ -32,6 +32,7 @@ class ModelCaller:
         sigmas: of the times at which the model is called, on its device.
         shape: of ComfyUI's state; the solver's may have one more axis.
         on_call: called after each model call.
+        last: flow state, time and velocity of the last call.
     """
 
     model: Any
@@ -39,6 +40,7 @@ class ModelCaller:
     sigmas: SigmaSchedule | AnySigma
     shape: torch.Size
     on_call: Callable[[], Any]
+    last: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
     def guider(self) -> Any:
@@ -93,7 +95,9 @@ class ModelCaller:
         state = self.sigmas.parameterization.from_flow(x, sigma).reshape(self.shape)
         denoised = self.model(state, sigma.expand(self.shape[0]), **{**self.extra_args, "model_options": options})
         self.on_call()
-        return x0_to_velocity(x, denoised.to(x.dtype).reshape(x.shape), time)
+        velocity = x0_to_velocity(x, denoised.to(x.dtype).reshape(x.shape), time)
+        self.last = x, time[0], velocity
+        return velocity
 
     def mask(self, sigma: Tensor) -> Tensor | None:
         """The inpaint mask at sigma (0-d), 1 = drawn, as ComfyUI uses it there; None without one."""
@@ -103,6 +107,18 @@ class ModelCaller:
             return mask
         extra = {"model": self.guider, "sigmas": self.model.sigmas}
         return change(sigma.expand(self.shape[0]), mask, extra_options=extra)
+
+    def straight_where_masked(self, end: Tensor, t: Tensor) -> Tensor:
+        """A sampling's end [B, C, *spatial] at time t (0-d), from the last call straight on where a mask keeps the image.
+
+        The path is straight there, and a schedule's coefficients may leave a straight path (`Schedule.coefficients`).
+        """
+        if self.last is None or self.extra_args.get("denoise_mask") is None:
+            return end
+        x, time, velocity = self.last
+        mask = self.mask(self.sigmas.sigma_at(time).to(x))
+        straight = x + (t.to(time) - time).to(x) * velocity
+        return end if mask is None else torch.lerp(straight, end, mask.to(x).expand(self.shape).reshape(x.shape))
 
     def keep_unmasked(self, denoised: Tensor, sigma: Tensor) -> Tensor:
         """A branch's denoised state with the masked-out part replaced, as ComfyUI does to the combined one."""

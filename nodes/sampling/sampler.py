@@ -119,6 +119,7 @@ def sample_ba_solver(
             callback=None if callback is None else step_callback(used, x.shape, callback, len(sigmas) - 1),
             chunk=solver.chunk,
         )
+        end = solver.caller.straight_where_masked(end, used.times[-1]) if schedule.coefficients else end
     return used.parameterization.from_flow(end.reshape(x.shape), sigmas[-1].to(x))
 
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from .linear_form import LinearForm, form_from, from_numbers, to_numbers
 from .surrogate import Surrogate, mean_error
 
-# A move of this size, in the logarithm of a step or in a weight, counts as one.
-STEP_UNIT, WEIGHT_UNIT = 0.3, 0.1
-# Share of the start's error that is added for each squared move of one unit: what is fitted stays near where it began,
-# unless moving pays.
-PRIOR = 0.0133
+# A move of this size, in the logarithm of a step, in a row's sum or in a weight, counts as one.
+STEP_UNIT, SUM_UNIT, WEIGHT_UNIT = 0.3, 0.03, 0.1
+# Share of the start's error that is added for each squared move of one unit, over the number of trajectories: what is
+# fitted stays near where it began, unless moving pays, the nearer the fewer trajectories tell.
+PRIOR = 0.106
 ITERATIONS = 12
 # The least relative gain of an iteration, for another one.
 LEAST_GAIN = 1e-4
@@ -42,7 +42,7 @@ def fit_on_surrogate(
     steps, part = begun.steps, (float(begun.times[0]), float(begun.times[-1]))
     first = to_numbers(begun)
     units = torch.full_like(first, WEIGHT_UNIT)
-    units[:steps] = STEP_UNIT
+    units[:steps], units[steps : 2 * steps] = STEP_UNIT, SUM_UNIT
 
     def ends(moves: Tensor) -> Tensor:
         return surrogate.end_errors(*from_numbers(first + moves * units, steps, *part), extra)
@@ -50,7 +50,7 @@ def fit_on_surrogate(
     moves = torch.zeros_like(first)
     errors = ends(moves[None])[0]
     error = mean_error(errors, size)
-    held = PRIOR * error
+    held = PRIOR * error / len(errors)
 
     def cost(error: Tensor, moves: Tensor) -> float:
         return float(error + held * moves.square().sum())

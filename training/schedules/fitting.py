@@ -150,11 +150,12 @@ class FitHook(CFGFit):
         """See `ScheduleHook`; with fresh coefficients."""
         regressors = self.regressors(state)
         truth = self.truth(torch.tensor(state.s, dtype=state.x.dtype))
-        self.rows.append(least_squares(regressors, truth - state.x).tolist())
-        return linear_combination(state.x, regressors, self.rows[-1])
+        found = least_squares(regressors, truth - state.x).tolist()
+        self.rows.append([*found, 0.0])
+        return linear_combination(state.x, regressors, found)
 
     def regressors(self, state: StepState) -> list[Tensor]:
-        """What a step may add to its state: [B, C, *spatial] each; see `Schedule.coefficients`."""
+        """What a step may add to its state, but for the step itself: [B, C, *spatial] each; see `Schedule.coefficients`."""
         if state.predicted is None:
             self.anchors[state.index :] = [state.velocity]
         elif state.end_velocity is not None:

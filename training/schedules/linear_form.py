@@ -28,7 +28,7 @@ class LinearForm:
     Attributes:
         times: [N + 1] descending, float64.
         weights: [N, N], lower triangular: the state at times[k + 1] is the noise plus weights[k, j] times the velocity
-            of call j = 0 … k. A row's sum is times[k + 1] - times[0], so that a straight path is exact.
+            of call j = 0 … k. A known method's row sums to times[k + 1] - times[0], so that a straight path is exact.
     """
 
     times: Tensor
@@ -71,9 +71,9 @@ def schedule_of(
     before = torch.zeros_like(weights[0])
     for i in range(form.steps):
         change = (weights[i] - before) / (times[i + 1] - times[i])
-        rows.append([-1.0, *change[:i].tolist()])
+        rows.append([-1.0, *change[:i].tolist(), float(change.sum()) - 1])
         if i < form.steps - 1:
-            rows.append([-1.0, 1.0, *[0.0] * (i + 1)])
+            rows.append([-1.0, 1.0, *[0.0] * (i + 2)])
         before = weights[i]
     return Schedule(
         ((times - times[-1]) / (times[0] - times[-1])).tolist(),
@@ -85,26 +85,30 @@ def schedule_of(
 
 
 def lower(steps: int) -> Tensor:
-    """[N, N] mask of the weights below the diagonal, which are free; a row's sum gives its diagonal."""
+    """[N, N] mask of the weights below the diagonal."""
     return torch.ones(steps, steps, dtype=torch.bool).tril(-1)
 
 
 def to_numbers(form: LinearForm) -> Tensor:
-    """[N + N (N - 1) / 2] free numbers: the logarithms of the steps, then the weights below the diagonal."""
-    return torch.cat([(-form.times.diff()).log(), form.weights[lower(form.steps)]])
+    """[2 N + N (N - 1) / 2] free numbers: the logarithms of the steps, by how much each row's sum is more than a
+    straight path's, and the weights below the diagonal."""
+    excess = form.weights.sum(1) - (form.times[1:] - form.times[0])
+    return torch.cat([(-form.times.diff()).log(), excess, form.weights[lower(form.steps)]])
 
 
 def from_numbers(numbers: Tensor, steps: int, start: float, end: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Times [G, N + 1] and weights [G, N, N] of G points [G, N + N (N - 1) / 2] of the space, from `start` to `end`."""
+    """Times [G, N + 1] and weights [G, N, N] of G points [G, 2 N + N (N - 1) / 2] of the space, from `start` to
+    `end`."""
     shares = torch.softmax(numbers[:, :steps], 1).cumsum(1)
     first, last = shares.new_ones(len(numbers), 1), shares.new_zeros(len(numbers), 1)
     times = grid_between(torch.cat([first, 1 - shares[:, :-1], last], 1), start, end)
     weights = numbers.new_zeros(len(numbers), steps, steps)
-    weights[:, lower(steps)] = numbers[:, steps:]
-    return times, weights + torch.diag_embed(times[:, 1:] - times[:, :1] - weights.sum(2))
+    weights[:, lower(steps)] = numbers[:, 2 * steps :]
+    sums = times[:, 1:] - times[:, :1] + numbers[:, steps : 2 * steps]
+    return times, weights + torch.diag_embed(sums - weights.sum(2))
 
 
 def form_from(numbers: Tensor, steps: int, start: float, end: float = 0.0) -> LinearForm:
-    """One point of the space [N + N (N - 1) / 2]."""
+    """One point of the space [2 N + N (N - 1) / 2]."""
     times, weights = from_numbers(numbers[None], steps, start, end)
     return LinearForm(times[0], weights[0])

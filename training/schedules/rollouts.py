@@ -84,8 +84,9 @@ def _by_sample(weights: Tensor, like: Tensor) -> Tensor:
 
 
 def scattered(form: LinearForm, samples: int, size: float, generator: torch.Generator) -> Tensor:
-    """[M, N, N] random changes of weights, larger where the path is long, which leave rows' sums as they are."""
+    """[M, N, N] random changes of weights, larger where the path is long; rows' sums change by half of a weight's."""
     steps = form.steps
-    changes = torch.randn(samples, steps, steps, generator=generator, dtype=torch.float64).tril(-1)
-    changes = changes * (size * (form.times[0] - form.times[1:]))[:, None]
-    return changes - torch.diag_embed(changes.sum(2))
+    changes = torch.randn(samples, steps, steps, generator=generator, dtype=torch.float64).tril()
+    sums = torch.diagonal(changes, dim1=1, dim2=2) / 2
+    changes = changes.tril(-1) + torch.diag_embed(sums - changes.tril(-1).sum(2))
+    return changes * (size * (form.times[0] - form.times[1:]))[:, None]
