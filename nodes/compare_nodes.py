@@ -64,7 +64,7 @@ class CompareSolvers(io.ComfyNode):
     def execute(cls, **listed: Any) -> io.NodeOutput:
         one = {name: values[0] for name, values in listed.items() if values}
         model, vae = one["model"], one.get("vae")
-        latent = inputs.latent_tensor(model, one["latent_image"], "Compare Solvers")
+        latent = inputs.latent_of(model, one["latent_image"], "Compare Solvers")
         calls, reference = numbers(one["model_calls"]), one.get("reference_steps", 60)
         jobs = jobs_for(model, names(one["samplers"]), names(one["schedulers"]))
         bar = comfy.utils.ProgressBar(10 * total_calls(jobs, calls, reference, len(listed["positive"])))

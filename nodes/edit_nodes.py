@@ -15,6 +15,7 @@ from .editing.source_trajectory import InvertedNoise, SourceTrajectoryLink, chec
 from .editing.validation import check_image, check_mask, repeat_for_prompts
 from .models.parameterization import flow_interval
 from .sampling.guider import guider_for, takes_guidance
+from .sampling.start import Latent
 
 # The CFG scale of an edit where none is given and CFG can be used: changes show, and most models keep their looks.
 EDIT_CFG = 2.0
@@ -71,17 +72,17 @@ class BAInvert(io.ComfyNode):
         negative: Any = None,
         seed: int = 0,
     ) -> io.NodeOutput:
-        image = _image(model, latent_image, "BA Invert", source)
+        latent = _image(model, latent_image, "BA Invert", source)
         guider = guider_for(model, source, negative, source_cfg)
         sigmas = editing_schedule(model, steps, denoise)
-        trajectory, noisy = source_trajectory(guider, image, sigmas, seed, METHODS[0])
+        trajectory, noisy = source_trajectory(guider, latent, sigmas, seed, METHODS[0])
         return io.NodeOutput({**latent_image, "samples": noisy}, InvertedNoise(model, trajectory), trajectory)
 
 
-def _image(model: Any, latent: dict[str, Any], node: str, *prompts: Any) -> torch.Tensor:
-    image = inputs.latent_tensor(model, latent, node)
-    check_image(model, image)
-    return repeat_for_prompts(image, *prompts)
+def _image(model: Any, latent: dict[str, Any], node: str, *prompts: Any) -> Latent:
+    image = inputs.latent_of(model, latent, node)
+    check_image(model, image.samples)
+    return image._replace(samples=repeat_for_prompts(image.samples, *prompts))
 
 
 def _eta_inputs() -> list[Any]:
@@ -187,11 +188,12 @@ class BAEdit(io.ComfyNode):
             )
         cfg = cfg or (1.0 if negative is None or takes_guidance(model) else EDIT_CFG)
         prompts = (source, positive, *([] if cfg == 1 or negative is None else [negative]))
-        image = _image(model, latent_image, "BA Edit", *prompts)
+        latent = _image(model, latent_image, "BA Edit", *prompts)
+        image = latent.samples
         edit_mask = check_mask(mask, latent_image, image)
         if trajectory is None:
             guider = guider_for(model, source, negative, source_cfg)
-            trajectory, _ = source_trajectory(guider, image, editing_schedule(model, steps, denoise), seed, method)
+            trajectory, _ = source_trajectory(guider, latent, editing_schedule(model, steps, denoise), seed, method)
         check_trajectory(trajectory, model, image)
         window = flow_interval(model.get_model_object("model_sampling"), eta_start_percent, eta_end_percent)
         control = Control(eta, window, None if trajectory.straight else FADE)

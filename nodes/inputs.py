@@ -7,7 +7,8 @@ from typing import Any
 
 import comfy.sample
 from comfy_api.v0_0_2 import io
-from torch import Tensor
+
+from .sampling.start import Latent
 
 SEEDS = {"default": 0, "min": 0, "max": 0xFFFFFFFFFFFFFFFF}
 RARE = {"optional": True, "advanced": True}  # an input that few people change
@@ -75,8 +76,8 @@ def editing_seed() -> Any:
     )
 
 
-def latent_tensor(model: Any, latent: dict[str, Any], node: str) -> Tensor:
-    """The tensor of a LATENT, [B, C, *spatial]; an empty one in the model's own number of channels.
+def latent_of(model: Any, latent: dict[str, Any], node: str) -> Latent:
+    """What a LATENT tells a sampling; an empty one in the model's own number of channels.
 
     Raises:
         ValueError: the latent holds audio, alone or beside video (LTX-2), which the node of this name does not take.
@@ -85,4 +86,5 @@ def latent_tensor(model: Any, latent: dict[str, Any], node: str) -> Tensor:
     if samples.is_nested or samples.ndim not in (4, 5):
         raise ValueError(f"{node} takes images and videos; this latent holds audio, alone or beside video.")
     ratio = latent.get("downscale_ratio_spacial")  # set by newer ComfyUI's nodes for latents of any channels
-    return comfy.sample.fix_empty_latent_channels(model, samples, *([ratio] if ratio else []))
+    samples = comfy.sample.fix_empty_latent_channels(model, samples, *([ratio] if ratio else []))
+    return Latent(samples, latent.get("noise_mask"), latent.get("batch_index"))

@@ -67,7 +67,7 @@ class MakeSideNet(io.ComfyNode):
     def execute(cls, **given: Any) -> io.NodeOutput:
         one = {name: values[0] for name, values in given.items() if values}
         model = one["model"]
-        latent = inputs.latent_tensor(model, one["latent_image"], "Make SideNet")
+        latent = inputs.latent_of(model, one["latent_image"], "Make SideNet")
         settings = settings_of(one)
         bar = comfy.utils.ProgressBar(BAR)
         reporter = ProgressReporter(

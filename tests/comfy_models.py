@@ -99,6 +99,26 @@ TINY: dict[str, Tiny] = {
 # v-prediction with a terminal signal-to-noise ratio of zero: the longest and steepest path there is.
 TINY["sdxl_v"] = replace(TINY["sdxl"], setup=lambda config: config.sampling_settings.update(zsnr=True))
 NAMES = tuple(TINY)
+# Video models that are told of a latent's mask; only what concerns masks is tried on them.
+MASKED: dict[str, Tiny] = {
+    "wan22": Tiny(
+        "WAN22_T2V",
+        {
+            "image_model": "wan2.1", "model_type": "t2v", "dim": 48, "ffn_dim": 64, "freq_dim": 32, "text_dim": 32,
+            "num_heads": 2, "num_layers": 2, "in_dim": 48, "out_dim": 48, "text_len": 16,
+        },
+        (48, 3, 8, 8), (5, 32),
+    ),
+    "ltxv": Tiny(
+        "LTXV",
+        {
+            "image_model": "ltxv", "in_channels": 128, "cross_attention_dim": 64, "attention_head_dim": 32,
+            "num_attention_heads": 2, "caption_channels": 32, "num_layers": 2,
+        },
+        (128, 3, 4, 4), (5, 32), lambda generator: {"attention_mask": torch.ones(1, 5, dtype=torch.long)},
+    ),
+}  # fmt: skip
+TINY |= MASKED
 
 
 def randomise(module: torch.nn.Module, seed: int = 0) -> None:

@@ -21,6 +21,7 @@ from ba_solver.nodes.comparing.compare import compare, jobs_for
 from ba_solver.nodes.comparing.table import table
 from ba_solver.nodes.folders import DEMO, SIDENETS, SITS
 from ba_solver.nodes.sampling.guider import guider_for
+from ba_solver.nodes.sampling.start import Latent
 from ba_solver.nodes.sidenet_nodes import ApplySideNet
 from ba_solver.nodes.sit_nodes import ClassLabel, LoadSiT
 from ba_solver.training.baselines import run_baseline
@@ -47,7 +48,7 @@ def found_on(model, names, calls, cfg=2.0, batch=2, reference=40):
     star, null = ClassLabel.execute(model, "demo 4: star").result
     told = []
     guider = guider_for(model, star, null, cfg)
-    latent = torch.zeros(batch, 3, 32, 32)
+    latent = Latent(torch.zeros(batch, 3, 32, 32))
     return compare(guider, latent, 7, jobs_for(model, names, ["simple"]), calls, reference, told.append), told
 
 
@@ -63,8 +64,8 @@ def test_calls_are_counted_as_the_model_is_called(demo):
     assert made["euler", 5] == made["dpmpp_2m", 5] == made["BA-Solver", 5] == made["BA-Solver, no SideNet", 5] == 5
     assert made["heun", 5] == made["heun", 6] == 5, "three steps, the last with one call"
     assert made["dpm_2", 5] == 5 and made["euler", 6] == 6
-    assert sum(evaluated) == 4 * (40 + 20 + sum(row.calls for row in found.rows)), "two branches, two pictures"
-    assert sum(told) == 60 + sum(row.calls for row in found.rows)
+    assert sum(evaluated) == 4 * (40 + 8 + 20 + sum(row.calls for row in found.rows)), "two branches, two pictures"
+    assert sum(told) == 68 + sum(row.calls for row in found.rows)
 
 
 def test_errors_are_those_of_the_core_and_of_stock_sampling(demo):
@@ -137,7 +138,7 @@ def test_all_kinds_of_models_are_compared(name):
         model = models.make_model(name)
     guider = guider_for(model, models.text(name, 1), models.text(name, 2), 3.0)
     jobs = jobs_for(model, ["euler", "dpmpp_2m", "uni_pc", "ipndm"], ["simple"])
-    found = compare(guider, torch.zeros(1, *models.TINY[name].latent), 0, jobs, [4], 40, lambda cost: None)
+    found = compare(guider, Latent(torch.zeros(1, *models.TINY[name].latent)), 0, jobs, [4], 40, lambda cost: None)
     assert {row.sampler for row in found.rows} == {"euler", "dpmpp_2m", "uni_pc", "ipndm", "BA-Solver, no SideNet"}
     assert all(row.calls <= 4 and 0 < row.error < 100 for row in found.rows)
     assert found.reference.isfinite().all()

@@ -63,7 +63,8 @@ def made(model, positive, latent, **changes):
     given |= {"trajectories": 6, "steps_per_trajectory": 9}
     given |= {"training_steps": 2, "learning_rate": 1e-3, "recording_seed": 1, **changes}
     one = {name: [value] for name, value in given.items()}
-    return MakeSideNet.execute(model=[model], positive=positive, latent_image=[{"samples": latent}], **one).result
+    latent = latent if isinstance(latent, dict) else {"samples": latent}
+    return MakeSideNet.execute(model=[model], positive=positive, latent_image=[latent], **one).result
 
 
 def sidenet_file(name="mine"):

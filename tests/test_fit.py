@@ -17,6 +17,7 @@ from ba_solver.training.network.new_sidenet import new_sidenet
 from ba_solver.training.network.options import Training
 from ba_solver.training.network.published import load_latents, published_loss, signed_steps
 from ba_solver.training.recording.record import PREFIXES
+from ba_solver.training.recording.repeatable import ASKED
 from ba_solver.training.schedules import search
 from ba_solver.training.schedules.fitting import FIT_TRAJECTORIES
 from ba_solver.training.sidenet_files import describe_sidenet
@@ -36,7 +37,7 @@ from training_problems import BACKBONE, GAUSSIAN_MEAN, SHAPE, environment, in_tw
 torch.set_num_threads(1)
 
 # Two trajectories of 40 points; and on two noises 40 points, every second of them and ten calls of a multistep method.
-PILOT_CALLS = 2 * 40 + 2 * (40 + 21 + 10)
+PILOT_CALLS = 2 * 40 + 2 * (40 + 21 + 10 + ASKED)
 
 
 @pytest.fixture(scope="module")

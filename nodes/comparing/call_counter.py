@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import comfy.model_management
+import comfy.samplers
 import torch
 from torch import Tensor
 
@@ -61,6 +63,47 @@ def counting(guider: Any, counter: CallCounter, predict: Callable[..., Tensor] |
         yield
     finally:
         del guider.outer_predict_noise
+
+
+class Run(NamedTuple):
+    """A sampler's end [B, C, *spatial] in the model's own space, on the CPU, its NFE, and the seconds that it took."""
+
+    end: Tensor
+    nfe: float
+    seconds: float
+
+
+class CountedSampler(comfy.samplers.Sampler):
+    """A sampler whose model calls are counted.
+
+    Args:
+        sampler: ComfyUI's SAMPLER.
+        counter: is added to.
+    """
+
+    def __init__(self, sampler: Any, counter: CallCounter) -> None:
+        self.sampler, self.counter = sampler, counter
+        self.done: Run | None = None
+
+    def sample(self, model_wrap: Any, *rest: Any, **more: Any) -> Tensor:
+        """Called by ComfyUI's guiders; the arguments are theirs."""
+        began = time.perf_counter()
+        with counting(model_wrap, self.counter):
+            end: Tensor = self.sampler.sample(model_wrap, *rest, **more)
+        stored = end.cpu()  # waits for the device
+        self.done = Run(stored, self.counter.nfe, time.perf_counter() - began)
+        return end
+
+    @property
+    def run(self) -> Run:
+        """The finished sampling.
+
+        Raises:
+            RuntimeError: ComfyUI did not call the sampler.
+        """
+        if self.done is None:
+            raise RuntimeError("A node on the MODEL replaced the sampling, and nothing was compared.")
+        return self.done
 
 
 def rehearse(guider: Any, sampler: Any, sigmas: Tensor, noise: Tensor, limit: float, seed: int = 0) -> Tensor:

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import comfy.model_management
-import comfy.sample
 import comfy.samplers
-import comfy.utils
 import torch
 from torch import Tensor
 
 from ...training.baselines import run_baseline
+from ...training.recording.repeatable import ASKED, Call, check_repeatable, remembering
 from ..models.attach import applied_sidenet
 from ..models.parameterization import SigmaSchedule, parameterization_of
 from ..notify import warn
 from ..sampling.callback_sampler import CallbackSampler, Prepared
+from ..sampling.rewind import refuse_cache
 from ..sampling.sampler import MULTISTEP, Options, open_solver, sample_ba_solver
 from ..sampling.schedule import path_schedules, sigmas_for
-from .call_counter import CallCounter, counting, steps_for
+from ..sampling.start import Latent, noised
+from .call_counter import CallCounter, CountedSampler, Run, steps_for
+
+Result = TypeVar("Result")
 
 OURS = "BA-Solver"
 WITHOUT_SIDENET = "BA-Solver, no SideNet"
@@ -83,6 +87,10 @@ class Job:
     fitted: bool = False
 
 
+# A job, a number of model calls, and the sigmas with which it makes them.
+Planned = tuple[Job, int, Tensor]
+
+
 def jobs_for(model: Any, samplers: Sequence[str], schedulers: Sequence[str]) -> list[Job]:
     """Every sampler on every scheduler, the multistep method, and BA-Solver where the MODEL has a SideNet.
 
@@ -121,79 +129,100 @@ def jobs_for(model: Any, samplers: Sequence[str], schedulers: Sequence[str]) -> 
 
 
 def compare(
-    guider: Any, latent: Tensor, seed: int, jobs: Sequence[Job], calls: Sequence[int], reference: int,
+    guider: Any, latent: Latent, seed: int, jobs: Sequence[Job], calls: Sequence[int], reference: int,
     on_call: Callable[[float], Any],
 ) -> Comparison:  # fmt: skip
-    """Sample every job from one noise, all in one sampling of ComfyUI's.
+    """Sample every job from one noise, each in a sampling of ComfyUI's own, as KSampler would.
 
     Args:
         guider: from `guider_for`.
-        latent: [B, C, *spatial], empty.
+        latent: what the samplings start from beside the noise.
         seed: of the noise.
         jobs: from `jobs_for`.
         calls: numbers of model calls.
         reference: model calls of the converged solution.
         on_call: is given the NFE of each model call, 1 or 0.5.
+
+    Raises:
+        UsageError: the model does not answer the same question alike.
+        ValueError: a cache is on the MODEL.
     """
-    found: list[Comparison] = []
+    refuse_cache(guider.model_patcher, "Compare Solvers")
+    model, noise = guider.model_patcher, latent.noise(seed)
+    model_sampling = model.get_model_object("model_sampling")
 
-    def run(prepared: Prepared) -> Tensor:
-        with counting(prepared.model.inner_model, CallCounter(on_call=on_call)):
-            converged, half = (_converged(prepared, steps) for steps in (reference, max(1, reference // 2)))
-        rows = [_row(job, n, prepared, converged, on_call) for n in calls for job in jobs]
-        found.append(Comparison([row for row in rows if row], converged.cpu(), _distance(converged, half)))
-        return converged
+    def sample(sampler: Any, sigmas: Tensor) -> Run:
+        counted = CountedSampler(sampler, CallCounter(on_call=on_call))
+        guider.sample(noise, latent.samples, counted, sigmas, latent.mask, disable_pbar=True, seed=seed)
+        return counted.run
 
-    model_sampling = guider.model_patcher.get_model_object("model_sampling")
-    sigmas = comfy.samplers.calculate_sigmas(model_sampling, "simple", reference)
-    noise = comfy.sample.prepare_noise(latent, seed)
-    guider.sample(noise, latent, CallbackSampler(run), sigmas, disable_pbar=True, seed=seed)
-    if not found:
-        raise RuntimeError("A node on the MODEL replaced the sampling, and nothing was compared.")
-    process = guider.model_patcher.model.process_latent_out
-    rows = [replace(row, end=process(row.end)) for row in found[0].rows]
-    return replace(found[0], rows=rows, reference=process(found[0].reference))
+    def converged(steps: int, checked: bool) -> Tensor:
+        sigmas = comfy.samplers.calculate_sigmas(model_sampling, "simple", steps)
+        return sample(CallbackSampler(lambda prepared: _converged(prepared, sigmas, checked)), sigmas).end
+
+    planned: list[Planned] = []
+
+    def plan(prepared: Prepared) -> Tensor:
+        planned.extend(_plan(prepared, jobs, calls))
+        return cast(Tensor, prepared.model.noise)
+
+    truth, half = converged(reference, True), converged(max(1, reference // 2), False)
+    guider.sample(
+        noise, latent.samples, CallbackSampler(plan), torch.ones(2), latent.mask, disable_pbar=True, seed=seed
+    )
+    process, rows = model.model.process_latent_out, []
+    for job, asked, sigmas in planned:
+        run = _or_note(job, asked, partial(sample, job.sampler, sigmas))
+        if run is not None:
+            error, seconds = _distance(run.end, truth), run.seconds / len(noise)
+            rows.append(Row(job.name, job.scheduler, asked, run.nfe, error, seconds, process(run.end)))
+    return Comparison(rows, process(truth), _distance(truth, half))
 
 
-def _converged(prepared: Prepared, steps: int) -> Tensor:
-    """The end of a fine multistep sampling."""
+def _converged(prepared: Prepared, sigmas: Tensor, checked: bool) -> Tensor:
+    """The end of a fine multistep sampling; `checked`: whether the model answers the same question alike."""
     model = prepared.model
-    guider, noise = model.inner_model, model.noise
-    model_sampling = guider.inner_model.model_sampling
-    sigmas = comfy.samplers.calculate_sigmas(model_sampling, "simple", steps)
+    guider, model_sampling = model.inner_model, model.inner_model.inner_model.model_sampling
     top = comfy.samplers.Sampler().max_denoise(guider, sigmas)
-    start = model_sampling.noise_scaling(sigmas[0], noise, model.latent_image, top)
+    start = noised(model_sampling, sigmas[0], model.noise, model.latent_image, top)
     schedule = SigmaSchedule.of(parameterization_of(model_sampling), sigmas)
-    with open_solver(model, prepared.extra_args, schedule, start, Options(MULTISTEP), True) as solver:
+    options, made = Options(MULTISTEP), list[Call]()
+    with open_solver(model, prepared.extra_args, schedule, start, options, True, rewinds=True) as solver:
+        field = remembering(solver.field, made) if checked else solver.field
         x = schedule.parameterization.to_flow(start, sigmas[0].to(start))
-        end = run_baseline(REFERENCE, solver.field, x, schedule.times)
+        end = run_baseline(REFERENCE, field, x, schedule.times)
+        if checked:
+            check_repeatable(field, made, x.device)
     state = schedule.parameterization.from_flow(end, sigmas[-1].to(end))
-    return model_sampling.inverse_noise_scaling(sigmas[-1], state)
+    end = model_sampling.inverse_noise_scaling(sigmas[-1], state)
+    return end
 
 
-def _row(job: Job, calls: int, prepared: Prepared, reference: Tensor, on_call: Callable[[float], Any]) -> Row | None:
-    """A sampling; None for a sampler that has no end or fails, which is noted."""
-    model, options = prepared.model, prepared.extra_args
-    guider, noise = model.inner_model, model.noise
-    extra_args = {key: value for key, value in options.items() if key != "denoise_mask"}  # the sampler adds its own
-    counter = CallCounter(on_call=on_call)
+def _plan(prepared: Prepared, jobs: Sequence[Job], calls: Sequence[int]) -> Iterator[Planned]:
+    """The samplings to make: each job with each number of model calls."""
+    guider, noise = prepared.model.inner_model, prepared.model.noise
+    for asked, job in itertools.product(calls, jobs):
 
-    def sigmas_of(steps: int) -> Tensor:
-        return job.sigmas_of(steps).to(noise.device)
+        def sigmas_of(steps: int, job: Job = job) -> Tensor:
+            return job.sigmas_of(steps).to(noise.device)
 
+        def steps(job: Job = job, asked: int = asked) -> int:
+            return asked if job.fitted else steps_for(guider, job.sampler, sigmas_of, noise, asked)
+
+        found = _or_note(job, asked, steps)
+        if found is not None:
+            yield job, asked, job.sigmas_of(found)
+
+
+def _or_note(job: Job, asked: int, work: Callable[[], Result]) -> Result | None:
+    """The result of some work; None for a sampler that has no end or fails, which is noted."""
     try:
-        sigmas = sigmas_of(calls if job.fitted else steps_for(guider, job.sampler, sigmas_of, noise, calls))
-        began = time.perf_counter()
-        with counting(guider, counter):
-            end = job.sampler.sample(guider, sigmas, extra_args, None, noise, model.latent_image, None, True)
-        stored = end.cpu()  # waits for the device
-        seconds = (time.perf_counter() - began) / len(noise)
+        return work()
     except (comfy.model_management.InterruptProcessingException, torch.cuda.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
-        warn(f"{job.name} is left out at {calls} calls. {error}")
+        warn(f"{job.name} is left out at {asked} calls. {error}")
         return None
-    return Row(job.name, job.scheduler, calls, counter.nfe, _distance(end, reference), seconds, stored)
 
 
 def _distance(x: Tensor, other: Tensor) -> float:
@@ -202,4 +231,4 @@ def _distance(x: Tensor, other: Tensor) -> float:
 
 def total_calls(jobs: Sequence[Job], calls: Sequence[int], reference: int, prompts: int) -> int:
     """About how often the model will be called."""
-    return prompts * (reference + reference // 2 + len(jobs) * sum(calls))
+    return prompts * (reference + ASKED + reference // 2 + len(jobs) * sum(calls))

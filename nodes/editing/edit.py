@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import comfy.model_management
-import comfy.sample
 import comfy.utils
 import latent_preview
 import torch
@@ -19,7 +18,8 @@ from ..models.compatibility import facts_of
 from ..models.parameterization import SigmaSchedule
 from ..sampling.callback_sampler import CallbackSampler, Prepared
 from ..sampling.sampler import Options, SolverInputs, open_solver, step_callback
-from .source_trajectory import SourceTrajectoryLink, sidenet_of
+from ..sampling.start import Latent
+from .source_trajectory import InvertedNoise, SourceTrajectoryLink, sidenet_of
 
 METHODS = ("inversion", "inversion-free")
 
@@ -29,13 +29,13 @@ Stage = Callable[[SolverInputs, Tensor, Tensor, dict[str, Any]], tuple[Tensor, f
 
 
 def source_trajectory(
-    guider: Any, latent: Tensor, sigmas: SigmaSchedule, seed: int, method: str
+    guider: Any, latent: Latent, sigmas: SigmaSchedule, seed: int, method: str
 ) -> tuple[SourceTrajectoryLink, Tensor]:
     """The source trajectory of an image; N model calls.
 
     Args:
         guider: of the source prompt, from `guider_for`.
-        latent: [B, C, *spatial] as ComfyUI's nodes hand it on.
+        latent: as ComfyUI's nodes hand it on.
         sigmas: from `editing_schedule`.
         seed: of the noise that the image is mixed with: a little where it is inverted, wholly on a straight trajectory.
         method: one of METHODS.
@@ -54,12 +54,20 @@ def source_trajectory(
         found.append(_on_device(source, "cpu"))
         return source.noise, float(source.times[0])
 
-    end = _sample(guider, latent, comfy.sample.prepare_noise(latent, seed), sigmas, stage, _warns_for_source(guider))
+    end = _sample(guider, latent, latent.noise(seed), sigmas, stage, _warns_for_source(guider))
     model = guider.model_patcher
     facts = facts_of(model)
     solver_used = sidenet_of(model)
     return SourceTrajectoryLink(
-        found[0], latent.cpu(), sigmas, facts.kind, facts.fingerprint, solver_used, guider, straight
+        found[0],
+        latent.samples.cpu(),
+        latent.mask,
+        sigmas,
+        facts.kind,
+        facts.fingerprint,
+        solver_used,
+        guider,
+        straight,
     ), end
 
 
@@ -73,7 +81,8 @@ def edit(
         resized = None if mask is None else _resized(mask, image)
         return editing.edit(solver.field, solver.predictor, source, control, resized, **more), 0.0
 
-    return _sample(guider, latent, torch.zeros_like(latent), trajectory.schedule, stage)
+    noise = InvertedNoise(guider.model_patcher, trajectory).noise
+    return _sample(guider, Latent(latent, trajectory.mask), noise, trajectory.schedule, stage)
 
 
 def reconstruct(trajectory: SourceTrajectoryLink) -> Tensor:
@@ -86,8 +95,10 @@ def reconstruct(trajectory: SourceTrajectoryLink) -> Tensor:
         source = _on_device(trajectory.source, noise.device)
         return editing.reconstruct(solver.field, solver.predictor, source, **more), 0.0
 
-    noise = torch.zeros_like(latent)
-    return _sample(trajectory.guider, latent, noise, trajectory.schedule, stage, _warns_for_source(trajectory.guider))
+    guider = trajectory.guider
+    noise = InvertedNoise(guider.model_patcher, trajectory).noise
+    start = Latent(latent, trajectory.mask)
+    return _sample(guider, start, noise, trajectory.schedule, stage, _warns_for_source(guider))
 
 
 def _warns_for_source(guider: Any) -> bool:
@@ -96,7 +107,7 @@ def _warns_for_source(guider: Any) -> bool:
 
 
 def _sample(
-    guider: Any, latent: Tensor, noise: Tensor, sigmas: SigmaSchedule, stage: Stage, warns: bool = True
+    guider: Any, latent: Latent, noise: Tensor, sigmas: SigmaSchedule, stage: Stage, warns: bool = True
 ) -> Tensor:
     """Run a stage in ComfyUI's sampling; returns the latent of the state that it ends in."""
     steps = len(sigmas.times) - 1
@@ -109,7 +120,8 @@ def _sample(
                 callback(values["i"], values["denoised"], values["x"], steps)
 
         scale = getattr(model.inner_model.inner_model.model_sampling, "noise_scale", 1.0)
-        with open_solver(model, prepared.extra_args, sigmas, model.noise, Options(), prepared.disable) as solver:
+        extra_args, disable = prepared.extra_args, prepared.disable
+        with open_solver(model, extra_args, sigmas, model.noise, Options(), disable, rewinds=True) as solver:
             if warns:
                 solver.warn()
             more = {"callback": step_callback(sigmas, model.noise.shape, preview, steps), "chunk": solver.chunk}
@@ -118,9 +130,10 @@ def _sample(
 
     out = guider.sample(
         noise,
-        latent,
+        latent.samples,
         CallbackSampler(run),
         sigmas.sigmas,
+        latent.mask,
         callback=latent_preview.prepare_callback(guider.model_patcher, steps),
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=0,

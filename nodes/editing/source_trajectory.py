@@ -11,6 +11,7 @@ from ...bas_core.editing import SourceTrajectory
 from ..models.attach import applied_sidenet
 from ..models.compatibility import facts_of
 from ..models.parameterization import SigmaSchedule
+from ..sampling.start import noise_in
 
 
 class SourceTrajectoryLink(NamedTuple):
@@ -19,6 +20,7 @@ class SourceTrajectoryLink(NamedTuple):
     Attributes:
         source: on the CPU.
         latent: [B, C, *spatial] the image.
+        mask: its noise mask, which the model was told of; None without one.
         schedule: its sigmas and times.
         kind, fingerprint: of the MODEL (`compatibility.ModelFacts`).
         sidenet: name and strength; None for the multistep method.
@@ -28,6 +30,7 @@ class SourceTrajectoryLink(NamedTuple):
 
     source: SourceTrajectory
     latent: Tensor
+    mask: Tensor | None
     schedule: SigmaSchedule
     kind: str
     fingerprint: str
@@ -90,15 +93,8 @@ class InvertedNoise:
         sampling = model.get_model_object("model_sampling")
         sigma = trajectory.schedule.sigmas[0]
         state = trajectory.schedule.parameterization.from_flow(trajectory.source.noise, sigma)
-        max_denoise = bool(sigma >= float(sampling.sigma_max) * (1 - 1e-5))
-
-        def scaled(noise: Tensor, image: Tensor) -> Tensor:
-            return sampling.noise_scaling(sigma.reshape(1), noise, image, max_denoise).cpu()
-
-        # The samplers' scaling is affine in the noise, and is inverted here.
-        zeros = torch.zeros_like(state)
-        factor = scaled(torch.ones_like(state), zeros)
-        self.noise = (state - scaled(zeros, trajectory.source.image)) / factor
+        top = bool(sigma >= float(sampling.sigma_max) * (1 - 1e-5))
+        self.noise = noise_in(sampling, sigma, state, trajectory.source.image, top)
 
     def generate_noise(self, input_latent: dict[str, Any]) -> Tensor:
         """The noise [B, C, *spatial] for a latent of the image's size.

@@ -8,19 +8,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
+import comfy.sample
 import comfy.samplers
+import comfy.utils
 import torch
 from torch import Tensor
 
 from ...bas_core.guidance import CFGMode, Evaluate, Field, Guidance
 from ...training.backbones.base import Backbone, Within
 from ..models.identity import Identity, identity_of
-from ..models.parameterization import AnySigma, flow_time, parameterization_of
+from ..models.parameterization import AnySigma, Parameterization, flow_time, parameterization_of
 from ..models.sit_model import find_sit_config
 from ..sampling.callback_sampler import CallbackSampler, Prepared
 from ..sampling.field import WHOLE_RANGE
 from ..sampling.guider import sidenet_guidance
 from ..sampling.model_caller import ModelCaller
+from ..sampling.rewind import Rewind
+from ..sampling.sampler import with_sample_sigmas
+from ..sampling.start import Latent, holds_image, noise_in, noised
 from .prompts import PromptsGuider, class_labels, digest_of, each_alone
 
 
@@ -32,13 +37,18 @@ class ComfyBackbone(Backbone):
         guider: over all prompts.
         weights: fingerprints of the MODEL.
         on_samples: is given the number of samples of each model call.
-        prepared: ComfyUI's model function; empty while ComfyUI does not sample.
+        batch: how many samples go through the model at once at most.
+        latent: what each sampling starts from beside noise: [1, C, *spatial] of an image or zeros, and its mask.
+        prepared: ComfyUI's model function, and what takes it back to a sampling's start; empty while ComfyUI does not
+            sample.
     """
 
     guider: Any = None
     weights: Identity = dataclasses.field(default_factory=lambda: Identity(""))
     on_samples: Callable[[int], None] = lambda samples: None
-    prepared: list[Prepared] = dataclasses.field(default_factory=list)
+    batch: int = 1
+    latent: Latent = dataclasses.field(default_factory=lambda: Latent(torch.zeros(1)))
+    prepared: list[tuple[Prepared, Rewind]] = dataclasses.field(default_factory=list)
 
     def field(
         self,
@@ -55,35 +65,77 @@ class ComfyBackbone(Backbone):
         if tuple(interval) != WHOLE_RANGE:
             raise ValueError(f"ComfyUI's guider guides at all times; the interval {interval} is not possible here.")
         labels = conditions if self.num_classes else None
-        caller = self._caller(())
+        caller = self._caller()
         if caller.cfg != 1 and caller.can_split:
             branches = self._by_prompt(conditions, ModelCaller.branches)
             return Field(branches, (labels, None), Guidance(caller.cfg), combined=True, scale=scale)
         combined = self._by_prompt(conditions, lambda caller, x, t, count: caller.combined(x, t)[None])
         return Field(combined, (labels,), scale=scale)
 
-    def _caller(self, shape: Sequence[int]) -> ModelCaller:
+    def _caller(self, shape: Sequence[int] = (0,), sigma: float = 0.0, noise: Tensor | None = None) -> ModelCaller:
         """Calls the model with states of a shape.
+
+        Args:
+            shape: [B, C, *spatial].
+            sigma: of the call.
+            noise: that the states come from; a mask's kept part is drawn with it.
 
         Raises:
             RuntimeError: ComfyUI is not sampling.
         """
         if not self.prepared:
             raise RuntimeError("The model can be called within `within` only.")
-        model, extra_args, *_ = self.prepared[-1]
-        sigmas = AnySigma(parameterization_of(model.inner_model.inner_model.model_sampling))
-        samples = shape[0] if shape else 0
-        return ModelCaller(model, extra_args, sigmas, torch.Size(shape), lambda: self.on_samples(samples))
+        (model, extra_args, *_), rewind = self.prepared[-1]
+        if noise is not None:
+            model.noise, model.latent_image = noise, model.latent_image[:1]
+            extra_args = {**extra_args, "denoise_mask": extra_args["denoise_mask"][:1]}
+        sampled = extra_args["model_options"]["transformer_options"]["sample_sigmas"]
+        extra_args = with_sample_sigmas(extra_args, with_sigma(sampled, sigma))
+        sigmas, shape = AnySigma(self._parameterization), torch.Size(shape)
+        return ModelCaller(model, extra_args, sigmas, shape, lambda: self.on_samples(shape[0]), rewind)
+
+    @property
+    def _model_sampling(self) -> Any:
+        return self.guider.model_patcher.get_model_object("model_sampling")
+
+    @property
+    def _parameterization(self) -> Parameterization:
+        return parameterization_of(self._model_sampling)
+
+    @property
+    def _top(self) -> Tensor:
+        """The sigma that samplings start at."""
+        return torch.as_tensor(float(self._model_sampling.sigma_max) if self._parameterization.exploding else 1.0)
+
+    def noise(self, gaussian: Tensor) -> Tensor:
+        """The flow state in which ComfyUI's samplers start from unit normal noise: with the model's own scale of
+        noise, and with the image, which a finite noise level leaves in it."""
+        image = self.latent.samples
+        if torch.count_nonzero(image):
+            image = self.guider.model_patcher.model.process_latent_in(image)
+        return self._parameterization.to_flow(noised(self._model_sampling, self._top, gaussian, image, True), self._top)
+
+    def _noise_of(self, x: Tensor, sigma: float) -> Tensor:
+        """The unit normal noise of a sampling's first state x, a flow state."""
+        at = torch.as_tensor(sigma)
+        state = self._parameterization.from_flow(x, at.to(x))
+        image = self.prepared[-1][0].model.latent_image[:1].expand(x.shape)
+        return noise_in(self._model_sampling, at, state, image, sigma >= float(self._top) * (1 - 1e-5))
 
     def _by_prompt(self, conditions: Tensor, call: Callable[[ModelCaller, Tensor, Tensor, int], Tensor]) -> Evaluate:
         """Calls the model for each prompt with its samples, and puts their velocities [K, B, C, *spatial] together."""
+        noises: list[Tensor] = []  # where a mask keeps a part, of all samplings of these samples
 
         def evaluate(x: Tensor, t: Tensor, count: int) -> Tensor:
             found = x.new_empty(count, *x.shape)
+            sigma = float(self._parameterization.sigmas(t[:1].double().cpu()))
+            if self.latent.mask is not None and not noises:
+                noises.append(self._noise_of(x, sigma))
             for prompt in conditions.unique().tolist():
-                rows = (conditions == prompt).nonzero()[:, 0].to(x.device)
                 self.guider.conds = self.guider.prepared[prompt]
-                found[:, rows] = call(self._caller(x[rows].shape), x[rows], t[rows], count)
+                for rows in (conditions == prompt).nonzero()[:, 0].to(x.device).split(self.batch):
+                    caller = self._caller(x[rows].shape, sigma, noises[0][rows] if noises else None)
+                    found[:, rows] = call(caller, x[rows], t[rows], count)
             return found
 
         return evaluate
@@ -93,9 +145,22 @@ class ComfyBackbone(Backbone):
         self.guider.conds = self.guider.prepared[0]
         return sidenet_guidance(self.guider)
 
+    def has_general_mean(self) -> bool:
+        """Whether the mean of what is recorded holds for other prompts: several are, and no image is given to begin
+        with."""
+        prepared = self.guider.prepared
+        shown = self.latent.mask is not None or any(holds_image(conds["positive"]) for conds in prepared)
+        return len(prepared) > 1 and not shown
+
     @property
     def identity(self) -> dict[str, str]:
         return {**super().identity, "weights": self.weights.weights, "patches": self.weights.patches}
+
+
+def with_sigma(sampled: Tensor, sigma: float) -> Tensor:
+    """The sigmas [N] of a sampling, with one more among them: nodes look up which step a call belongs to."""
+    one = sampled.new_tensor([sigma])
+    return torch.cat([sampled[sampled > sigma * (1 + 1e-4)], one, sampled[sampled < sigma * (1 - 1e-4)]])
 
 
 def default_shift(model_sampling: Any) -> float:
@@ -111,7 +176,7 @@ def open_model(
     positives: Sequence[Any],
     negative: Any,
     cfg: float,
-    latent: Tensor,
+    latent: Latent,
     on_samples: Callable[[int], None],
     batch: int = 1,
 ) -> ComfyBackbone:
@@ -120,7 +185,7 @@ def open_model(
     Args:
         model: a MODEL.
         positives, negative, cfg: its guidance.
-        latent: [B, C, *spatial] in the model's channels; its size is taken.
+        latent: what a sampling starts from beside noise, in the model's channels; the first of its batch.
         on_samples: is given the number of samples of each model call.
         batch: of the largest model call, for which ComfyUI keeps memory free.
 
@@ -134,14 +199,17 @@ def open_model(
     labels, sit = class_labels(alone), find_sit_config(model)
     classes = sit.num_classes if sit else 0
     every_class = labels is not None and labels == list(range(classes))
-    opened: list[Prepared] = []
+    opened: list[tuple[Prepared, Rewind]] = []
     weights = identity_of(model)
+    first = latent._replace(samples=latent.samples[:1])
+    given = [first.samples] if torch.count_nonzero(first.samples) else []
+    given += [] if first.mask is None else [first.mask]
 
     return ComfyBackbone(
         name=type(model.model).__name__,
         kind=type(model.model).__name__.lower(),
         fingerprint=weights.whole,
-        shape=tuple(latent.shape[1:]),
+        shape=tuple(first.samples.shape[1:]),
         velocity=_no_velocity,
         conditions=len(alone),
         num_classes=classes if every_class else 0,
@@ -150,18 +218,20 @@ def open_model(
         shift=default_shift(model_sampling),
         start=flow_time(model_sampling, model_sampling.sigma_max) if parameterization.exploding else 1.0,
         device=comfy.model_management.get_torch_device(),
-        conditions_digest=digest_of([*alone, *([negative] if "negative" in guider.original_conds else [])]),
-        within=_within(guider, opened, (batch, *latent.shape[1:])),
+        conditions_digest=digest_of([*alone, *([negative] if "negative" in guider.original_conds else []), *given]),
+        within=_within(guider, opened, first, batch),
         make_room=make_room,
         guider=guider,
         weights=weights,
         on_samples=on_samples,
+        batch=batch,
+        latent=first,
         prepared=opened,
     )
 
 
-def _within(guider: PromptsGuider, opened: list[Prepared], shape: Sequence[int]) -> Within:
-    """Does work in the midst of ComfyUI's sampling of states [B, C, *spatial]; `opened` holds the model meanwhile."""
+def _within(guider: PromptsGuider, opened: list[tuple[Prepared, Rewind]], latent: Latent, batch: int) -> Within:
+    """Does work in the midst of ComfyUI's sampling of a batch; `opened` holds the model meanwhile."""
 
     def within(work: Callable[[], Any], gradients: bool = False) -> Any:
         if gradients:
@@ -171,15 +241,16 @@ def _within(guider: PromptsGuider, opened: list[Prepared], shape: Sequence[int])
         results: list[Any] = []
 
         def run(prepared: Prepared) -> Tensor:
-            opened.append(prepared)
+            opened.append((prepared, Rewind(guider, lambda: guider.prepared)))
             results.append(work())
             return prepared.model.noise
 
         sigmas = comfy.samplers.calculate_sigmas(guider.model_patcher.get_model_object("model_sampling"), "simple", 20)
-        noise = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+        image = comfy.utils.repeat_to_batch_size(latent.samples, batch)
+        noise = comfy.sample.prepare_noise(image, 0)
         with torch.inference_mode():
             try:
-                guider.sample(noise, torch.zeros_like(noise), CallbackSampler(run), sigmas, disable_pbar=True, seed=0)
+                guider.sample(noise, image, CallbackSampler(run), sigmas, latent.mask, disable_pbar=True, seed=0)
             finally:
                 opened.clear()
         return results[0]

@@ -10,7 +10,6 @@ from typing import Any
 
 import comfy.model_management
 import torch
-from torch import Tensor
 
 from ...bas_core.checkpoint import SideNetCard, load_sidenet
 from ...training.extra_cfg import add_extra_cfg, check_extra_cfg, nfe_for_cfg, recording_for
@@ -21,6 +20,8 @@ from ...training.recording.shards import shard_bytes
 from ...training.settings import UsageError, differences, prepare_folder, shareable
 from ...training.train import train_from
 from ..models.parameterization import flow_interval, flow_time
+from ..sampling.rewind import refuse_cache
+from ..sampling.start import Latent
 from .comfy_backbone import ComfyBackbone, open_model
 
 # Settings that may differ when a file of the same name is there: they do not change what was computed.
@@ -132,7 +133,7 @@ def check_made_for(card: SideNetCard, backbone: ComfyBackbone, path: Path) -> No
 def make(
     model: Any,
     prompts: tuple[Sequence[Any], Any],
-    latent: Tensor,
+    latent: Latent,
     settings: MakeSettings,
     reporter: ProgressReporter,
     cache: Path | None = None,
@@ -144,7 +145,7 @@ def make(
     Args:
         model: a MODEL.
         prompts: the positives, CONDITIONINGs, and the negative or None.
-        latent: [B, C, *spatial] in the model's channels; its size is taken.
+        latent: what a sampling starts from beside noise, in the model's channels; the first of its batch.
         settings: of the trainer; `guidance` is the CFG scale, `out` the file.
         reporter: of the progress.
         cache: folder of the recordings; None = beside the file.
@@ -157,6 +158,7 @@ def make(
     Raises:
         ValueError: something cannot be done; the message says what, and what to do.
     """
+    refuse_cache(model, "Make SideNet")
     settings = replace(settings, accumulate=0)
     card = existing_card(settings.out, settings)
     missing = len(set(settings.extra_guidance) - set(card.schedules if card else ()))
@@ -226,8 +228,9 @@ def plan_text(settings: MakeSettings, calls: int, backbone: ComfyBackbone) -> st
 
 def record_and_train(settings: MakeSettings, backbone: ComfyBackbone, folder: Path) -> SideNetCard:
     """Record into a folder, and train on it."""
-    guidance = float(backbone.within(backbone.sidenet_guidance))
-    choice = replace(settings, guidance=(guidance,), device=str(backbone.device))
+    guidance, general = backbone.within(lambda: (backbone.sidenet_guidance(), backbone.has_general_mean()))
+    backbone = replace(backbone, general_mean=general)
+    choice = replace(settings, guidance=(float(guidance),), device=str(backbone.device))
     record(choice, choice, folder, backbone)
     return train_from(replace(choice, resume=True), choice, (folder,), settings.out, settings, backbone)
 

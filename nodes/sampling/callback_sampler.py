@@ -15,7 +15,7 @@ class Prepared(NamedTuple):
     Attributes:
         model: ComfyUI's `KSamplerX0Inpaint`, as k-diffusion's samplers are given it; it holds `noise` and
             `latent_image`.
-        extra_args: passed on to the model at each call. There is no inpaint mask: those who have one apply it.
+        extra_args: passed on to the model at each call, with the inpaint mask or None.
         callback: ComfyUI's preview, `(step, denoised, x, total)`, or None.
         disable: no progress bar.
     """
@@ -53,4 +53,4 @@ class CallbackSampler(comfy.samplers.Sampler):
         """Called by ComfyUI's guiders; the arguments are theirs."""
         model = comfy.samplers.KSamplerX0Inpaint(model_wrap, sigmas)
         model.latent_image, model.noise = latent_image, noise
-        return self.run(Prepared(model, {**extra_args, "denoise_mask": None}, callback, disable_pbar))
+        return self.run(Prepared(model, {**extra_args, "denoise_mask": denoise_mask}, callback, disable_pbar))

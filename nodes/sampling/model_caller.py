@@ -32,6 +32,7 @@ class ModelCaller:
         sigmas: of the times at which the model is called, on its device.
         shape: of ComfyUI's state; the solver's may have one more axis.
         on_call: called after each model call.
+        before_call: called before each model call with sigma and the transformer options; see `Rewind`.
         last: flow state, time and velocity of the last call.
     """
 
@@ -40,6 +41,7 @@ class ModelCaller:
     sigmas: SigmaSchedule | AnySigma
     shape: torch.Size
     on_call: Callable[[], Any]
+    before_call: Callable[[Tensor, dict[str, Any]], Any] = lambda sigma, options: None
     last: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
@@ -92,6 +94,7 @@ class ModelCaller:
     def _call(self, x: Tensor, time: Tensor, options: dict[str, Any]) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
         sigma = self.sigmas.sigma_at(time[0]).to(x)
+        self.before_call(sigma, options.get("transformer_options", {}))
         state = self.sigmas.parameterization.from_flow(x, sigma).reshape(self.shape)
         denoised = self.model(state, sigma.expand(self.shape[0]), **{**self.extra_args, "model_options": options})
         self.on_call()

@@ -23,6 +23,7 @@ from ..notify import log, warn
 from .field import field_of
 from .guider import cfg_of, is_comfyui_cfg, known_guidance, may_split
 from .model_caller import ModelCaller
+from .rewind import Rewind
 from .schedule import Circumstances, place_of, schedule_for
 from .sidenet import check_latent, guidance_warnings, predictor_of, sidenet_chunk
 from .start import not_random_noise
@@ -104,7 +105,9 @@ def sample_ba_solver(
     schedule, text = choose_schedule(model, extra_args, x, given, options)
     used = given.over(schedule.grid)
     extra_args = with_sample_sigmas(extra_args, used.sigmas.to(sigmas))
-    with open_solver(model, extra_args, used, x, options, disable, schedule.conditional_only > 0) as solver:
+    with open_solver(
+        model, extra_args, used, x, options, disable, conditional_only=schedule.conditional_only > 0
+    ) as solver:
         solver.announce(schedule, text)
         solver.progress.reset(schedule.calls)
         solver.field.finite.before_callbacks = False  # a wait that other samplers have not
@@ -239,7 +242,9 @@ def open_solver(
     x: Tensor,
     options: Options,
     disable: bool | None,
+    *,
     conditional_only: bool = False,
+    rewinds: bool = False,
 ) -> Iterator[SolverInputs]:
     """What the solver takes of a MODEL in the midst of ComfyUI's sampling, with a progress bar.
 
@@ -248,6 +253,7 @@ def open_solver(
         sigmas: at which the model will be called.
         options: of the solver.
         conditional_only: whether some calls may leave out the negative.
+        rewinds: whether times may rise from call to call.
 
     Raises:
         ValueError: see `sample_ba_solver`.
@@ -259,6 +265,8 @@ def open_solver(
     interval = flow_interval(guider.inner_model.model_sampling, options.start_percent, options.end_percent)
     with tqdm(total=len(sigmas.times) - 1, disable=disable, desc="model calls") as progress:
         caller = ModelCaller(model, extra_args, sigmas.to(x.device), x.shape, progress.update)
+        if rewinds:
+            caller.before_call = Rewind(guider, lambda: [guider.conds])
         field = field_of(caller, sidenet, interval, x, conditional_only)
         chunk = None if sidenet is None else sidenet_chunk(sidenet, x)
         yield SolverInputs(caller, field, sidenet, predictor_of(caller, sidenet), chunk, progress)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import comfy.sample
 import torch
 from torch import Tensor
 
@@ -19,6 +21,47 @@ IMAGE_CONDITIONS = {
 SPREADS = 6.0
 
 
+class Latent(NamedTuple):
+    """What a LATENT tells a sampling, as KSampler takes it.
+
+    Attributes:
+        samples: [B, C, *spatial].
+        mask: its noise mask, 1 = drawn; ComfyUI resizes it, and some models (LTX-2, Wan 2.2) are told of it.
+        batch_index: which noises of a seed its samples have; None = the first ones.
+    """
+
+    samples: Tensor
+    mask: Tensor | None = None
+    batch_index: Sequence[int] | None = None
+
+    def noise(self, seed: int) -> Tensor:
+        """KSampler's noise of a seed, [B, C, *spatial]."""
+        index = self.batch_index
+        index = index if index is not None and len(index) == len(self.samples) else None
+        return comfy.sample.prepare_noise(self.samples, seed, index)
+
+
+def noised(model_sampling: Any, sigma: Tensor, noise: Tensor, image: Tensor, top: bool) -> Tensor:
+    """The state [B, C, *spatial] in which ComfyUI's samplers start from noise and image; `top`: at the top sigma."""
+    state: Tensor = model_sampling.noise_scaling(sigma.reshape(1).to(noise), noise.clone(), image.to(noise), top)
+    return state
+
+
+def noise_in(model_sampling: Any, sigma: Tensor, state: Tensor, image: Tensor, top: bool) -> Tensor:
+    """The noise [B, C, *spatial] from which `noised` makes a state."""
+    zeros = torch.zeros_like(state)
+    factor = noised(model_sampling, sigma, torch.ones_like(state), zeros, top)
+    return (state - noised(model_sampling, sigma, zeros, image, top)) / factor
+
+
+def holds_image(conditions: Sequence[dict[str, Any]]) -> bool:
+    """Whether conditions of one side, prepared by ComfyUI, show an image or video to the model."""
+    return any(
+        condition.get("control") is not None or not IMAGE_CONDITIONS.isdisjoint(condition.get("model_conds", ()))
+        for condition in conditions
+    )
+
+
 def not_random_noise(model: Any, extra_args: dict[str, Any], x: Tensor) -> str:
     """Why the start is not random noise from which any image may come; empty if it is.
 
@@ -29,9 +72,8 @@ def not_random_noise(model: Any, extra_args: dict[str, Any], x: Tensor) -> str:
     """
     if extra_args.get("denoise_mask") is not None:
         return "an inpaint mask is set"
-    for condition in model.inner_model.conds.get("positive", ()):
-        if condition.get("control") is not None or not IMAGE_CONDITIONS.isdisjoint(condition.get("model_conds", ())):
-            return "the conditioning holds an image"
+    if holds_image(model.inner_model.conds.get("positive", ())):
+        return "the conditioning holds an image"
     noise = getattr(model, "noise", None)
     if noise is not None and not bool((noise != 0).flatten(1).any(1).all()):
         return "no noise was added"

@@ -57,6 +57,8 @@ class Backbone:
         encode: images [B, 3, H, W] in [0, 1] to states, or None.
         pixels_per_latent: along a side.
         conditions_digest: of the conditions, where the settings do not name them.
+        general_mean: whether the mean of what is recorded holds for conditions that are not; else no first step is
+            analytic.
         within: does work that calls the model; some can be called only within another program's sampling.
         make_room: takes the model off the device until its next call, and returns the bytes that are free there, or
             None.
@@ -83,6 +85,7 @@ class Backbone:
     encode: Callable[[Tensor], Tensor] | None = None
     pixels_per_latent: int = 1
     conditions_digest: str = ""
+    general_mean: bool = True
     within: Within = work_here
     make_room: Callable[[], int | None] = lambda: None
 

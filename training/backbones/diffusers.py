@@ -104,6 +104,7 @@ def _open(
         decode=decode,
         encode=encode,
         pixels_per_latent=spatial_factor(pipeline),
+        general_mean=len(prompts) > 1,
     )
 
 

@@ -32,6 +32,7 @@ from .reference_solver import (
     record_branches,
     record_trajectory,
 )
+from .repeatable import ASKED, Call, check_repeatable, remembering
 from .shards import open_shard, save_shard, shard_bytes
 from .trajectories import Trajectories, open_trajectories
 
@@ -121,7 +122,7 @@ class Recording:
         """Model calls of the whole recording with its pilot, each for one sample; more where the points are left open
         and `POINTS[0]` are too few."""
         points = self.points or POINTS[0]
-        checked = self.checked * (points + -(-points // 2) + COMPARED_NFE)
+        checked = self.checked * (points + -(-points // 2) + COMPARED_NFE + ASKED)
         pilot = PILOT_TRAJECTORIES * PILOT_POINTS
         return pilot + checked + self.trajectories * points + self.prefixes * self.prefix_points
 
@@ -292,18 +293,24 @@ def reference_error(
     Returns:
         `reference_error`: root-mean-square distance from the exact ends, about. `reference_relative_error`: the same
         over the error of ten calls of a multistep method from the same noises. `reference_calls`: model calls spent.
+
+    Raises:
+        UsageError: the model does not answer the same question alike.
     """
     few = dataclasses.replace(recording, jitter=False, record_batch=recording.checked)
     drawn = draw_batch(few, Stretch(Path(), recording.checked, times, CHECK_SEEDS, starts=starts), choice, backbone, 0)
     noise = drawn["noise"].to(backbone.device)
-    field = backbone.field(drawn["labels"], drawn["scale"], choice.guidance_interval)
+    made: list[Call] = []
+    field = remembering(backbone.field(drawn["labels"], drawn["scale"], choice.guidance_interval), made)
     coarse_grid = grid_between(time_grid(COMPARED_NFE, backbone.shift), float(times[0]), float(times[-1]))
 
     def distance(x: Tensor, reference: Tensor) -> float:
         return (x - reference).square().mean().sqrt().item()
 
     with torch.inference_mode():
-        own, half = (record_trajectory(field, noise, grid)[0][:, -1].clone() for grid in (times, every_second(times)))
+        own = record_trajectory(field, noise, times)[0][:, -1].clone()
+        check_repeatable(field, made, noise.device)
+        half = record_trajectory(field, noise, every_second(times))[0][:, -1].clone()
         multistep = distance(run_baseline("adams_bashforth2", field, noise, coarse_grid), own)
     error = REFINEMENT * distance(half, own)
     relative = error / max(multistep, 1e-12)
