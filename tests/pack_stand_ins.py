@@ -222,3 +222,64 @@ CACHES = {
     "APG with momentum": momentum_guidance,
     "noise injection": noise_injection,
 }
+
+
+# --- loaders --------------------------------------------------------------------------------------------------------
+
+
+class GGMLTensor(torch.Tensor):
+    """city96/ComfyUI-GGUF (`ops.py`): quantised bytes that say they have the weight's shape."""
+
+    @staticmethod
+    def __new__(cls, data: torch.Tensor, tensor_shape: torch.Size) -> Any:
+        return super().__new__(cls, data)
+
+    def __init__(self, data: torch.Tensor, tensor_shape: torch.Size) -> None:
+        super().__init__()
+        self.tensor_shape = tensor_shape
+
+    def to(self, *args: Any, **named: Any) -> Any:
+        moved = super().to(*args, **named)
+        moved.tensor_shape = self.tensor_shape
+        return moved
+
+    def detach(self) -> Any:
+        return self
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tensor_shape
+
+
+class GGMLLinear(torch.nn.Module):
+    """A layer of the same pack with Q8_0 blocks: 32 whole numbers and their float16 scale; its entry in the state
+    dictionary is an empty tensor."""
+
+    def __init__(self, layer: torch.nn.Linear) -> None:
+        super().__init__()
+        blocks = layer.weight.detach().reshape(-1, 32)
+        scale = (blocks.abs().amax(1, keepdim=True) / 127).to(torch.float16)
+        numbers = (blocks / scale.float().clamp_min(1e-12)).round().clamp(-127, 127).to(torch.int8)
+        packed = torch.cat([scale.view(torch.uint8), numbers.view(torch.uint8)], 1)
+        self.weight = torch.nn.Parameter(GGMLTensor(packed, layer.weight.shape), requires_grad=False)
+        self.bias = layer.bias
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = torch.empty(self.weight.shape, device="meta")
+        destination[f"{prefix}bias"] = torch.empty(self.bias.shape, device="meta")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        packed = self.weight.as_subclass(torch.Tensor)
+        scale, numbers = packed[:, :2].contiguous().view(torch.float16), packed[:, 2:].contiguous().view(torch.int8)
+        weight = (scale.to(x.dtype) * numbers.to(x.dtype)).reshape(self.weight.shape)
+        return torch.nn.functional.linear(x, weight, self.bias)
+
+
+def gguf(model: Any) -> Any:
+    """UnetLoaderGGUF: every linear layer whose rows are whole blocks is quantised."""
+    network = model.model.diffusion_model
+    found = [(module, name, layer) for module in network.modules() for name, layer in module.named_children()]
+    for module, name, layer in found:
+        if isinstance(layer, torch.nn.Linear) and layer.in_features % 32 == 0 and layer.bias is not None:
+            setattr(module, name, GGMLLinear(layer))
+    return model

@@ -154,7 +154,8 @@ class ComfyBackbone(Backbone):
 
     @property
     def identity(self) -> dict[str, str]:
-        return {**super().identity, "weights": self.weights.weights, "patches": self.weights.patches}
+        own = {name: getattr(self.weights, name) for name in ("weights", "patches", "precision", "sketch")}
+        return {**super().identity, **own}
 
 
 def with_sigma(sampled: Tensor, sigma: float) -> Tensor:

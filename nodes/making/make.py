@@ -20,6 +20,7 @@ from ...training.recording.shards import shard_bytes
 from ...training.settings import UsageError, differences, prepare_folder, shareable
 from ...training.train import train_from
 from ..models.parameterization import flow_interval, flow_time
+from ..notify import warn
 from ..sampling.rewind import refuse_cache
 from ..sampling.start import Latent
 from .comfy_backbone import ComfyBackbone, open_model
@@ -114,9 +115,11 @@ def check_made_for(card: SideNetCard, backbone: ComfyBackbone, path: Path) -> No
     Raises:
         ValueError: saying which.
     """
-    recorded = card.training.get("recorded", {})
+    recorded, relation = card.training.get("recorded", {}), backbone.weights.relation(card.backbone)
+    patches = card.backbone.get("patches", ""), backbone.weights.patches
     compared = {
-        "another model, other LoRAs or another precision": (card.backbone.get("fingerprint"), backbone.fingerprint),
+        "another model": (relation == "other", False),
+        "other LoRAs": patches,
         "another size": (recorded.get("shape"), list(backbone.shape)),
         "other prompts": (recorded.get("prompts"), backbone.conditions_digest),
         "another part of the path": (recorded.get("part"), list(backbone.part)),
@@ -127,6 +130,12 @@ def check_made_for(card: SideNetCard, backbone: ComfyBackbone, path: Path) -> No
         raise ValueError(
             f"There is a SideNet of the name {path.stem!r} already, made for {' and '.join(differing)}. Choose another "
             f"output_name, or delete {path} and the folders beside it."
+        )
+    if relation != "same":
+        warn(
+            f"whether the SideNet of the name {path.stem!r} was made for this very model cannot be told for certain: "
+            f"the weights are stored in another way ({card.backbone.get('precision')}, now "
+            f"{backbone.weights.precision})."
         )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .attach import LoadedSideNet
-from .identity import Identity, identity_of
+from .identity import UNREAD, Identity, identity_of
 from .parameterization import parameterization_of
 
 # Kinds that the trainer writes for models outside ComfyUI; ComfyUI calls their classes something else.
@@ -71,7 +71,7 @@ def warnings(sidenet: LoadedSideNet, facts: ModelFacts) -> list[str]:
     backbone = sidenet.card.backbone
     kind, known = backbone.get("kind", "").lower(), backbone.get("fingerprint", "")
     identity = facts.identity
-    if identity is not None and known == identity.whole:
+    if identity is not None and known == identity.whole and UNREAD not in known:
         return []
     if not kind:
         return [f"{sidenet.name!r} does not say which model it was made for; its channels fit, and no more is known."]
@@ -82,12 +82,16 @@ def warnings(sidenet: LoadedSideNet, facts: ModelFacts) -> list[str]:
         ]
     if not known or identity is None:
         return []
-    if known.partition("+")[0] == identity.weights:
-        return [
-            f"{sidenet.name!r} was made for this very model, but with other things on it than now (LoRA and the like). "
-            "It runs, and is less accurate the more they change."
-        ]
+    made_for = f"{sidenet.name!r} was made for"
     return [
-        f"{sidenet.name!r} was made for {backbone.get('name') or 'other weights'}, and this MODEL has other weights. "
-        "It runs, and is less accurate the more they differ."
+        {
+            "same": f"{made_for} this very model, but with other things on it than now (LoRA and the like). It runs, "
+            "and is less accurate the more they change.",
+            "precision": f"{made_for} this model at another precision ({backbone.get('precision')}; this MODEL is "
+            f"{identity.precision}), or for a near relative. It runs, and is about as accurate.",
+            "unknown": f"{made_for} {backbone.get('name') or 'a model'}; whether it was this one cannot be told, "
+            f"because of how the weights are stored ({backbone.get('precision')}; here {identity.precision}).",
+            "other": f"{made_for} {backbone.get('name') or 'other weights'}, and this MODEL has other weights. It "
+            "runs, and is less accurate the more they differ.",
+        }[identity.relation(backbone)]
     ]
