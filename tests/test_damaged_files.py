@@ -1,4 +1,4 @@
-"""Some hundred damaged files of every kind: each is read to finite numbers or refused in words, and nothing else."""
+"""Thousands of damaged files of every kind: each is read to finite numbers or refused in words, and nothing else."""
 
 import argparse
 import json
@@ -20,7 +20,9 @@ from ba_solver.bas_core import (
     save_sit,
 )
 from ba_solver.bas_core.files import read_pickled_tensors
+from ba_solver.training.interrupted import Account, rebuilt
 from ba_solver.training.recording.shards import open_shard, save_shard
+from ba_solver.training.schedules.rollouts import Rollout
 from problems import NULL, noise, randomise, small_sidenet, small_sit
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -117,6 +119,29 @@ def shard_tensors(path):
     return tensors
 
 
+def save_rollouts_here(path):
+    """As a search of schedules does."""
+    parts = {name: noise(4, 3, 5) for name in ("states", "velocities", "extra")}
+    rollout = Rollout(times=torch.linspace(1, 0.1, 4), ends=noise(3, 5), cfg_coefficients=[[], [0.1]], **parts)
+    torch.save({"first 4 0": vars(rollout), "0 4": vars(rollout)}, path)
+
+
+def rollouts(path):
+    saved = read_pickled_tensors(path)
+    return {name: vars(rebuilt(Rollout, values, path))["ends"] for name, values in saved.items()}
+
+
+def save_account_here(path):
+    path.with_name("state.pt").write_bytes(b"an unfinished training")
+    account = Account(path)
+    account["rollouts"] += 96
+    account["validation"] += 12
+
+
+def account_read(path):
+    return {"calls": torch.tensor(float(Account(path).total()))}
+
+
 def state_tensors(path):
     return {name: value for name, value in read_pickled_tensors(path).items() if isinstance(value, torch.Tensor)}
 
@@ -145,6 +170,8 @@ KINDS = {
     ),
     "trajectories.safetensors": (save_shard_here, shard_tensors),
     "state.pt": (save_state_here, state_tensors),
+    "rollouts.pt": (save_rollouts_here, rollouts),
+    "nfe.json": (save_account_here, account_read),
 }
 
 

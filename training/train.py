@@ -10,10 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +22,7 @@ from ..bas_core.files import CheckpointError, read_pickled_tensors, write_atomic
 from ..bas_core.schedule import Schedule
 from ..bas_core.sidenet import SideNet
 from .backbones import Backbone, BackboneChoice, open_backbone
+from .interrupted import Account, read_object, rebuilt
 from .measuring.report import table as error_table
 from .measuring.validation import validation_rows
 from .network.new_sidenet import data_mean, mean_in, new_sidenet
@@ -136,8 +133,12 @@ def search(job: Job, mean: Tensor | None) -> dict[int, Found]:
         parts = {n: vars(each) | {"schedule": vars(each.schedule)} for n, each in found.items()}
         write_atomically(path, lambda temporary: torch.save(parts, temporary))
     wait_for_all()  # one process searches, so that all train for the same schedules
-    stored = read_pickled_tensors(path).items()
-    return {int(n): Found(**parts | {"schedule": Schedule(**parts["schedule"])}) for n, parts in stored}
+    stored: dict[int, Found] = {}
+    for n, parts in read_pickled_tensors(path).items():
+        fields = rebuilt(dict, parts, path)
+        fields["schedule"] = rebuilt(Schedule, fields.get("schedule"), path)
+        stored[int(n)] = rebuilt(Found, fields, path)
+    return stored
 
 
 def with_network(job: Job, sidenet: SideNet, found: dict[int, Found]) -> dict[int, Found]:
@@ -244,31 +245,10 @@ def check_run_folder(folder: Path, settings: Any, resume: bool) -> None:
     if any(folder.glob("*.pt")):
         if not resume:
             raise UsageError(f"{folder} holds an unfinished training. Continue with --resume, or delete the folder.")
-        differing = differences(json.loads(path.read_text(encoding="utf-8")), asked, MAY_CHANGE)
+        differing = differences(read_object(path), asked, MAY_CHANGE)
         if differing:
             raise UsageError(f"--resume continues with the same settings only: {differing}.")
     write_text(path, json.dumps(asked, indent=1))
-
-
-@contextmanager
-def account(path: Path, nfe: Counter[str]) -> Iterator[Callable[[], float]]:
-    """Count seconds, and write them and the model calls to a file at the end or when interrupted; where an unfinished
-    training is continued, both go on from the file's."""
-    earlier = 0.0
-    if path.exists() and any(path.parent.glob("*.pt")):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        earlier = content["seconds"]
-        nfe.update(content["nfe"])
-    start = time.perf_counter()
-
-    def seconds() -> float:
-        return earlier + time.perf_counter() - start
-
-    try:
-        yield seconds
-    finally:
-        if MAIN_PROCESS:
-            write_text(path, json.dumps({"seconds": round(seconds(), 1), "nfe": dict(nfe)}))
 
 
 def train_from(
@@ -306,12 +286,15 @@ def train_from(
         backbone = backbone or open_backbone(choice)
     check_recordings(training, choice, metadata, backbone)
     parts = split_validation(trajectories, training)
-    job = Job(training, *parts, metadata, check_device(choice.device), folder, backbone, prefixes)
-    with account(folder / "nfe.json", job.nfe) as seconds:
+    nfe = Account(folder / "nfe.json")
+    job = Job(training, *parts, metadata, check_device(choice.device), folder, backbone, prefixes, nfe=nfe)
+    try:
         sidenet, found = fit(job)
         evaluation = validate(job, sidenet, found)
+    finally:
+        nfe.write()
     schedules = {n: each.schedule for n, each in found.items()}
-    card = card_of(job, settings, seconds(), schedules, evaluation)
+    card = card_of(job, settings, nfe.seconds, schedules, evaluation)
     if MAIN_PROCESS:
         save_sidenet(out, sidenet, card)
         for state in folder.glob("*.pt"):

@@ -29,6 +29,7 @@ from ...bas_core.prediction import SideNetProtocol, StraightLine
 from ...bas_core.schedule import Schedule
 from ...bas_core.sidenet import spread_mean
 from ...bas_core.solver import solve
+from ..interrupted import rebuilt
 from ..network.new_sidenet import pooled
 from ..progress import progress, say
 from ..recording.replay import Replay
@@ -307,7 +308,7 @@ class Search:
             self.saved[name] = vars(found)
             if self.path is not None:
                 write_atomically(self.path, lambda temporary: torch.save(self.saved, temporary))
-        rollout = Rollout(**self.saved[name])  # type: ignore[arg-type]
+        rollout = rebuilt(Rollout, self.saved[name], self.path or Path())
         self.fit.learn(rollout.times, rollout.states, rollout.velocities, chosen)
         return rollout
 
