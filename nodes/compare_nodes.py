@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import comfy.model_management
 import comfy.utils
 import folder_paths
 from comfy_api.v0_0_2 import io, ui
@@ -80,12 +81,24 @@ class CompareSolvers(io.ComfyNode):
             )
             for number, positive in enumerate(listed["positive"])
         ]
-        plot, path = error_plot(curves(comparisons)), csv_path()
-        write_csv(path, comparisons)
-        text = f"{table(comparisons)}\n\nEvery sampling: {path}"
+        if not any(comparison.rows for comparison in comparisons):
+            raise ValueError("Every sampler was left out, and nothing can be compared; the log says why.")
+        plot = error_plot(curves(comparisons))
+        text = f"{table(comparisons)}\n\n{written(comparisons)}"
         log(f"\n{text}")
         shown = {**ui.PreviewText(text).as_dict(), **ui.PreviewImage(plot, cls=cls).as_dict()}
         return io.NodeOutput(text, plot, pictures_or_none(comparisons, vae), ui=shown)
+
+
+def written(comparisons: list[Comparison]) -> str:
+    """Writes every sampling to a file, and says where it is, or why it is not there; the table is not lost with it."""
+    try:
+        path = csv_path()
+        write_csv(path, comparisons)
+    except OSError as error:
+        warn(f"the file of every sampling cannot be written. {error}")
+        return f"The file of every sampling could not be written: {error}"
+    return f"Every sampling: {path}"
 
 
 def pictures_or_none(comparisons: list[Comparison], vae: Any) -> Any:
@@ -94,7 +107,9 @@ def pictures_or_none(comparisons: list[Comparison], vae: Any) -> Any:
         return ExecutionBlocker(None)
     try:
         return picture_grid(comparisons, vae)
-    except (RuntimeError, ValueError) as error:
+    except comfy.model_management.InterruptProcessingException:
+        raise
+    except Exception as error:  # whatever a VAE raises
         warn(f"the pictures cannot be shown. {error}")
         return ExecutionBlocker(None)
 

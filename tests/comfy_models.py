@@ -119,6 +119,7 @@ MASKED: dict[str, Tiny] = {
     ),
 }  # fmt: skip
 TINY |= MASKED
+TINY["sdxl_inpaint"] = replace(TINY["sdxl"], unet={**TINY["sdxl"].unet, "in_channels": 9})
 
 
 def randomise(module: torch.nn.Module, seed: int = 0) -> None:

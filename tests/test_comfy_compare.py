@@ -16,6 +16,7 @@ import comfy.samplers
 import comfy_models as models
 import folder_paths
 from ba_solver.bas_core import Guidance, load_sidenet, load_sit, model_field, solve, time_grid
+from ba_solver.nodes import compare_nodes
 from ba_solver.nodes.compare_nodes import CompareSolvers, PromptLines, csv_path, pictures_or_none
 from ba_solver.nodes.comparing.compare import compare, jobs_for
 from ba_solver.nodes.comparing.table import table
@@ -164,15 +165,85 @@ def test_a_sampler_that_fails_is_left_out_and_said(demo, caplog, monkeypatch):
     assert "broken is left out at 4 calls. index 2 is out of bounds" in caplog.text
 
 
-def test_a_picture_that_cannot_be_shown_loses_no_table(demo, caplog):
+def nan_at_the_end(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    """As samplers of float16 do."""
+    return model(x, sigmas[0].expand(len(x)), **extra_args) * (float("nan") if x.shape[-1] > 2 else 1)
+
+
+def another_shape(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    """As upscaling samplers do."""
+    return model(x, sigmas[0].expand(len(x)), **extra_args).repeat(1, 1, 2, 2)
+
+
+def needs_more(model, x, sigmas, noise_sampler, extra_args=None, callback=None, disable=None):
+    """A sampler with an argument that only its own node gives it."""
+    return noise_sampler(sigmas[0], sigmas[1])
+
+
+def changes_its_inputs(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    """Euler's method in place; the noise, the options and the sigmas that it was given are spoilt."""
+    extra_args["model_options"]["sampler_cfg_function"] = lambda arguments: arguments["uncond"]
+    for now, then in zip(sigmas[:-1].clone(), sigmas[1:].clone(), strict=True):
+        x += (then - now) * (x - model(x, now.expand(len(x)), **{**extra_args, "model_options": {}})) / now
+    sigmas.zero_()
+    end = x.clone()
+    x.zero_()
+    return end
+
+
+def samples_the_guider(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    """A sampler that raises what is no Exception of Python's usual kinds."""
+    raise NotImplementedError
+
+
+STRANGE = {
+    "nan_at_the_end": (nan_at_the_end, "NaN or infinity"),
+    "another_shape": (another_shape, "another size, (2, 3, 64, 64)"),
+    "needs_more": (needs_more, "noise_sampler"),
+    "samples_the_guider": (samples_the_guider, "left out"),
+    "changes_its_inputs": (changes_its_inputs, None),
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_strange_samplers_beside_ours_are_left_out_and_change_nothing(name, demo, caplog, monkeypatch):
+    """The others' rows are those of a comparison without it."""
+    sampler, said = STRANGE[name]
+    monkeypatch.setattr(comfy.k_diffusion.sampling, f"sample_{name}", sampler, raising=False)
+    monkeypatch.setattr(comfy.samplers.KSampler, "SAMPLERS", [*comfy.samplers.KSampler.SAMPLERS, name])
+    alone = {row.sampler: row for row in found_on(demo, ["euler"], [4])[0].rows}
+    beside = {row.sampler: row for row in found_on(demo, [name, "euler"], [4])[0].rows}
+    if said is None:
+        torch.testing.assert_close(beside.pop(name).end, alone["euler"].end, rtol=1e-4, atol=1e-4)
+    else:
+        assert f"{name} is left out at 4 calls" in caplog.text and said in caplog.text
+    assert beside.keys() == alone.keys()
+    for sampler, row in alone.items():
+        torch.testing.assert_close(beside[sampler].end, row.end)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes cannot be multiplied"), TypeError("'NoneType'"), KeyError("vae")]
+)
+def test_a_picture_that_cannot_be_shown_loses_no_table(error, demo, caplog):
     found, _ = found_on(demo, ["euler"], [4])
 
     class Broken:
         def decode(self, latent):
-            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+            raise error
 
     assert isinstance(pictures_or_none([found], Broken()), ExecutionBlocker)
     assert "the pictures cannot be shown" in caplog.text and "euler" in table([found])
+
+
+def test_a_file_that_cannot_be_written_loses_no_table(demo, caplog, monkeypatch):
+    found, _ = found_on(demo, ["euler"], [4])
+
+    def full(*given):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(compare_nodes, "write_csv", full)
+    assert "No space left on device" in compare_nodes.written([found]) and "cannot be written" in caplog.text
 
 
 def test_interruption_leaves_the_next_run_clean(demo, monkeypatch):

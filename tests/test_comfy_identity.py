@@ -8,6 +8,7 @@ import torch
 
 comfyui.require()
 
+import comfy.model_management
 import comfy.sample
 import comfy_models as models
 import pack_stand_ins as packs
@@ -137,6 +138,24 @@ def test_quantised_tensors_of_comfyui_are_read():
     whole = identity_of(models.make_model("sd3"))
     assert found[0].weights != found[1].weights and "QuantizedTensor" in found[0].precision
     assert [whole.relation(card_of(identity)) for identity in found] == ["precision", "other"]
+
+
+def test_a_fingerprint_is_the_same_at_any_time():
+    """Before a sampling, in the midst of one, after it, and where ComfyUI has unloaded the model; with a LoRA, which
+    lies in the weights meanwhile."""
+    plain = models.make_model("sd3")
+    model, during = with_lora(plain), []
+    before = identity_of(model)
+    z, texts = models.noise("sd3"), (models.text("sd3", 1), models.text("sd3", 2))
+    model.set_model_sampler_post_cfg_function(lambda a: during.append(identity_of(model)) or a["denoised"])
+    comfy.sample.sample(model, z, 2, 3.0, "euler", "simple", *texts, torch.zeros_like(z))
+    after = identity_of(model)
+    comfy.model_management.unload_all_models()
+    assert {*during, after, identity_of(model)} == {before} and identity_of(plain).weights == before.weights
+    merged = plain.clone()
+    for key, patch in models.make_model("sd3", 8).get_key_patches("diffusion_model.").items():
+        merged.add_patches({key: patch}, 0.5, 0.5)  # ModelMergeSimple
+    assert identity_of(merged) == identity_of(merged.clone()) != identity_of(plain)
 
 
 class Sealed(torch.Tensor):

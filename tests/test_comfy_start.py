@@ -125,6 +125,57 @@ def test_editing_tells_the_model_of_the_latents_mask(name, method):
     assert set(told) == {name in models.MASKED}
 
 
+def test_what_nodes_do_with_masks_is_recorded():
+    """Differential Diffusion draws more of the image the lower the noise is; the mask is soft."""
+    from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
+
+    image, mask, _ = image_and_mask("sd3")
+    mask = torch.linspace(0, 1, 8).expand_as(mask).clone()
+    plain = models.make_model("sd3")
+    model = DifferentialDiffusion.execute(plain, strength=1.0).result[0]
+    texts = [models.text("sd3", seed) for seed in (0, 1)]
+    made(model, texts, {"samples": image, "noise_mask": mask})
+    trajectories, inner = recorded(), plain.model.process_latent_in(image)
+    for row in range(2):
+        times, states, velocities = trajectories.times[row], trajectories.states[row], trajectories.velocities[row]
+        noise, text = states[0][None], texts[int(trajectories.labels[row])]
+        for point in (0, 4, 7):
+            # One Euler step of ComfyUI's from the recorded state.
+            seen, sigmas = [], torch.stack([times[point], torch.tensor(0.0)])
+
+            def euler(model, x, sigmas, extra_args=None, state=states[point][None], seen=seen, noise=noise, **_):
+                model.noise, model.sigmas = (
+                    noise,
+                    comfy.samplers.calculate_sigmas(plain.get_model_object("model_sampling"), "simple", 20),
+                )
+                seen.append((state - model(state, sigmas[:1], **extra_args)) / sigmas[0])
+                return x
+
+            comfy.sample.sample_custom(
+                model, noise, 1.0, comfy.samplers.KSAMPLER(euler), sigmas, text, text, image, noise_mask=mask,
+                disable_pbar=True,
+            )  # fmt: skip
+            torch.testing.assert_close(velocities[point][None], seen[0], atol=2e-2, rtol=2e-2)
+    assert (trajectories.states[0][8] - inner[0])[..., 0].abs().max() < 0.2 * (noise - inner).abs().max()
+
+
+@pytest.mark.parametrize("job", ["Make", "Compare", "Edit"])
+def test_inpainting_models_get_the_latents_mask_as_a_channel(job):
+    """An SDXL inpainting model has nine input channels, among them the mask, which KSampler takes from the latent."""
+    model, (image, mask, _) = models.make_model("sdxl_inpaint"), image_and_mask("sdxl")
+    latent, texts, seen = {"samples": image, "noise_mask": mask}, [models.text("sdxl", seed) for seed in range(3)], []
+    model.set_model_unet_function_wrapper(
+        lambda apply, a: seen.append(a["c"]["c_concat"][:, :1]) or apply(a["input"], a["timestep"], **a["c"])
+    )
+    if job == "Make":
+        made(model, texts[:2], latent, negative=texts[2], cfg=3.0)
+    elif job == "Compare":
+        compared(model, texts[0], texts[2], latent)
+    else:
+        BAEdit.execute(model, latent, texts[0], texts[1], 4, texts[2], cfg=2.0)
+    assert len(seen) > 5 and all(torch.equal(given, mask.expand(given.shape)) for given in seen)
+
+
 @pytest.mark.skipif(
     not hasattr(comfy.model_sampling.ModelSamplingDiscreteFlow, "set_noise_scale"),
     reason="newer ComfyUI's models have a scale of noise",

@@ -86,11 +86,17 @@ class CountedSampler(comfy.samplers.Sampler):
         self.done: Run | None = None
 
     def sample(self, model_wrap: Any, *rest: Any, **more: Any) -> Tensor:
-        """Called by ComfyUI's guiders; the arguments are theirs."""
+        """Called by ComfyUI's guiders; the arguments are theirs.
+
+        Raises:
+            ValueError: the end is not finite.
+        """
         began = time.perf_counter()
         with counting(model_wrap, self.counter):
             end: Tensor = self.sampler.sample(model_wrap, *rest, **more)
         stored = end.cpu()  # waits for the device
+        if not stored.isfinite().all():
+            raise ValueError("Its picture holds NaN or infinity.")
         self.done = Run(stored, self.counter.nfe, time.perf_counter() - began)
         return end
 
@@ -115,7 +121,7 @@ def rehearse(guider: Any, sampler: Any, sigmas: Tensor, noise: Tensor, limit: fl
     corner = noise[:1, ..., :2, :2].clone()
     arguments = {"model_options": {}, "seed": seed}
     with counting(guider, CallCounter(limit), lambda x, timestep, model_options, seed: 0.5 * x):
-        return sampler.sample(guider, sigmas, arguments, None, corner, torch.zeros_like(corner), None, True)
+        return sampler.sample(guider, sigmas.clone(), arguments, None, corner, torch.zeros_like(corner), None, True)
 
 
 def steps_for(guider: Any, sampler: Any, sigmas_of: Callable[[int], Tensor], noise: Tensor, calls: int) -> int:

@@ -106,8 +106,7 @@ def jobs_for(model: Any, samplers: Sequence[str], schedulers: Sequence[str]) -> 
         raise ValueError("BA-Solver is always compared. Leave 'ba_solver' out of the samplers.")
 
     def grid(sampler: str, scheduler: str) -> Callable[[int], Tensor]:
-        device = comfy.model_management.get_torch_device()
-        return lambda steps: known(model, steps, device, sampler, scheduler, 1.0).sigmas
+        return lambda steps: known(model, steps, model.load_device, sampler, scheduler, 1.0).sigmas
 
     jobs = [Job(n, s, comfy.samplers.sampler_object(n), grid(n, s)) for n in samplers for s in schedulers]
     multistep = comfy.samplers.KSAMPLER(sample_ba_solver, {"options": Options(MULTISTEP)})
@@ -154,7 +153,10 @@ def compare(
     def sample(sampler: Any, sigmas: Tensor) -> Run:
         counted = CountedSampler(sampler, CallCounter(on_call=on_call))
         guider.sample(noise, latent.samples, counted, sigmas, latent.mask, disable_pbar=True, seed=seed)
-        return counted.run
+        run = counted.run
+        if run.end.shape != noise.shape:
+            raise ValueError(f"Its picture has another size, {tuple(run.end.shape)}.")
+        return run
 
     def converged(steps: int, checked: bool) -> Tensor:
         sigmas = comfy.samplers.calculate_sigmas(model_sampling, "simple", steps)

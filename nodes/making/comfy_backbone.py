@@ -218,7 +218,7 @@ def open_model(
         patch_size=sit.patch_size if sit else Backbone.patch_size,
         shift=default_shift(model_sampling),
         start=flow_time(model_sampling, model_sampling.sigma_max) if parameterization.exploding else 1.0,
-        device=comfy.model_management.get_torch_device(),
+        device=model.load_device,
         conditions_digest=digest_of([*alone, *([negative] if "negative" in guider.original_conds else []), *given]),
         within=_within(guider, opened, first, batch),
         make_room=make_room,

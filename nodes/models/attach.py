@@ -83,9 +83,15 @@ def _read_patcher(path: Path, name: str, dtype: torch.dtype | None, disable_dyna
 
 
 def apply_sidenet(model: Any, sidenet: LoadedSideNet, strength: float) -> Any:
-    """A clone of the MODEL with the SideNet on it, in place of any other; the given MODEL stays as it is."""
+    """A clone of the MODEL with the SideNet on it, in place of any other; the given MODEL stays as it is.
+
+    The SideNet is loaded where the MODEL is, which a node may have moved to another GPU (Select Model Device).
+    """
     clone = model.clone()
     patcher = sidenet.patcher.clone()
+    patcher.load_device = clone.load_device
+    if hasattr(patcher, "register_load_device"):  # newer ComfyUI's dynamic memory has an arena a device
+        patcher.register_load_device(patcher.load_device)
     patcher.set_attachments(RECORD, replace(sidenet, patcher=None, strength=strength))
     clone.set_additional_models(KEY, [patcher])
     return clone
