@@ -124,7 +124,7 @@ def _numbers(value: Tensor, count: int) -> Tensor | None:
     for plain in (lambda: value.detach().as_subclass(Tensor), lambda: value.detach().dequantize()):
         try:
             flat = plain().flatten()
-            places = torch.linspace(0, flat.numel() - 1, min(count, flat.numel())).long()
+            places = torch.linspace(0, flat.numel() - 1, min(count, flat.numel()), dtype=torch.float64).long()
             picked = flat[places.to(flat.device)].cpu()
             return picked.as_subclass(Tensor).contiguous() if picked.numel() else picked
         except (RuntimeError, TypeError, NotImplementedError, AttributeError):
