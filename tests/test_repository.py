@@ -73,7 +73,7 @@ ORDERS = {
         ("network",),
         ("schedules",),
         ("measuring", "drawing"),
-        ("demo", "train", "presets", "extra_cfg", "make", "sample"),
+        ("demo", "train", "presets", "extra_cfg", "make", "sample", "compare"),
         ("cli",),
     ),
     "nodes": (

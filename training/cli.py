@@ -55,6 +55,13 @@ COMMANDS = {
         ("matplotlib",),
     ),
     "sample": Command("draw images, with a SideNet or with any other solver", "sample", "SampleSettings", "run_sample"),
+    "compare": Command(
+        "drawn images beside exact ones of other noises, as distributions",
+        "compare",
+        "CompareSettings",
+        "run_compare",
+        "--count",
+    ),
     "convert": Command("an official SideNet (.pt) to safetensors", "sidenet_files", "ConvertSettings", "run_convert"),
     "info": Command("a SideNet file's purpose, training and quality", "sidenet_files", "InfoSettings", "run_info"),
     "demo": Command(

@@ -28,7 +28,7 @@ from .drawing.named_solvers import PRESETS, parse_rival, solver_named
 from .drawing.scores import MISSING, scores, weights_file
 from .processes import MAIN_PROCESS, processes
 from .progress import progress, say
-from .schedules.solvers import Solver
+from .schedules.solvers import UNIFORM, GridShape, Solver
 from .settings import UsageError, check_positive, plain
 
 REPORT = "report.json"
@@ -44,6 +44,8 @@ class SampleSettings(BackboneChoice):
         sidenet: its file, or the authors' .pt.
         preset: the paper's settings for so many calls: paper-5, paper-7, paper-8, paper-10, paper-15.
         nfe: model calls an image.
+        grid: shift and cosine of the time grid, such as 2.8 0.3; left out, the SideNet's schedule, or the model's own
+            shift.
         method: bi_anchor, single_anchor, multistep (no SideNet), euler, heun, …
         guidance: CFG scale; left out, the SideNet's own.
         count: how many images.
@@ -63,6 +65,7 @@ class SampleSettings(BackboneChoice):
     sidenet: Path | None = None
     preset: str = ""
     nfe: int = 7
+    grid: tuple[float, ...] = ()
     method: str = "bi_anchor"
     guidance: tuple[float, ...] = ()
     count: int = 16
@@ -89,7 +92,7 @@ class Drawing:
         classes: conditions, in turn.
         seed: of the noises.
         decode: states to images [B, 3, H, W] in [0, 1]; None keeps states.
-        published: use the uniform grid, without the model's shift and the SideNet's schedules.
+        shape: of the time grid, where the solver has no schedule.
     """
 
     backbone: Backbone
@@ -102,7 +105,7 @@ class Drawing:
     classes: tuple[int, ...]
     seed: int
     decode: Callable[[Tensor], Tensor] | None
-    published: bool
+    shape: GridShape
 
     def noise(self, index: int) -> Tensor:
         """[C, *spatial] of an image's own, the same on every machine."""
@@ -114,8 +117,7 @@ class Drawing:
         noise = self.backbone.noise(torch.stack([self.noise(index) for index in indices])).to(self.backbone.device)
         labels = torch.tensor([self.classes[index % len(self.classes)] for index in indices])
         field = self.backbone.field(labels, self.scale, self.interval, self.mode)
-        shape = (1.0 if self.published else self.backbone.shift, 0.0)
-        return solver.sample(field, noise, nfe, shape), field.nfe
+        return solver.sample(field, noise, nfe, self.shape), field.nfe
 
     def images(self, states: Tensor) -> Tensor:
         """States to images, or states as they are."""
@@ -168,10 +170,14 @@ def with_preset(settings: SampleSettings) -> SampleSettings:
         settings = dataclasses.replace(settings, backbone=f"sit:{settings.sit}")
     if settings.latents and (settings.npz or settings.fid or settings.compare or settings.vae):
         raise UsageError("--latents keeps no images; leave out --vae, --npz, --fid and --compare.")
+    if settings.grid and (len(settings.grid) != 2 or settings.grid[0] <= 0 or not -1 <= settings.grid[1] <= 1):
+        raise UsageError(f"--grid must be a shift above 0 and a cosine from -1 to 1; got {settings.grid}.")
     if not settings.preset:
         return settings
     if settings.preset not in PRESETS:
         raise UsageError(f"There is no preset {settings.preset!r}. Valid ones: {', '.join(PRESETS)}.")
+    if settings.grid:
+        raise UsageError("--preset samples on the paper's uniform grid; leave --grid out.")
     preset = PRESETS[settings.preset]
     return dataclasses.replace(
         settings, nfe=preset.calls, guidance=(preset.guidance,), guidance_interval=preset.interval
@@ -218,9 +224,8 @@ def prepare(settings: SampleSettings, backbone: Backbone, sidenet: SideNet | Non
         raise UsageError(f"--guidance takes one scale here; got {settings.guidance}.")
     if sidenet is not None and not card.supports_cfg(scale) and not settings.preset:
         say(f"Note: the SideNet was made for guidance {card.describe_cfg()}; at {scale:g} it is less accurate.")
-    published = bool(settings.preset)
     schedules = card.schedules_for(scale)
-    schedules = {} if published or settings.nfe not in schedules else schedules
+    schedules = {} if settings.preset or settings.grid or settings.nfe not in schedules else schedules
     rival = None
     if settings.compare:
         name, calls = parse_rival(settings.compare)
@@ -236,8 +241,16 @@ def prepare(settings: SampleSettings, backbone: Backbone, sidenet: SideNet | Non
         classes_of(settings.classes, backbone),
         settings.seed,
         None if settings.latents else decoder(settings, backbone),
-        published,
+        grid_shape(settings, backbone),
     )
+
+
+def grid_shape(settings: SampleSettings, backbone: Backbone) -> GridShape:
+    """The time grid's, where there is no schedule."""
+    if settings.grid:
+        shift, cosine = settings.grid
+        return shift, cosine
+    return UNIFORM if settings.preset else (backbone.shift, 0.0)
 
 
 def classes_of(text: str, backbone: Backbone) -> tuple[int, ...]:
@@ -293,6 +306,7 @@ def settings_of_images(settings: SampleSettings, backbone: Backbone, drawing: Dr
         "sidenet": sidenet,
         "method": settings.method,
         "nfe": settings.nfe,
+        "grid": list(settings.grid),
         "preset": settings.preset,
         "guidance": drawing.scale,
         "guidance_interval": list(drawing.interval),
