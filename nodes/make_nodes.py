@@ -143,7 +143,7 @@ def settings_of(one: dict[str, Any]) -> MakeSettings:
         "nfe": one["steps"],
         "preset": one["preset"],
         "seed": one.get("recording_seed", 1),
-        "record_batch": one.get("batch_size", 4),
+        "record_batch": one.get("batch_size", 0),
         "extra_guidance": cfg_scales(one.get("extra_cfg", "")),
         **changed,
         # Prefixes are for what becomes of noise.
@@ -215,7 +215,7 @@ def _advanced() -> list[Any]:
         # Not "seed": ComfyUI would change that after each run, and interrupted work could not be resumed.
         number("recording_seed", 1, 1_000_000, "The seed of the noise that trajectories are recorded from."),
         text("cache_dir", "The folder for the recordings, if the disk with the SideNet has no room for them."),
-        number("batch_size", 4, 256, "How many samples go through the model at once."),
+        number("batch_size", 0, 256, "How many samples go through the model at once. 0 is 4, or 1 of videos."),
         number("trajectories", 0, 100_000, "How many trajectories are recorded. 0 leaves it to the preset."),
         number("steps_per_trajectory", 0, 1000, "Model calls of a recorded trajectory, at least 8. 0 leaves it to the "
                "preset."),

@@ -5,11 +5,12 @@ import dataclasses
 import pytest
 import torch
 from ba_solver.bas_core import Schedule, SideNetCard, load_sidenet, save_sidenet, solve
-from ba_solver.training.backbones import BackboneChoice, open_backbone
+from ba_solver.training.backbones import Backbone, BackboneChoice, open_backbone
 from ba_solver.training.cli import main
 from ba_solver.training.make import MakeSettings, planned_nfe
 from ba_solver.training.measuring.rivals import converged_reference
 from ba_solver.training.presets import PRESETS
+from ba_solver.training.recording.trajectories import open_trajectories
 from ba_solver.training.schedules.solvers import endpoint_errors
 from training_problems import BACKBONE
 
@@ -107,6 +108,7 @@ def test_another_scale_is_added_to_a_file(made, tmp_path):
         (("--extra-guidance", "4", "4"), "each once"),
         (("--extra-guidance", "-1"), "from 0 to 100"),
         (("--extra-guidance", "4", "--cfg-mode", "per_branch"), "needs trajectories of combined CFG"),
+        (("--guidance", "2", "4", "--preset", "quick"), "A range of CFG is an input of the network"),
     ],
 )
 def test_what_cannot_be_done_is_said(options, message, tmp_path, capsys):
@@ -116,3 +118,26 @@ def test_what_cannot_be_done_is_said(options, message, tmp_path, capsys):
     )
     assert message in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
+
+
+def test_schedules_of_a_range_are_filed_under_the_scale_that_they_were_fitted_at(tmp_path, monkeypatch):
+    """And measured at the scale that the file says."""
+    recording, out = tmp_path / "range", tmp_path / "mine.safetensors"
+    command = ["record", "--backbone", BACKBONE, "--guidance", "2", "4", "--out", str(recording)]
+    assert main([*command, "--trajectories", "16", "--points", "36", "--prefixes", "0", "--record-batch", "4"]) == 0
+    trajectories = open_trajectories([recording])[0]
+    assert trajectories.scales[:4].tolist() == trajectories.scales[8:12].tolist() == [3.0] * 4
+    asked, real = [], Backbone.field_in_main_memory
+
+    def spied(self, conditions, scale, *rest):
+        asked.append(scale)
+        return real(self, conditions, scale, *rest)
+
+    monkeypatch.setattr(Backbone, "field_in_main_memory", spied)
+    command = ["train", "--backbone", BACKBONE, "--recordings", str(recording), "--out", str(out), "--nfe", "5"]
+    assert main([*command, "--steps", "0", "--validation", "2"]) == 0
+    card = load_sidenet(out)[1]
+    held_out = trajectories.scales[-1].item()
+    assert held_out != 3 and set(asked) == {3.0, held_out}
+    assert set(card.schedules) == {3.0}
+    assert card.evaluation["guidance"] == held_out and card.evaluation["noises"] == 2

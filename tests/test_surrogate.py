@@ -1,6 +1,8 @@
 """Schedules fitted on a surrogate: known methods as numbers, what the surrogate knows, what a fit finds."""
 
 import math
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +37,7 @@ from training_problems import (
     BACKBONE,
     GAUSSIAN_MEAN,
     SHAPE,
+    environment,
     swirl,
     swirl_backbone,
     trajectories_of,
@@ -267,18 +270,41 @@ def test_an_interrupted_search_makes_no_rollout_twice(tmp_path, monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(SearchData, "roll_out", interrupted)
-    path = tmp_path / "rollouts.pt"
     with pytest.raises(KeyboardInterrupt):
-        search_schedules(*parts(6, 2), [4, 5], None, path)
+        search_schedules(*parts(6, 2), [4, 5], None, tmp_path)
+    assert len(list(tmp_path.glob("rollout *.pt"))) == 6
     monkeypatch.setattr(SearchData, "roll_out", real)
     fit, validation = parts(6, 2)
-    resumed = search_schedules(fit, validation, [4, 5], None, path)
+    resumed = search_schedules(fit, validation, [4, 5], None, tmp_path)
     for n, schedule in whole.items():
         torch.testing.assert_close(
             torch.tensor(resumed[n].schedule.times), torch.tensor(schedule.times), atol=1e-3, rtol=0
         )
     every = search.search_nfe(6, 2, [4, 5], False) - search.VALIDATED * 2 * 9
     assert 0 < fit.nfe["rollouts"] < every
+
+
+def test_a_killed_search_has_its_calls_on_the_bill(tmp_path, monkeypatch):
+    """Ended without a chance to write anything, and resumed, it has spent what one in one go has."""
+    recording = tmp_path / "trajectories"
+    small = ["--trajectories", "8", "--points", "24", "--prefixes", "0", "--no-jitter", "--record-batch", "8"]
+    assert main(["record", "--backbone", BACKBONE, "--out", str(recording), *small]) == 0
+    options = ["train", "--recordings", str(recording), "--steps", "0", "--nfe", "5,6", "--validation", "2"]
+
+    def spent(out, *more):
+        backbone = "python:training_problems:dying_backbone"
+        assert main([*options, "--backbone", backbone, "--out", str(out), *more]) == 0
+        return load_sidenet(out)[1].training["backbone_calls"]
+
+    monkeypatch.setenv("DIES_AFTER", "1000000")
+    whole = spent(tmp_path / "whole.safetensors")
+    out, calls = tmp_path / "killed.safetensors", 40
+    command = [sys.executable, "-m", "ba_solver.training", *options, "--out", str(out)]
+    command += ["--backbone", "python:training_problems:dying_backbone"]
+    killed = subprocess.run(command, env=environment() | {"DIES_AFTER": str(calls)}, cwd=tmp_path, check=False)
+    assert killed.returncode == 9 and list((tmp_path / "killed.run").glob("rollout *.pt"))
+    resumed = spent(out, "--resume")
+    assert resumed == whole
 
 
 def test_the_mean_error_is_the_states():

@@ -119,3 +119,16 @@ def in_two_processes(command, folder):
     said = [path.read_text() for path in sorted(logs.rglob("stdout.log"))]
     assert len(said) == 2
     return said
+
+
+def dying_backbone(device, dtype):
+    """The process ends without a word, as by kill -9, at the model call after so many samples as DIES_AFTER says."""
+    whole, left = swirl_backbone(device, dtype), [int(os.environ["DIES_AFTER"])]
+
+    def velocity(x, t, y, scale):
+        left[0] -= len(x)
+        if left[0] < 0:
+            os._exit(9)
+        return swirl(x, t, y)
+
+    return Backbone(**{**vars(whole), "velocity": velocity})

@@ -44,6 +44,11 @@ def check_extra_cfg(settings: MakeSettings) -> None:
         UsageError: saying what and why.
     """
     scales = settings.extra_guidance
+    if settings.scales[0] != settings.scales[1] and not (settings.steps or settings.start_from):
+        raise UsageError(
+            f"A range of CFG is an input of the network, and without one it means nothing; got {settings.guidance}. "
+            "Give one scale, and others with --extra-guidance."
+        )
     if scales and (settings.cfg_mode != "combined" or settings.objective == "published"):
         raise UsageError("--extra-guidance needs trajectories of combined CFG: leave --cfg-mode at combined.")
     if not all(0 < scale <= 100 for scale in scales) or len(set(scales)) < len(scales):

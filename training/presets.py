@@ -16,7 +16,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "prefixes": 0,
         "jitter": False,
         "checked": 1,
-        "record_batch": 8,
     },
     FULL: {},
 }

@@ -31,6 +31,7 @@ from .network.stages import Job, all_pairs_stage, published_stage, variance_unex
 from .processes import MAIN_PROCESS, processes
 from .progress import say
 from .recording.record import PREFIXES
+from .recording.replay import SideNetInParts
 from .recording.trajectories import Trajectories, check_same_recording, open_trajectories
 from .schedules.fitting import fit_coefficients
 from .schedules.search import Found, judge, search_schedules
@@ -129,7 +130,7 @@ def search(job: Job, mean: Tensor | None) -> dict[int, Found]:
     if rank == 0 and not path.exists():
         numbers = parse_nfe(job.training.nfe)
         replays = job.replay(job.trajectories), job.replay(job.validation)
-        found = job.within(lambda: search_schedules(*replays, numbers, mean, job.folder / "rollouts.pt"))
+        found = job.within(lambda: search_schedules(*replays, numbers, mean, job.folder))
         parts = {n: vars(each) | {"schedule": vars(each.schedule)} for n, each in found.items()}
         write_atomically(path, lambda temporary: torch.save(parts, temporary))
     wait_for_all()  # one process searches, so that all train for the same schedules
@@ -144,11 +145,12 @@ def search(job: Job, mean: Tensor | None) -> dict[int, Found]:
 def with_network(job: Job, sidenet: SideNet, found: dict[int, Found]) -> dict[int, Found]:
     """The schedules with coefficients for the network, where they end nearer on validation trajectories."""
     schedules = {n: each.schedule for n, each in found.items()}
-    fitted = fit_coefficients(sidenet, job.replay(job.trajectories), schedules)
+    network = SideNetInParts(sidenet, job.device, job.metadata["record_batch"])
+    fitted = fit_coefficients(network, job.replay(job.trajectories), schedules)
     best = dict(found)
     with torch.inference_mode():
         for n, schedule in fitted.items():
-            judged = judge(sidenet, schedule, job.replay(job.validation))
+            judged = judge(network, schedule, job.replay(job.validation))
             say(f"{n} calls with the network: {judged.mean:.3g} ± {judged.standard_error:.2g}")
             if judged.mean < best[n].error:
                 best[n] = dataclasses.replace(
@@ -191,9 +193,10 @@ def validate(job: Job, sidenet: SideNet, found: dict[int, Found]) -> dict[str, A
     if found:
         rows = validation_rows(found)
         say(error_table(rows))
+        judged = job.replay(job.validation)
         measured |= {
-            "guidance": job.metadata["guidance"][0],
-            "noises": len(job.validation),
+            "guidance": judged.cfg,
+            "noises": len(judged.cfg_rows(len(job.validation))),
             "endpoint_error": [dataclasses.asdict(row) for row in rows],
         }
     return measured
@@ -215,7 +218,7 @@ def card_of(
         cfg_mode=job.metadata["cfg_mode"],
         cfg_range=(low, high),
         backbone=job.metadata["backbone"],
-        schedules={(low + high) / 2: schedules} if schedules else {},
+        schedules={job.replay(job.trajectories).cfg: schedules} if schedules else {},
         part=tuple(job.metadata["part"]),
         training={
             "objective": job.training.objective if job.training.steps or begun else NO_NETWORK,

@@ -12,6 +12,7 @@ import comfy.model_management
 import torch
 
 from ...bas_core.checkpoint import SideNetCard, load_sidenet
+from ...training.backbones.base import samples_at_once
 from ...training.extra_cfg import add_extra_cfg, check_extra_cfg, nfe_for_cfg, recording_for
 from ...training.make import MakeSettings, planned_nfe
 from ...training.progress import Listener, listening, say
@@ -169,6 +170,7 @@ def make(
     """
     refuse_cache(model, "Make SideNet")
     settings = replace(settings, accumulate=0)
+    batch = samples_at_once(settings.record_batch, latent.shape[1:])
     card = existing_card(settings.out, settings)
     missing = len(set(settings.extra_guidance) - set(card.schedules if card else ()))
 
@@ -177,7 +179,7 @@ def make(
         raise ValueError("earlier_model is for a start_percent above 0. Raise that, or disconnect earlier_model.")
 
     def opened(which: Any, scale: float) -> ComfyBackbone:
-        return open_model(which, *prompts, scale, latent, reporter.on_samples, settings.record_batch)
+        return open_model(which, *prompts, scale, latent, reporter.on_samples, batch)
 
     def at_scale(scale: float) -> ComfyBackbone:
         before = None if part[0] == 1 else replace(opened(earlier or model, scale), part=(1.0, part[0]))
@@ -228,10 +230,11 @@ def start_calls(settings: MakeSettings, new: bool, scales: int) -> int:
 
 def plan_text(settings: MakeSettings, calls: int, backbone: ComfyBackbone) -> str:
     """The cost, before the work starts; the recording says what it needs on disk."""
-    memory = shard_bytes(backbone.shape, settings.points or POINTS[0], 1) * settings.record_batch
+    batch = samples_at_once(settings.record_batch, backbone.shape)
+    memory = shard_bytes(backbone.shape, settings.points or POINTS[-1], 1) * batch
     return (
-        f"Making {settings.out.stem!r} for {backbone.name}: {calls:,} model calls in batches of "
-        f"{settings.record_batch}, and {memory / 1e6:.3g} MB of memory beside sampling."
+        f"Making {settings.out.stem!r} for {backbone.name}: {calls:,} model calls in batches of {batch}, and up to "
+        f"{memory / 1e6:.3g} MB of main memory beside sampling."
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +15,9 @@ from ...bas_core.checkpoint import WHOLE_PATH
 from ...bas_core.guidance import NO_GUIDANCE, CFGMode, Field, Guidance, check_labels, just_inside, model_field
 from ..settings import UsageError
 
+# Samples that go through a model at once, where it is left open: activations grow with them, and a video has many.
+IMAGES_AT_ONCE, VIDEOS_AT_ONCE = 4, 1
+
 Velocity = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 Combine = Callable[[Tensor, Tensor, float], Tensor]
 
@@ -23,6 +26,12 @@ class Within(Protocol):
     """Does work that calls a model, where the model can be called; with gradients through it on request."""
 
     def __call__(self, work: Callable[[], Any], gradients: bool = False) -> Any: ...
+
+
+def samples_at_once(asked: int, shape: Sequence[int]) -> int:
+    """How many states of a shape [C, *spatial] go through a model at once: as asked for, or what suits if that is 0."""
+    frames = shape[1] if len(shape) == 4 else 1
+    return asked or (VIDEOS_AT_ONCE if frames > 1 else IMAGES_AT_ONCE)
 
 
 def work_here(work: Callable[[], Any], gradients: bool = False) -> Any:
@@ -132,6 +141,32 @@ class Backbone:
             field.conditions = (None,) * len(field.conditions)
         field.scale = scale
         return field
+
+    def field_in_main_memory(
+        self,
+        conditions: Tensor,
+        scale: float,
+        batch: int,
+        interval: tuple[float, float] = (0.0, 1.0),
+        cfg_mode: CFGMode = "combined",
+    ) -> Field:
+        """The same field for states [B, C, *spatial] in main memory, of which so many go through the model at once.
+
+        The device holds the states and velocities of one such batch, however many samples and steps a work has.
+        """
+        batch = samples_at_once(batch, self.shape)
+        rows = [slice(i, i + batch) for i in range(0, len(conditions), batch)]
+        fields = [self.field(conditions[each], scale, interval, cfg_mode) for each in rows]
+
+        def evaluate(x: Tensor, t: Tensor, branches: int) -> Tensor:
+            found = x.new_empty(branches, *x.shape)
+            for field, each in zip(fields, rows, strict=True):
+                found[:, each] = field.evaluate(x[each].to(self.device), t[each].to(self.device), branches)
+            return found
+
+        columns = zip(*(field.conditions for field in fields), strict=True)
+        joined = tuple(None if any(c is None for c in column) else torch.cat(column).cpu() for column in columns)
+        return Field(evaluate, joined, fields[0].cfg, combined=fields[0].combined, scale=fields[0].scale)
 
     def _combined(self, branches: Field, combine: Combine) -> Field:
         """A field of two branches, guided by a rule of the model's own."""

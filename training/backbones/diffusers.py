@@ -24,7 +24,15 @@ from .autoencoder import autoencoder
 from .base import Backbone, BackboneChoice
 from .pipeline_checks import TEXT_ENCODERS, check_against_pipeline, check_lengths, check_resolution, check_supported
 from .pipeline_network import Network, clock_of, packing_of, shift_of, spatial_factor
-from .pipeline_watch import calls_of_first_step, input_name, network_of, run_watched, split_call, takes_guidance
+from .pipeline_watch import (
+    calls_of_first_step,
+    input_name,
+    moved,
+    network_of,
+    run_watched,
+    split_call,
+    takes_guidance,
+)
 
 
 def open_backbone(where: str, choice: BackboneChoice, device: torch.device) -> Backbone:
@@ -58,7 +66,8 @@ def _open(
 ) -> Backbone:
     module = network_of(pipeline)
     first = run_watched(pipeline, module, prompts[0], choice, calls=0, steps=2)
-    branches = [sample for call in calls_of_first_step(first) for sample in split_call(call)]
+    # Encodings wait in main memory: those of a few hundred prompts take gigabytes.
+    branches = [moved(sample, "cpu") for call in calls_of_first_step(first) for sample in split_call(call)]
     # A doubled batch is (unconditional, conditional); two calls are the conditional one first.
     doubled = len(branches) == 2 and first.calls[0][input_name(first.calls[0])].shape[0] == 2
     conditional, null = (branches[-1], branches[0]) if doubled else (branches[0], branches[-1])
@@ -66,7 +75,7 @@ def _open(
     conditions = [conditional]
     for prompt in progress(prompts[1:], "encode prompts", leave=False):
         call = run_watched(pipeline, module, prompt, choice, calls=1, steps=0).calls[0]
-        conditions.append(split_call(call)[-1])
+        conditions.append(moved(split_call(call)[-1], "cpu"))
     state = first.steps[0][2]
     embedded = takes_guidance(module)
     network = Network(

@@ -21,7 +21,7 @@ from ...bas_core.flow import (
 )
 from ..settings import UsageError
 from .base import BackboneChoice, Combine
-from .pipeline_watch import Watch, join, layout
+from .pipeline_watch import Watch, join, layout, moved
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,9 @@ class Network:
         return result
 
     def _call(self, x: Tensor, t: Tensor, conditions: list[dict[str, Any]], scale: float) -> Tensor:
-        arguments = {name: join([condition[name] for condition in conditions]) for name in conditions[0]}
+        arguments = {
+            name: moved(join([condition[name] for condition in conditions]), self.device) for name in conditions[0]
+        }
         if self.embedded_guidance:
             arguments["guidance"] = torch.full((len(x),), scale, device=x.device, dtype=torch.float32)
         shown = self.packing.pack(self.clock.state(x, t)).to(self.dtype)

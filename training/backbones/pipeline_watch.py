@@ -99,6 +99,15 @@ def join(values: Sequence[Any]) -> Any:
     return [item for value in values for item in value] if isinstance(first, list) and len(first) == 1 else first
 
 
+def moved(value: Any, device: torch.device | str) -> Any:
+    """An argument on a device."""
+    if isinstance(value, dict):
+        return {name: moved(part, device) for name, part in value.items()}
+    if isinstance(value, list):
+        return [moved(part, device) for part in value]
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
 def layout(value: Any) -> Any:
     """What must be alike for arguments to be joined."""
     if isinstance(value, Tensor):

@@ -16,8 +16,9 @@ from ...bas_core.checkpoint import SideNetCard, load_sidenet, save_sidenet
 from ...bas_core.files import CheckpointError, write_text
 from ...bas_core.guidance import Field
 from ..backbones import Backbone, BackboneChoice, open_backbone
+from ..backbones.base import samples_at_once
 from ..progress import progress, say
-from ..recording.replay import Replay
+from ..recording.replay import Replay, SideNetInParts
 from ..recording.trajectories import open_trajectories
 from ..schedules.fitting import FIT_TRAJECTORIES, Schedules
 from ..schedules.solvers import UNIFORM, GridShape, Solver, endpoint_errors, search_grid, sidenet_solver
@@ -41,14 +42,14 @@ class Evaluation:
     Attributes:
         nfe: numbers of model calls, separated by commas.
         noises: from which every solver samples.
-        noise_batch: noises sampled at once.
+        noise_batch: noises sampled at once; 0 = 4, or 1 of videos.
         search_noises: on which every rival's best time grid is searched; 0 = uniform grids.
         reference: points of the reference solution.
     """
 
     nfe: str = "5,7,10"
     noises: int = 32
-    noise_batch: int = 16
+    noise_batch: int = 0
     search_noises: int = 8
     reference: int = 192
 
@@ -79,11 +80,11 @@ def check_evaluation(evaluation: Evaluation) -> list[int]:
         UsageError: a setting cannot be used; the message says which and why.
     """
     numbers = parse_nfe(evaluation.nfe)
-    check_positive(evaluation, "noises", "noise_batch")
-    if evaluation.reference < 4 * max(numbers) or evaluation.search_noises < 0:
+    check_positive(evaluation, "noises")
+    if evaluation.reference < 4 * max(numbers) or min(evaluation.search_noises, evaluation.noise_batch) < 0:
         raise UsageError(
             f"--reference must be at least four times the most model calls, {4 * max(numbers)}, and --search-noises "
-            "not negative."
+            "and --noise-batch not negative."
         )
     return numbers
 
@@ -188,8 +189,8 @@ def measure_all(jobs: Sequence[Job], paths: Sequence[Paths]) -> tuple[list[Measu
 
 def to_images(backbone: Backbone, x: Tensor) -> Tensor:
     """States [B, C, *spatial] to images [B, 3, H, W] in [0, 1]; without a decoder, the first three channels."""
-    if backbone.decode is not None:
-        return backbone.decode(x.to(backbone.device)).float().cpu()
+    if backbone.decode is not None:  # one by one, for decoding takes more memory than drawing
+        return torch.cat([backbone.decode(each.to(backbone.device)).float().cpu() for each in x.split(1)])
     frames = x[:, :, 0] if x.ndim == 5 else x
     shown = frames[:, :3] if frames.shape[1] >= 3 else frames[:, :1].expand(-1, 3, -1, -1)
     low, high = shown.amin(), shown.amax()
@@ -201,9 +202,9 @@ def draw_references(
 ) -> tuple[list[Paths], Paths | None]:
     """Reference solutions from the report's noises, in batches, and from those of the grid search if there is one."""
     say("Reference solutions …")
-    batches = torch.arange(evaluation.noises).split(evaluation.noise_batch)
+    batches = torch.arange(evaluation.noises).split(samples_at_once(evaluation.noise_batch, backbone.shape))
     paths = [
-        draw_paths(backbone, field_of, REPORT_SEED + 1000 * seed + i, len(rows), evaluation.reference)
+        draw_paths(backbone, field_of, REPORT_SEED + 1000 * seed + i, len(rows), evaluation.reference, False)
         for i, rows in enumerate(batches)
     ]
     if not evaluation.search_noises:
@@ -232,8 +233,10 @@ def evaluate(
     schedules = card.schedules_for(scale)
     interval = tuple(card.training.get("recorded", {}).get("guidance_interval", choice.guidance_interval))
 
+    batch = samples_at_once(evaluation.noise_batch, backbone.shape)
+
     def field_of(conditions: Tensor) -> Field:
-        return backbone.field(conditions, scale, interval, card.cfg_mode)
+        return backbone.field_in_main_memory(conditions, scale, batch, interval, card.cfg_mode)
 
     with torch.inference_mode():
         paths, search = draw_references(evaluation, backbone, field_of, more["seed"])
@@ -241,7 +244,7 @@ def evaluate(
         others, shapes = competitors(backbone, multistep), {}
         if search:
             shapes = search_shapes([(solver, n) for n in numbers for solver in others], search)
-        ours = sidenet_solver(sidenet, start=backbone.start)
+        ours = sidenet_solver(SideNetInParts(sidenet, backbone.device, batch), start=backbone.start)
         rows, samples = measure_all(jobs_for(others, ours, numbers, schedules, shapes), paths)
     searched = search.field.calls if search else 0
     found = {

@@ -50,18 +50,25 @@ def data_mean(trajectories: Trajectories, start: float, size: int, tolerance: fl
     """
     if not size or start != 1:
         return None
-    rows = torch.arange(len(trajectories))[:MEAN_TRAJECTORIES]
-    first = torch.zeros_like(rows)
-    velocities = trajectories.velocities[rows, first]
-    means = trajectories.states[rows, first] - velocities
-    unexplained = ((means - means.mean(0)).square().mean() / velocities.square().mean()).item()
+    count = min(len(trajectories), MEAN_TRAJECTORIES)
+    total = torch.zeros(trajectories.states.shape[2:], dtype=torch.float64)
+    squares = velocity_squares = 0.0
+    first = torch.zeros(1, dtype=torch.long)
+    for row in torch.arange(count).split(1):  # one by one: all would take a state and a velocity of each
+        velocity = trajectories.velocities[row, first][0].double()
+        implied = trajectories.states[row, first][0] - velocity
+        total += implied
+        squares += float(implied.square().mean())
+        velocity_squares += float(velocity.square().mean())
+    mean = total / count
+    unexplained = (squares - count * float(mean.square().mean())) / velocity_squares
     if unexplained > tolerance:
         say(
             f"The first velocity is not noise minus a mean ({100 * unexplained:.0f} % of it is something else), so the "
             "first step is not analytic."
         )
         return None
-    return pooled(means.mean(0), size)
+    return pooled(mean.float(), size)
 
 
 def pooled(mean: Tensor, size: int) -> Tensor:

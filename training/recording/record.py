@@ -17,6 +17,7 @@ from ...bas_core.files import CheckpointError
 from ...bas_core.grids import grid_between, time_grid, time_shift
 from ...bas_core.guidance import CFG_MODES, CFGMode
 from ..backbones import Backbone, BackboneChoice, open_backbone
+from ..backbones.base import samples_at_once
 from ..baselines import run_baseline
 from ..processes import processes
 from ..progress import progress, say
@@ -70,7 +71,8 @@ class Recording:
         prefix_points: points of these.
         jitter: whether batches have times moved at random, so that a network sees all times; schedules need none.
         checked: on so many noises the reference solver's own error is measured.
-        record_batch: trajectories recorded together, and in one shard.
+        record_batch: trajectories recorded together, and in one shard; so many samples go through the model at once
+            wherever schedules are fitted. 0 = 4, or 1 of videos.
         cfg_mode: combined (the SideNet predicts the velocity of combined CFG) or per_branch (each branch of CFG, as in
             the paper).
         storage: float32, or float16 for half the disk space.
@@ -83,7 +85,7 @@ class Recording:
     prefix_points: int = 8
     jitter: bool = True
     checked: int = 2
-    record_batch: int = 32
+    record_batch: int = 0
     cfg_mode: str = "combined"
     storage: str = "float32"
     seed: int = 1
@@ -94,7 +96,9 @@ class Recording:
         Raises:
             UsageError: saying which setting and why.
         """
-        check_positive(self, "trajectories", "record_batch", "checked")
+        check_positive(self, "trajectories", "checked")
+        if self.record_batch < 0:
+            raise UsageError(f"--record-batch must not be negative; got {self.record_batch}.")
         if self.prefixes < 0 or self.prefix_points < 4:
             raise UsageError(
                 f"--prefixes must not be negative and --prefix-points at least 4; got {self.prefixes} and "
@@ -247,9 +251,12 @@ def draw_batch(
     first, count = index * recording.record_batch, batch_size(recording, stretch, index)
     times = jittered(stretch.times, generator) if recording.jitter else stretch.times
     low, high = choice.scales
+    # Of a range, every other shard has the middle: schedules are fitted on trajectories of one scale.
+    share = torch.rand((), generator=generator).item()
+    place = 0.5 if index % 2 == 0 else share
     drawn = {
         "times": times,
-        "scale": low + (high - low) * torch.rand((), generator=generator).item(),
+        "scale": low + (high - low) * place,
         "noise": backbone.noise(torch.randn((count, *backbone.shape), generator=generator)),
         "labels": (first + torch.arange(count)) % backbone.conditions,
     }
@@ -263,9 +270,11 @@ def recorded(
     drawn: dict[str, Any], recording: Recording, choice: BackboneChoice, backbone: Backbone
 ) -> dict[str, Tensor]:
     """The tensors of one batch's shard: see `save_shard`."""
-    noise, times, labels = drawn["noise"].to(backbone.device), drawn["times"], drawn["labels"]
+    noise, times, labels = drawn["noise"], drawn["times"], drawn["labels"]
     mode = cast(CFGMode, recording.cfg_mode)
-    field = backbone.field(labels, drawn["scale"], choice.guidance_interval, mode)
+    field = backbone.field_in_main_memory(
+        labels, drawn["scale"], recording.record_batch, choice.guidance_interval, mode
+    )
     tensors: dict[str, Tensor] = {}
     with torch.inference_mode():
         if recording.cfg_mode == "per_branch" and len(field.conditions) == 2:
@@ -273,7 +282,7 @@ def recorded(
         else:
             tensors["states"], tensors["velocities"] = record_trajectory(field, noise, times)
     dtype = torch.float16 if recording.storage == "float16" else torch.float32
-    tensors = {name: tensor.to("cpu", dtype) for name, tensor in tensors.items()}
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise ArithmeticError("The trajectories do not fit into float16. Record with --storage float32.")
     count = len(labels)
@@ -299,9 +308,10 @@ def reference_error(
     """
     few = dataclasses.replace(recording, jitter=False, record_batch=recording.checked)
     drawn = draw_batch(few, Stretch(Path(), recording.checked, times, CHECK_SEEDS, starts=starts), choice, backbone, 0)
-    noise = drawn["noise"].to(backbone.device)
+    noise, interval = drawn["noise"], choice.guidance_interval
     made: list[Call] = []
-    field = remembering(backbone.field(drawn["labels"], drawn["scale"], choice.guidance_interval), made)
+    own = backbone.field_in_main_memory(drawn["labels"], drawn["scale"], recording.record_batch, interval)
+    field = remembering(own, made)
     coarse_grid = grid_between(time_grid(COMPARED_NFE, backbone.shift), float(times[0]), float(times[-1]))
 
     def distance(x: Tensor, reference: Tensor) -> float:
@@ -360,8 +370,8 @@ def measure_pilot(
     starts: Trajectories | None,
 ) -> None:
     """Record the pilot, choose the number of points by the reference solver's error, and write both."""
-    own = dataclasses.replace(recording, jitter=False, cfg_mode="combined", record_batch=PILOT_TRAJECTORIES)
-    drawn = draw_batch(own, pilot, choice, backbone, 0)
+    own = dataclasses.replace(recording, jitter=False, cfg_mode="combined")
+    drawn = draw_batch(dataclasses.replace(own, record_batch=PILOT_TRAJECTORIES), pilot, choice, backbone, 0)
     tensors = recorded(drawn, own, choice, backbone)
     calls = PILOT_TRAJECTORIES * PILOT_POINTS
     measured: dict[str, float] = {}
@@ -443,6 +453,7 @@ def record(choice: BackboneChoice, recording: Recording, out: Path, backbone: Ba
     """
     choice.check_guidance(backbone)
     recording.check_recording(backbone)
+    recording = dataclasses.replace(recording, record_batch=samples_at_once(recording.record_batch, backbone.shape))
     check_out(out)
     whole = planned_stretch(recording, out, choice, backbone, record_starts(recording, out, choice, backbone))
     stretches = [whole, prefix_stretch(recording, out, backbone)][: 2 if recording.prefixes else 1]

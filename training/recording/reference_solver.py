@@ -89,16 +89,20 @@ def refined_times(times: Tensor) -> Tensor:
 
 
 def record_trajectory(field: Field, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
-    """Integrate from `noise` over N times and keep every point; costs one model call a point.
+    """Integrate from `noise` over N times and keep every point, where the noise is; costs one model call a point.
 
     Returns:
         States and velocities, both [B, N, C, *spatial].
     """
-    steps: list[Step] = []
-    end = run_baseline(REFERENCE_SOLVER, field, noise, times, steps.append)
-    states = [step.x for step in steps] + [end]
-    velocities = [step.velocity for step in steps] + [field.velocity(end, times[-1])]
-    return torch.stack(states, 1), torch.stack(velocities, 1)
+    states = noise.new_empty(len(noise), len(times), *noise.shape[1:])
+    velocities = torch.empty_like(states)
+
+    def keep(step: Step) -> None:
+        states[:, step.index], velocities[:, step.index] = step.x, step.velocity
+
+    states[:, -1] = run_baseline(REFERENCE_SOLVER, field, noise, times, keep)
+    velocities[:, -1] = field.velocity(states[:, -1], times[-1])
+    return states, velocities
 
 
 def record_branches(field: Field, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,62 +3,47 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ...bas_core.guidance import Field
+from ...bas_core.prediction import SideNetProtocol
 from ..backbones import Backbone
 from .trajectories import Trajectories
 
 
-def field_of_batches(parts: Sequence[Field], sizes: Sequence[int]) -> Field:
-    """One field over the samples of several, for more samples than the model takes at once."""
-    if len(parts) == 1:
-        return parts[0]
-    first = parts[0]
+class SideNetInParts:
+    """A SideNet on its device, for states in main memory, of which so many go through it at once.
 
-    def evaluate(x: Tensor, t: Tensor, branches: int) -> Tensor:
-        pieces = zip(parts, x.split(list(sizes)), strict=True)
-        return torch.cat([part.evaluate(piece, t[: len(piece)], branches) for part, piece in pieces], 1)
+    Args:
+        sidenet: the network.
+        device: where it is.
+        batch: samples.
+    """
 
-    columns = zip(*(part.conditions for part in parts), strict=True)
-    conditions = tuple(None if any(c is None for c in column) else torch.cat(column) for column in columns)
-    return Field(evaluate, conditions, first.cfg, combined=first.combined, scale=first.scale)
+    def __init__(self, sidenet: SideNetProtocol, device: torch.device, batch: int) -> None:
+        self.sidenet, self.device, self.batch = sidenet, device, batch
+        self.anchors, self.cfg_input = sidenet.anchors, sidenet.cfg_input
+        self.has_data_mean = sidenet.has_data_mean
 
-
-def recomputed(field: Field) -> Field:
-    """A field that is evaluated again in the backward pass, so that sampling with gradients takes the memory of one
-    model call, however many there are."""
-
-    def evaluate(x: Tensor, t: Tensor, branches: int) -> Tensor:
-        if not torch.is_grad_enabled():
-            return field.evaluate(x, t, branches)
-        found: Tensor = checkpoint(field.evaluate, x, t, branches, use_reentrant=False, preserve_rng_state=False)
+    def __call__(self, *, v: Tensor, **others: Any) -> Tensor:
+        """See `SideNetProtocol`."""
+        found = torch.empty_like(v)
+        for i in range(0, len(v), self.batch):
+            rows = slice(i, i + self.batch)
+            part: dict[str, Any] = {
+                name: None if each is None else each[rows].to(self.device) for name, each in others.items()
+            }
+            found[rows] = self.sidenet(v=v[rows].to(self.device), **part).to(found)
         return found
 
-    return Field(evaluate, field.conditions, field.cfg, combined=field.combined, scale=field.scale)
-
-
-class RecomputedSideNet:
-    """A SideNet that is evaluated again in the backward pass; see `recomputed`."""
-
-    def __init__(self, sidenet: Any) -> None:
-        self.sidenet = sidenet
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.sidenet, name)
-
-    def __call__(self, **inputs: Any) -> Tensor:
-        """See `SideNet.forward`."""
-        if not torch.is_grad_enabled():
-            return self.sidenet(**inputs)
-        found: Tensor = checkpoint(self.sidenet, use_reentrant=False, preserve_rng_state=False, **inputs)
-        return found
+    def analytic_velocity(self, x: Tensor, t: Tensor) -> Tensor:
+        """See `SideNetProtocol`."""
+        return self.sidenet.analytic_velocity(x.to(self.device), t).to(x.device)
 
 
 @dataclass(frozen=True)
@@ -77,28 +62,32 @@ class Replay:
     metadata: dict[str, Any]
     nfe: Counter[str] = field(default_factory=Counter)
 
-    def median_cfg_rows(self, count: int) -> Tensor:
-        """The rows of so many trajectories of one CFG scale, the median, or of as many as there are."""
+    @property
+    def cfg(self) -> float:
+        """The CFG scale that schedules are fitted for: the middle of the range, or the nearest that was recorded."""
+        middle, scales = sum(self.metadata["guidance"]) / 2, self.trajectories.scales
+        return middle if scales is None else float(scales[(scales - middle).abs().argmin()])
+
+    def cfg_rows(self, count: int) -> Tensor:
+        """The rows of so many trajectories of the scale `cfg`, or of as many as there are."""
         trajectories = self.trajectories
         rows = torch.arange(0, len(trajectories), trajectories.branches)
-        if trajectories.scales is None:
-            return rows[:count]
-        scales = trajectories.scales[rows]
-        return rows[scales == scales.median()][:count]
+        return rows[:count] if trajectories.scales is None else rows[trajectories.scales[rows] == self.cfg][:count]
 
     def field_of(self, rows: Tensor) -> Field:
-        """The field that rows were recorded from; the model is called in batches as large as then."""
+        """The field that rows were recorded from, for states in main memory; the model is called in batches as large
+        as then."""
         scales, metadata = self.trajectories.scales, self.metadata
         scale = metadata["guidance"][0] if scales is None else float(scales[rows[0]])
-        interval = tuple(metadata["guidance_interval"])
-        labels = [self.trajectories.labels[batch] for batch in rows.split(metadata["record_batch"])]
-        fields = [recomputed(self.backbone.field(batch, scale, interval, metadata["cfg_mode"])) for batch in labels]
-        return field_of_batches(fields, [len(batch) for batch in labels])
+        labels, interval = self.trajectories.labels[rows], tuple(metadata["guidance_interval"])
+        return self.backbone.field_in_main_memory(
+            labels, scale, metadata["record_batch"], interval, metadata["cfg_mode"]
+        )
 
     def truth(self, rows: Tensor, t: Tensor) -> Tensor:
-        """Recorded states at time t, on the backbone's device."""
-        return self.trajectories.truth(rows, t).to(self.backbone.device)
+        """Recorded states at time t."""
+        return self.trajectories.truth(rows, t)
 
     def noise(self, rows: Tensor) -> Tensor:
-        """The recorded noises, on the backbone's device."""
-        return self.trajectories.states[rows, torch.zeros_like(rows)].to(self.backbone.device)
+        """The recorded noises."""
+        return self.trajectories.states[rows, torch.zeros_like(rows)]

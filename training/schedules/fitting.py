@@ -201,7 +201,7 @@ def fit_schedules(schedules: Mapping[int, Schedule], fitting: Fitting) -> Schedu
 
 def fit_coefficients(sidenet: SideNetProtocol, replay: Replay, schedules: Mapping[int, Schedule]) -> Schedules:
     """`fit_schedules` on recorded trajectories; the model calls are added to `replay.nfe`."""
-    rows = replay.median_cfg_rows(FIT_TRAJECTORIES)
+    rows = replay.cfg_rows(FIT_TRAJECTORIES)
     field, noise = replay.field_of(rows), replay.noise(rows)
     backbone = replay.backbone
     fitting = Fitting(sidenet, field, noise, partial(replay.truth, rows), backbone.first_time, backbone.last_time)

@@ -188,7 +188,7 @@ class SearchData:
     """
 
     def __init__(self, replay: Replay, count: int, mean_size: int = 0, like: Subsampled | None = None) -> None:
-        self.replay, self.rows = replay, replay.median_cfg_rows(count)
+        self.replay, self.rows = replay, replay.cfg_rows(count)
         known = replay.trajectories
         self.data = subsampled(known, self.rows) if like is None else like.like(known, self.rows)
         self.surrogate = Surrogate(self.data)
@@ -217,7 +217,7 @@ class SearchData:
             self.replay.noise(rows),
             candidate.form,
             self.coordinates,
-            mean=None if mean is None else mean.to(self.replay.backbone.device),
+            mean=mean,
             conditional_only=candidate.conditional_only,
             scatter=scatter,
         )
@@ -273,12 +273,12 @@ class Search:
     Attributes:
         fit: to fit on.
         numbers: the NFE.
-        path: of a file that keeps the rollouts, for a search that is interrupted; None = none.
+        folder: that keeps the rollouts, a file each, for a search that is interrupted; None = none.
     """
 
     fit: SearchData
     numbers: Sequence[int]
-    path: Path | None = None
+    folder: Path | None = None
 
     def __post_init__(self) -> None:
         self.numbers = sorted(self.numbers)
@@ -288,9 +288,6 @@ class Search:
         # What conditional-only calls missed when they were last rolled out; 0 on trajectories that were not.
         self.measured: dict[int, Tensor] = {}
         self.generator = torch.Generator().manual_seed(0)
-        self.saved: dict[str, dict[str, object]] = {}
-        if self.path is not None and self.path.exists():
-            self.saved = read_pickled_tensors(self.path)
 
     def options(self, nfe: int) -> list[tuple[int, bool, bool]]:
         """Steps, analytic first step, conditional-only calls: how so many NFE can be spent."""
@@ -303,12 +300,13 @@ class Search:
 
     def rolled(self, name: str, candidate: Candidate, chosen: Tensor, scatter: Tensor | None = None) -> Rollout:
         """A rollout, made or read from before an interruption; the surrogate learns of it."""
-        if name not in self.saved:
-            found = self.fit.roll_out(candidate, chosen, scatter)
-            self.saved[name] = vars(found)
-            if self.path is not None:
-                write_atomically(self.path, lambda temporary: torch.save(self.saved, temporary))
-        rollout = rebuilt(Rollout, self.saved[name], self.path or Path())
+        path = None if self.folder is None else self.folder / f"rollout {name}.pt"
+        if path is not None and path.exists():
+            rollout = rebuilt(Rollout, read_pickled_tensors(path), path)
+        else:
+            rollout = self.fit.roll_out(candidate, chosen, scatter)
+            if path is not None:
+                write_atomically(path, lambda temporary: torch.save(vars(rollout), temporary))
         self.fit.learn(rollout.times, rollout.states, rollout.velocities, chosen)
         return rollout
 
@@ -417,7 +415,7 @@ def judge(
     watch: Callable[[Field], Field] = lambda field: field,
 ) -> Judged:
     """Sample from all of a replay's noises of one CFG scale; the model calls are added to `replay.nfe`."""
-    rows = replay.median_cfg_rows(len(replay.trajectories))
+    rows = replay.cfg_rows(len(replay.trajectories))
     field = watch(replay.field_of(rows))
     begun = time.perf_counter()
     start, end = replay.backbone.first_time, replay.backbone.last_time
@@ -462,7 +460,7 @@ def validated(search: Search, held: SearchData, line: SideNetProtocol) -> dict[i
 
 
 def search_schedules(
-    replay: Replay, validation: Replay, numbers: Sequence[int], mean: Tensor | None, path: Path | None = None
+    replay: Replay, validation: Replay, numbers: Sequence[int], mean: Tensor | None, folder: Path | None = None
 ) -> dict[int, Found]:
     """Schedules for some NFE.
 
@@ -471,11 +469,11 @@ def search_schedules(
         validation: others, to judge by.
         numbers: the NFE.
         mean: [C, S, S] of the data, if the first step may be analytic.
-        path: of a file that keeps rollouts, so that an interrupted search goes on.
+        folder: that keeps rollouts, so that an interrupted search goes on.
     """
-    spread = None if mean is None else spread_mean(mean, replay.backbone.shape).to(replay.backbone.device)
+    spread = None if mean is None else spread_mean(mean, replay.backbone.shape)
     with torch.inference_mode():
-        search = Search(SearchData(replay, FIT_TRAJECTORIES, 0 if mean is None else mean.shape[-1]), numbers, path)
+        search = Search(SearchData(replay, FIT_TRAJECTORIES, 0 if mean is None else mean.shape[-1]), numbers, folder)
         search.run()
         held = SearchData(validation, len(validation.trajectories), like=search.fit.data)
         return validated(search, held, line_through(spread))
