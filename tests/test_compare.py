@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from ba_solver.lab.galaxies import stretched
 from ba_solver.training.cli import main
 from ba_solver.training.demo.assets import SIT_FILE
 from ba_solver.training.drawing.distribution import (
@@ -80,6 +81,12 @@ def test_galaxies_are_measured_and_pictures_are_not():
     assert list(
         distances(exact.expand(-1, 3, -1, -1), exact.expand(-1, 3, -1, -1), Components(exact.expand(-1, 3, -1, -1)))
     ) == ["frechet"]
+
+
+def test_the_stretch_shows_faint_parts_on_the_scale_of_the_exact_galaxy():
+    exact = torch.tensor([[0.0, 0.05, 5.0]]).view(1, 1, 1, 3)
+    shown = stretched(torch.cat([exact, exact - 1, 2 * exact]), exact.expand(3, -1, -1, -1)).flatten(1)
+    assert shown[0, 2] == 1 and 0.1 < shown[0, 1] < 0.3 and (shown[1, :2] == 0).all() and shown[2, 2] == 1
 
 
 def draw(out, *more):

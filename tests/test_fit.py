@@ -32,7 +32,7 @@ from training_checks import (
     run,
     train_on_pairs,
 )
-from training_problems import BACKBONE, GAUSSIAN_MEAN, SHAPE, environment, in_two_processes
+from training_problems import BACKBONE, GAUSSIAN_MEAN, SHAPE, environment, in_two_processes, swirl_backbone
 
 torch.set_num_threads(1)
 
@@ -319,6 +319,21 @@ def test_published_loss_is_zero_for_an_exact_sidenet():
     for network, low, high in ((exact, 0, 1e-10), (blank, 1e-4, 1)):
         loss = published_loss(network, backbone, latents, 64, torch.Generator().manual_seed(0), Microbatch())
         assert low <= loss <= high
+
+
+def test_the_backbone_keeps_its_precision_where_the_sidenet_is_trained_in_another():
+    """Under autocast to bfloat16, as by --precision bf16, it computes as it does when it is sampled."""
+    seen, matrix = [], torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+
+    def velocity(x, t, y, scale):
+        seen.append(x @ matrix)
+        return seen[-1]
+
+    backbone = replace(swirl_backbone(torch.device("cpu"), None), velocity=velocity)
+    latents = published.Latents(torch.randn(4, *SHAPE), torch.zeros(4, dtype=torch.long))
+    with torch.autocast("cpu", torch.bfloat16):
+        published_loss(lambda x, v, t, h, y: 0 * x, backbone, latents, 2, torch.Generator(), Microbatch())
+    assert seen and {v.dtype for v in seen} == {torch.float32}
 
 
 def test_latents_come_from_folders_of_images(tmp_path):

@@ -2,11 +2,13 @@
 
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from ba_solver.bas_core import Schedule, solve, time_grid
 from ba_solver.training.backbones import Backbone, BackboneChoice
 from ba_solver.training.backbones.base import samples_at_once
+from ba_solver.training.backbones.pipeline_network import Clock, Network, Packing
 from ba_solver.training.measuring.evaluate import Evaluation, draw_references, measure_all
 from ba_solver.training.network.new_sidenet import data_mean
 from ba_solver.training.recording.record import Recording, record
@@ -25,7 +27,10 @@ SHAPES = {"image": (2, 16, 16), "video": (2, 3, 16, 16)}
 
 
 class LiveBytes(TorchDispatchMode):
-    """The most bytes that lay on a device at a time. What is copied from the meta device is random."""
+    """The most bytes that lay on a device at a time. What is copied from the meta device is random.
+
+    Like Apple's GPUs the meta device has no float64 here.
+    """
 
     def __init__(self, device):
         super().__init__()
@@ -40,6 +45,8 @@ class LiveBytes(TorchDispatchMode):
         found = function(*arguments, **keywords)
         for tensor in tree_leaves(found):
             if isinstance(tensor, torch.Tensor) and tensor.device.type == self.device.type:
+                if tensor.is_meta and tensor.dtype == torch.float64:
+                    raise TypeError("float64 on the device")
                 storage = tensor.untyped_storage()
                 self.live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         self.live = {key: (weak, size) for key, (weak, size) in self.live.items() if not weak.expired()}
@@ -136,3 +143,27 @@ def test_the_data_mean_is_read_state_by_state():
         found = data_mean(trajectories, 1.0, 8, tolerance=1.01 * share.item())
     torch.testing.assert_close(found, implied.mean(0))
     assert memory.peak < 10 * 8 * implied[0].numel()
+
+
+def test_the_timesteps_of_a_diffusion_model_are_found_off_the_device():
+    clock = Clock(0.0, 1.0, "epsilon", np.linspace(0, 1, 11))
+    torch.testing.assert_close(clock.timestep(torch.tensor([0.5])), torch.tensor([5.0]))
+    with LiveBytes("meta"):
+        assert clock.timestep(torch.ones(3, device="meta")).shape == (3,)
+
+
+def test_the_encodings_of_prompts_wait_in_main_memory():
+    """And go to the device for the call that takes them."""
+    asked = []
+
+    def module(hidden_states, timestep, return_dict, **arguments):
+        asked.append(arguments)
+        return (hidden_states,)
+
+    conditions = [{"encoding": torch.ones(1, 4, 8), "more": {"mask": torch.ones(1, 4)}} for _ in range(3)]
+    packing, clock = Packing(8, 8, packed=False), Clock(0.0, 1.0, "flow")
+    network = Network(module, conditions, packing, clock, False, "hidden_states", torch.float32, torch.device("meta"))
+    x, t = torch.ones(2, 1, 8, 8, device="meta"), torch.ones(2, device="meta")
+    network(x, t, torch.tensor([2, 0]), 1.0)
+    assert asked[0]["encoding"].is_meta and asked[0]["more"]["mask"].is_meta
+    assert asked[0]["encoding"].shape == (2, 4, 8) and not conditions[0]["encoding"].is_meta

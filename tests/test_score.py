@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -193,6 +194,26 @@ def test_official_sidenets_are_converted(tmp_path, capsys):
     assert main(["convert", str(tmp_path / "bad.pt"), str(tmp_path / "b.safetensors")]) == 1
     assert main(["info", str(tmp_path / "official.pt")]) == 1
     assert "cannot be read as safetensors" in capsys.readouterr().err
+
+
+def test_a_report_is_kept_where_its_images_cannot_be_decoded(made, tmp_path, monkeypatch, capsys):
+    """Decoding comes last, takes the most memory, and is done image by image."""
+    copy, out, seen = tmp_path / "copy.safetensors", tmp_path / "report", []
+    copy.write_bytes(made.read_bytes())
+
+    def decode(x):
+        seen.append(len(x))
+        if len(seen) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return x[:, :1].expand(-1, 3, -1, -1).clamp(0, 1)
+
+    backbone = replace(open_backbone(BackboneChoice(backbone=BACKBONE)), decode=decode)
+    monkeypatch.setattr(evaluate, "open_backbone", lambda settings: backbone)
+    command = f"evaluate --backbone {BACKBONE} --sidenet {copy} --out {out} --nfe 6 --noises 6 --search-noises 0"
+    assert main(f"{command} --reference 64".split()) == 1 and "memory is too small" in capsys.readouterr().err
+    assert set(seen) == {1}
+    errors = load_sidenet(copy)[1].evaluation["endpoint_error"]
+    assert json.loads((out / "results.json").read_text())["endpoint_error"] == errors and (out / "errors.png").exists()
 
 
 def test_out_of_memory_says_what_to_lower(monkeypatch, capsys):

@@ -120,8 +120,9 @@ def published_loss(
     y = microbatch.of(y).to(device)
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
-        with torch.no_grad():
-            return backbone.velocity(x, t, y, 1.0).float()
+        # In its own precision, whatever the SideNet is trained in.
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            return backbone.velocity(x.float(), t, y, 1.0).float()
 
     def predict(x: Tensor, v: Tensor, t: Tensor, h: Tensor) -> Tensor:
         return v + sidenet(x, v, t, h, y)
