@@ -13,7 +13,6 @@ on a real one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -151,10 +150,3 @@ def _held(value: Any) -> Any:
     if isinstance(value, Elsewhere):
         return value.held
     return HOST if isinstance(value, torch.device) else value
-
-
-def transfers(run: Callable[[CountedDevice], Any], **options: Any) -> tuple[int, int]:
-    """How often `run` waits for values from the device, and sends some to it."""
-    with CountedDevice(**options) as device:
-        run(device)
-    return device.to_host, device.to_device

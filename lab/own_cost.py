@@ -3,8 +3,8 @@
     python -m ba_solver.lab.own_cost
     python -m ba_solver.lab.own_cost --shape 64,3,32,32 --sidenet weights/demo_sidenet.safetensors
 
-Beside k-diffusion's Euler and DPM-Solver++(2M), in turn in one run, on the CPU. Transfers are counted on a stand-in of
-an accelerator (`counted_device.py`), memory in states, above what lies there before and after.
+Beside k-diffusion's Euler and DPM-Solver++(2M), in turn in one run, on the CPU. Transfers a step are counted on a
+stand-in of an accelerator (`counted_device.py`); memory is the peak by number of steps, in states.
 """
 
 from __future__ import annotations
@@ -143,12 +143,14 @@ def seconds_a_step(samples: Sequence[Sample], x: Tensor, steps: int, repeats: in
     return least
 
 
-def count_transfers(sample: Sample, network: torch.nn.Module, x: Tensor, steps: int) -> tuple[int, int]:
-    """To the host, and to the device, in a sampling; the network has to be on the device (`put_module`)."""
-    with CountedDevice() as device:
+def transfers_a_step(sample: Sample, x: Tensor, steps: int) -> tuple[float, float]:
+    """To the host, and to the device; a network in the sampling has to be there (`CountedDevice.put_module`)."""
+    with torch.no_grad(), CountedDevice() as device:
         state = device.put(x)
+        sample(state, steps)  # which sends tables that stay
+        to_host, to_device = device.to_host, device.to_device
         sample(state, steps)
-    return device.to_host, device.to_device
+    return (device.to_host - to_host) / steps, (device.to_device - to_device) / steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,15 +198,14 @@ def run(settings: OwnCostSettings) -> str:
             for s in measured.values()
         ]
     network = make()
-    with torch.no_grad(), CountedDevice() as device:
+    with CountedDevice() as device:
         device.put_module(network)
     columns = ["", "µs a step", "over Euler", "over DPM++ 2M", "to host", "to device", *(f"{n} steps" for n in counts)]
     lines = [" | ".join(columns), "|".join(["---"] * len(columns))]
-    for i, name in enumerate(measured):
-        with torch.no_grad():
-            sent = count_transfers(samplings(network)[name], network, x, settings.steps)
+    for i, (name, sample) in enumerate(samplings(network).items()):
         times = [f"{1e6 * seconds[i]:.0f}", f"{seconds[i] / seconds[0]:.2f}", f"{seconds[i] / seconds[1]:.2f}"]
-        lines.append(" | ".join([name, *times, *map(str, sent), *(f"{peak:.1f}" for peak in memory[i])]))
+        sent = [f"{count:.2f}" for count in transfers_a_step(sample, x, settings.steps)]
+        lines.append(" | ".join([name, *times, *sent, *(f"{peak:.1f}" for peak in memory[i])]))
     return "\n".join(f"| {line} |" for line in lines)
 
 

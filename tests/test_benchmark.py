@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from ba_solver.bas_core import SideNet, SideNetCard, SideNetConfig, save_sidenet
-from ba_solver.lab import benchmark
+from ba_solver.lab import benchmark, own_cost
 from ba_solver.lab.benchmark import BEST, GRIDS, NO_NETWORK, OURS, BenchmarkSettings, Noises, rival, run_benchmark
 from ba_solver.training.backbones import open_backbone
 from ba_solver.training.settings import UsageError
@@ -96,3 +96,27 @@ def test_what_cannot_be_measured_is_refused_in_words(measured, tmp_path):
     ):
         with pytest.raises(UsageError, match=message):
             run_benchmark(replace(settings(tmp_path), **changes))
+
+
+def test_the_solvers_own_cost_is_measured():
+    """Hardly a transfer a step, and memory that does not grow with the steps where no coefficients do."""
+    table = own_cost.run(own_cost.OwnCostSettings(shape="1,2,8,8", steps=8, memory_steps="4,12", repeats=1))
+    rows = {cells[1].strip(): [float(cell) for cell in cells[2:-1]] for cells in
+            (line.split("|") for line in table.splitlines()[2:])}  # fmt: skip
+    assert set(rows) == set(own_cost.samplings(own_cost.small_network(2)))
+    for name, (*_, to_host, to_device, few, many) in rows.items():
+        assert (to_host, to_device) == ((0, 0.12) if "k-diffusion" in name else (0.12, 0)), name  # once in 8 steps
+        assert many <= few or "coefficients" in name or "conditional-only" in name, name
+
+
+def test_k_diffusions_formulas_are_as_there():
+    """On x_0 + sigma noise: Euler to order 1, and DPM-Solver++(2M) to order 2 of the exact end."""
+    x = 2 * torch.randn(1, 1, 4, 4, dtype=torch.float64)
+
+    def end(sample, steps):  # of the flow to unit normal data
+        return sample(lambda x, sigma: x / (1 + sigma[:, None, None, None] ** 2), x, torch.linspace(2, 0.1, steps + 1))
+
+    exact = x * ((1 + 0.1**2) / (1 + 2.0**2)) ** 0.5
+    for sample, order in ((own_cost.sample_euler, 1), (own_cost.sample_dpmpp_2m, 2)):
+        coarse, fine = ((end(sample, n) - exact).abs().max() for n in (80, 160))
+        assert abs(torch.log2(coarse / fine) - order) < 0.2
