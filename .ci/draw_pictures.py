@@ -43,7 +43,7 @@ DRAWN = {
 GRAPHS = {
     "flux": "FLUX",
     "sd3": "SD 3.5",
-    "wan_video": "Wan 2.1 video",
+    "wan_video": "Wan 2.2 video",
     "edit_flux": "FLUX, edited",
     "make_sidenet_flux": "SideNet for FLUX",
 }

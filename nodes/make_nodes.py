@@ -197,21 +197,7 @@ def _advanced() -> list[Any]:
     def text(name: str, tooltip: str) -> Any:
         return io.String.Input(name, default="", optional=True, advanced=True, tooltip=tooltip)
 
-    percent = "Flow models of two parts, such as Wan 2.2, and samplings that are split have a SideNet for each part."
     return [
-        inputs.share(
-            "start_percent",
-            0.0,
-            f"The SideNet is for the path from this share of the sampling on: 0 is the first step. {percent}",
-            **inputs.RARE,
-        ),
-        inputs.share(
-            "end_percent",
-            1.0,
-            "The SideNet is for the path up to this share of the sampling: 1 is the last step. With the scheduler "
-            "'simple', step 4 of 8 is at 0.5.",
-            **inputs.RARE,
-        ),
         # Not "seed": ComfyUI would change that after each run, and interrupted work could not be resumed.
         number("recording_seed", 1, 1_000_000, "The seed of the noise that trajectories are recorded from."),
         text("cache_dir", "The folder for the recordings, if the disk with the SideNet has no room for them."),
@@ -235,5 +221,19 @@ def _advanced() -> list[Any]:
             "extra_cfg",
             "Other CFG scales to find schedules for, separated by commas. Each costs as much as a quick SideNet, and "
             "serves from half to one and a half times its scale: cfg 2 with extra_cfg 4 serves 1 to 6.",
+        ),
+        inputs.share(
+            "start_percent",
+            0.0,
+            "The SideNet is for the sampling from this share of it on: 0 is the first step. Models that share a "
+            "sampling, such as Wan 2.2's two, have a SideNet each.",
+            **inputs.RARE,
+        ),
+        inputs.share(
+            "end_percent",
+            1.0,
+            "The SideNet is for the sampling up to this share of it: 1 is the last step. With the scheduler 'simple', "
+            "step 4 of 8 is at 0.5.",
+            **inputs.RARE,
         ),
     ]  # fmt: skip

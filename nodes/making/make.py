@@ -170,20 +170,16 @@ def make(
     """
     refuse_cache(model, "Make SideNet")
     settings = replace(settings, accumulate=0)
-    batch = samples_at_once(settings.record_batch, latent.shape[1:])
+    batch = samples_at_once(settings.record_batch, latent.samples.shape[1:])
     card = existing_card(settings.out, settings)
     missing = len(set(settings.extra_guidance) - set(card.schedules if card else ()))
-
     part = part_between(model, *percents)
-    if earlier is not None and part[0] == 1:
-        raise ValueError("earlier_model is for a start_percent above 0. Raise that, or disconnect earlier_model.")
-
-    def opened(which: Any, scale: float) -> ComfyBackbone:
-        return open_model(which, *prompts, scale, latent, reporter.on_samples, batch)
 
     def at_scale(scale: float) -> ComfyBackbone:
-        before = None if part[0] == 1 else replace(opened(earlier or model, scale), part=(1.0, part[0]))
-        return replace(opened(model, scale), part=part, before=before)
+        def opened(which: Any) -> ComfyBackbone:
+            return open_model(which, *prompts, scale, latent, reporter.on_samples, batch)
+
+        return over_part(part, opened, model, earlier)
 
     backbone = at_scale(settings.guidance[0])
     if card is not None:
@@ -221,6 +217,22 @@ def part_between(model: Any, start_percent: float, end_percent: float) -> tuple[
     last, first = flow_interval(model_sampling, start_percent, end_percent)
     highest = flow_time(model_sampling, model_sampling.sigma_max)
     return min(1.0, first / highest), last / highest
+
+
+def over_part(
+    part: tuple[float, float], opened: Callable[[Any], ComfyBackbone], model: Any, earlier: Any
+) -> ComfyBackbone:
+    """A MODEL over a part of the path, and the one that samples up to there.
+
+    Raises:
+        ValueError: nothing is sampled up to there.
+    """
+    if part[0] < 1:
+        before = replace(opened(earlier or model), part=(1.0, part[0]))
+        return replace(opened(model), part=part, before=before)
+    if earlier is not None:
+        raise ValueError("earlier_model is for a start_percent above 0. Raise that, or disconnect earlier_model.")
+    return replace(opened(model), part=part)
 
 
 def start_calls(settings: MakeSettings, new: bool, scales: int) -> int:

@@ -310,8 +310,8 @@ def reference_error(
     drawn = draw_batch(few, Stretch(Path(), recording.checked, times, CHECK_SEEDS, starts=starts), choice, backbone, 0)
     noise, interval = drawn["noise"], choice.guidance_interval
     made: list[Call] = []
-    own = backbone.field_in_main_memory(drawn["labels"], drawn["scale"], recording.record_batch, interval)
-    field = remembering(own, made)
+    in_main_memory = backbone.field_in_main_memory(drawn["labels"], drawn["scale"], recording.record_batch, interval)
+    field = remembering(in_main_memory, made)
     coarse_grid = grid_between(time_grid(COMPARED_NFE, backbone.shift), float(times[0]), float(times[-1]))
 
     def distance(x: Tensor, reference: Tensor) -> float:

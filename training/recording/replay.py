@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,7 +40,7 @@ class SideNetInParts:
             found[rows] = self.sidenet(v=v[rows].to(self.device), **part).to(found)
         return found
 
-    def analytic_velocity(self, x: Tensor, t: Tensor) -> Tensor:
+    def analytic_velocity(self, x: Tensor, t: float) -> Tensor:
         """See `SideNetProtocol`."""
         return self.sidenet.analytic_velocity(x.to(self.device), t).to(x.device)
 

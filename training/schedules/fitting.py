@@ -155,7 +155,7 @@ class FitHook(CFGFit):
         return linear_combination(state.x, regressors, found)
 
     def regressors(self, state: StepState) -> list[Tensor]:
-        """What a step may add to its state, but for the step itself: [B, C, *spatial] each; see `Schedule.coefficients`."""
+        """What a step may add to its state, but for d v_i: [B, C, *spatial] each; see `Schedule.coefficients`."""
         if state.predicted is None:
             self.anchors[state.index :] = [state.velocity]
         elif state.end_velocity is not None:
