@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..training.make import MakeSettings
-from ..training.presets import PRESETS
+from ..training.presets import PRESETS, preset_values
 from . import inputs
 from .folders import SIDENETS
 from .making.make import ProgressReporter, check_name, error_message, make
@@ -150,7 +150,7 @@ def settings_of(one: dict[str, Any]) -> MakeSettings:
         **({"prefixes": 0} if one.get("start_percent") else {}),
     }
     out = folder / f"{check_name(one['output_name'])}.safetensors"
-    return MakeSettings(backbone="comfyui:model", out=out, **{**PRESETS[one["preset"]], **own})
+    return MakeSettings(backbone="comfyui:model", out=out, **{**preset_values(one["preset"], one["steps"]), **own})
 
 
 def cfg_scales(text: str) -> tuple[float, ...]:
@@ -178,9 +178,9 @@ def _basic() -> list[Any]:
             "preset",
             options=list(PRESETS),
             default="quick",
-            tooltip="quick finds schedules (times and coefficients) without a network, in some 1,800 model calls. "
-            "full trains a network too, which also helps with other numbers of steps and with ComfyUI's schedulers; "
-            "it needs about 19,000 model calls and the training.",
+            tooltip="quick finds schedules (times and coefficients) without a network, in some 1,500 model calls, or "
+            "300 for one number of steps. full finds nearer ones and trains a network too, which helps with other "
+            "numbers of steps and with ComfyUI's schedulers; it needs about 5,000 model calls and the training.",
         ),
         io.String.Input(
             "output_name",

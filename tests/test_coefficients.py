@@ -13,9 +13,9 @@ from ba_solver.bas_core import (
     solve,
 )
 from ba_solver.bas_core.schedule import RunningSums, ScheduleHook
-from ba_solver.training.schedules.fitting import Fitting, fit_schedule
 from ba_solver.training.schedules.linear_form import linear_form, schedule_of
 from checks import check_refused_in_a_file, guided_field
+from greedy_fit import Fitting, fit_schedule
 from problems import exact_field, flow_map, noise, small_sidenet, state, uneven_grid
 
 TIMES = [1.0, 0.7, 0.45, 0.2, 0.0]

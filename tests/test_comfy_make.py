@@ -28,10 +28,10 @@ from ba_solver.nodes.sidenet_nodes import ApplySideNet
 from ba_solver.nodes.sit_nodes import ClassLabel, LoadSiT
 from ba_solver.training.make import MakeSettings, run_make
 from ba_solver.training.network import stages
-from ba_solver.training.presets import PRESETS
+from ba_solver.training.presets import PRESETS, preset_values
 from ba_solver.training.recording import record as recording
 from ba_solver.training.recording.trajectories import open_trajectories
-from ba_solver.training.schedules import end_fit, search, solvers
+from ba_solver.training.schedules import end_fit, solvers
 
 pytestmark = pytest.mark.comfyui
 
@@ -43,7 +43,6 @@ def as_in_comfyui(tmp_path, monkeypatch):
     """Nodes run in inference mode; and what takes minutes is asked for less."""
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path / "output"))
     for module, name, fewer in (
-        (search, "ROUNDS", (2,)),
         (end_fit, "ITERATIONS", 2),
         (stages, "VALIDATION_BATCHES", 1),
         (stages, "VALIDATION_BATCH", 16),
@@ -52,7 +51,8 @@ def as_in_comfyui(tmp_path, monkeypatch):
         (solvers, "SEARCH_HALVINGS", 1),
     ):
         monkeypatch.setattr(module, name, fewer)
-    monkeypatch.setitem(PRESETS, "full", {**PRESETS["full"], "prefixes": 4, "batch": 8})
+    monkeypatch.setitem(PRESETS, "quick", {**PRESETS["quick"], "rounds": (2,)})
+    monkeypatch.setitem(PRESETS, "full", {**PRESETS["full"], "prefixes": 4, "batch": 8, "rounds": (2,)})
     with torch.inference_mode():
         yield
 
@@ -100,8 +100,8 @@ def test_it_makes_what_the_command_line_makes(demo, tmp_path):
     """The same recording, times and weights: one way to them, whether ComfyUI or the trainer calls the model."""
     sidenet, report, text = made_on_demo(demo)
     settings = MakeSettings(
-        **{**PRESETS["quick"], "trajectories": 6, "points": 9, "record_batch": 3}, preset="quick", nfe=STEPS,
-        backbone=f"sit:{SITS.demo}", guidance=(2.0,), out=tmp_path / "x.safetensors",
+        **{**preset_values("quick", STEPS), "trajectories": 6, "points": 9, "record_batch": 3},
+        preset="quick", nfe=STEPS, backbone=f"sit:{SITS.demo}", guidance=(2.0,), out=tmp_path / "x.safetensors",
     )  # fmt: skip
     with torch.inference_mode(False):
         run_make(settings)

@@ -18,8 +18,9 @@ from ba_solver.bas_core import (
 )
 from ba_solver.bas_core.guidance import NO_GUIDANCE
 from ba_solver.bas_core.schedule import RunningSums, ScheduleHook, StepHook
-from ba_solver.training.schedules.fitting import Fitting, fit_schedule, takes_conditional_only
+from ba_solver.training.schedules.fitting import takes_conditional_only
 from checks import check_refused_in_a_file, guided_field
+from greedy_fit import Fitting, fit_schedule
 from problems import class_velocity, labels, noise, small_sidenet
 
 TIMES = [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]

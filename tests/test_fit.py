@@ -18,14 +18,12 @@ from ba_solver.training.network.options import Training
 from ba_solver.training.network.published import load_latents, published_loss, signed_steps
 from ba_solver.training.recording.record import PREFIXES
 from ba_solver.training.recording.repeatable import ASKED
-from ba_solver.training.schedules import search
-from ba_solver.training.schedules.fitting import FIT_TRAJECTORIES
+from ba_solver.training.schedules.search import search_nfe
 from ba_solver.training.sidenet_files import describe_sidenet
 from training_checks import (
     QUICK,
     SMALL,
     TRANSFORMER,
-    check_fitted_coefficients,
     check_pairs,
     record,
     rollout_error,
@@ -36,8 +34,9 @@ from training_problems import BACKBONE, GAUSSIAN_MEAN, SHAPE, environment, in_tw
 
 torch.set_num_threads(1)
 
-# Two trajectories of 40 points; and on two noises 40 points, every second of them and ten calls of a multistep method.
-PILOT_CALLS = 2 * 40 + 2 * (40 + 21 + 10 + ASKED)
+# Two trajectories of 40 points, and some of their calls again; and on two noises 40 points, every second of them and ten
+# calls of a multistep method.
+PILOT_CALLS = 2 * (40 + ASKED) + 2 * (40 + 21 + 10)
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +47,6 @@ def folder(tmp_path_factory):
     record(root / "branch", "--guidance", "2", "--trajectories", "48", "--cfg-mode", "per_branch")
     record(root / "range", "--guidance", "1.5", "3", "--trajectories", "64")
     return root
-
-
-@pytest.fixture(autouse=True)
-def quick_search(monkeypatch):
-    """One round: what the search finds is for `test_surrogate.py`."""
-    monkeypatch.setattr(search, "ROUNDS", (1,))
 
 
 def tensors(path):
@@ -119,12 +112,11 @@ def test_a_killed_training_goes_on_from_its_last_save(folder, tmp_path):
     assert_same_weights(tensors(tmp_path / "whole.safetensors"), tensors(out))
 
 
-def test_two_processes_equal_one(folder, tmp_path, monkeypatch):
+def test_two_processes_equal_one(folder, tmp_path):
     """Two CPU processes of accelerate share each batch and come to the one-process weights, to rounding.
 
     One of them fits the schedules.
     """
-    monkeypatch.undo()  # the processes search as usual
     options = [*QUICK, "--steps", "12", "--save-every", "6", "--warmup", "2"]
     options += ["--backbone", BACKBONE, "--nfe", "4"]
     card = run(folder / "combined", tmp_path / "one.safetensors", *options)[1]
@@ -181,10 +173,6 @@ def test_training_from_chains_beats_the_solver_without_a_sidenet(folder, trained
     check_pairs(folder / "combined", trained[0], tmp_path)
 
 
-def test_coefficients_lower_the_error_of_the_real_sampler(folder, trained, tmp_path):
-    check_fitted_coefficients(folder / "combined", trained[0], tmp_path)
-
-
 def test_the_default_body_and_optimizer_learn_with_starts_at_hand(tmp_path):
     """Tokens and Muon, on whole runs and on the starts of many more, which are counted and asked."""
     folder = tmp_path / "trajectories"
@@ -235,7 +223,7 @@ def test_the_card_says_how_it_was_made(folder, trained):
 
 
 def test_schedules_with_a_network_spend_what_they_say_and_lower_the_error(folder, trained, tmp_path):
-    """They end nearer than the uniform grid; coefficients for the network are tried, and all is counted."""
+    """They end nearer than the uniform grid, and all is counted."""
     out, sidenet, _ = trained
     options = ("--steps", "0", "--start-from", out, "--backbone", BACKBONE, *QUICK)
     learned, card = run(folder / "combined", tmp_path / "g.safetensors", *options, "--nfe", "5")
@@ -244,7 +232,8 @@ def test_schedules_with_a_network_spend_what_they_say_and_lower_the_error(folder
     assert grid[0] == 1 and grid[-1] == 0 and (grid.diff() < 0).all() and schedule.nfe == 5
     fitted = rollout_error(learned, folder / "combined", schedule)
     assert fitted < 0.4 * rollout_error(sidenet, folder / "combined")
-    assert card.training["backbone_calls"]["coefficients"] == schedule.calls * FIT_TRAJECTORIES
+    spent = card.training["backbone_calls"]
+    assert spent["rollouts"] + spent["validation"] == search_nfe(84, 12, [5], False, Training.rounds)
     # What it began as is not forgotten.
     assert card.training["started_from"] == trained[2].training
     assert f"began as:   one trained: {trained[2].training['objective']}" in describe_sidenet(sidenet, card)

@@ -162,7 +162,7 @@ def test_a_coarse_reference_solver_is_measured_and_warned_about(tmp_path, capsys
         settings = recording.Recording(checked=8)
         times = default_times(points)
         found = recording.reference_error(settings, times, choice, backbone)
-        assert found["reference_calls"] == 8 * (points + points // 2 + 1 + 10 + ASKED)
+        assert found["reference_calls"] == 8 * (points + points // 2 + 1 + 10)
         field = backbone.field(torch.arange(16) % 2, 2.0)
         noise = torch.randn(16, *backbone.shape, generator=torch.Generator().manual_seed(3))
         converged = run_baseline("rk4", field, noise, torch.linspace(1, LAST_TIME, 400))
@@ -183,7 +183,7 @@ def test_open_points_are_as_many_as_it_takes(tmp_path, monkeypatch):
     assert metadata["points"] in recording.POINTS[1:] and metadata["reference_relative_error"] <= recording.COARSE
     spent = metadata["pilot_calls"]
     tried = recording.POINTS[: recording.POINTS.index(metadata["points"]) + 1]
-    assert spent == 2 * 40 + sum(2 * (points + -(-points // 2) + (points % 2 == 0) + 10 + ASKED) for points in tried)
+    assert spent == 2 * (40 + ASKED) + sum(2 * (points + points // 2 + 1 + 10) for points in tried)
     before = (tmp_path / "open" / "pilot" / "pilot.safetensors").stat().st_mtime_ns
     record(tmp_path / "open", points=0)
     assert (tmp_path / "open" / "pilot" / "pilot.safetensors").stat().st_mtime_ns == before

@@ -17,7 +17,7 @@ from ba_solver.bas_core import (
 )
 from ba_solver.lab.counted_device import CountedDevice
 from ba_solver.training.baselines import BASELINES, run_baseline
-from ba_solver.training.schedules.fitting import Fitting, fit_schedule
+from greedy_fit import Fitting, fit_schedule
 from problems import NULL, noise, small_sidenet, small_sit
 
 STEPS = 6

@@ -4,15 +4,12 @@ Trained numbers differ from processor to processor. Each effect asked for here i
 4 threads every bound is more than three standard deviations away from the mean.
 """
 
-from dataclasses import replace
-
 import torch
 from ba_solver.bas_core import Schedule, load_sidenet, solve, time_grid
 from ba_solver.training.backbones import BackboneChoice, open_backbone
 from ba_solver.training.cli import main
 from ba_solver.training.recording.replay import Replay
 from ba_solver.training.recording.trajectories import open_trajectories
-from ba_solver.training.schedules.fitting import fit_coefficients
 from ba_solver.training.schedules.linear_form import linear_form
 from ba_solver.training.schedules.search import Candidate, Search, SearchData
 from ba_solver.training.schedules.solvers import endpoint_errors
@@ -67,27 +64,6 @@ def check_pairs(folder, trained, tmp_path):
     assert rollout_error(sidenet, folder) < 0.8 * rollout_error(None, folder)
 
 
-def parts_of(folder):
-    """The trajectories to fit on, and those to validate on."""
-    trajectories, metadata = open_trajectories([folder])
-    backbone = open_backbone(BackboneChoice(backbone=BACKBONE))
-    return tuple(Replay(backbone, part, metadata) for part in trajectories.split(12))
-
-
-def fitted_on_a_grid(sidenet, replay):
-    """A schedule of 5 calls on a grid of the family, with coefficients."""
-    plain = Schedule(time_grid(5, 1.2, 0.2).tolist())
-    return fit_coefficients(sidenet, replay, {5: plain})[5]
-
-
-def check_fitted_coefficients(folder, trained, tmp_path):
-    """Coefficients by least squares are most of what a schedule gains, on trajectories that it was not fitted on."""
-    sidenet, parts = load_sidenet(trained)[0], parts_of(folder)
-    fitted = fitted_on_a_grid(sidenet, parts[0])
-    errors = [rollout_error(sidenet, folder, each) for each in (fitted, replace(fitted, coefficients=()))]
-    assert errors[0] < 0.4 * errors[1], errors
-
-
 def fit_data(count):
     """Trajectories of the swirl beside it and a surrogate."""
     metadata = {"guidance": [1.0, 1.0], "guidance_interval": [0.0, 1.0], "cfg_mode": "combined", "record_batch": 8}
@@ -98,7 +74,7 @@ def fit_data(count):
 def check_end_fit(folder, trained, tmp_path):
     """Rollouts and fits in turn find times and weights that end far nearer than the method they began with."""
     data = fit_data(12)
-    search = Search(data, [5])
+    search = Search(data, [5], (2, 1))
     search.run()
     rows = torch.arange(12)
     begun = Candidate("", linear_form("predictor_corrector", time_grid(5, dtype=torch.float64)))

@@ -140,7 +140,7 @@ def run(name: str, command: Command, rest: list[str]) -> int:
         importlib.import_module(needed)
     module: Any = importlib.import_module(f".{command.module}", __package__)
     try:
-        settings = read_settings(getattr(module, command.settings), rest, program, PRESETS if name == "make" else None)
+        settings = read_settings(getattr(module, command.settings), rest, program, PRESETS if name == "make" else ())
         getattr(module, command.run)(settings)
     except UsageError as error:
         print(f"{program}: {error}", file=sys.stderr)

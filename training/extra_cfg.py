@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ..bas_core.checkpoint import SideNetCard, load_sidenet, save_sidenet
 from ..bas_core.sidenet import SideNet
 from .backbones import Backbone
-from .presets import PRESETS, QUICK
+from .presets import QUICK, preset_values
 from .progress import say
 from .recording.record import record
 from .recording.replay import Replay
@@ -26,15 +26,16 @@ if TYPE_CHECKING:
 
 def recording_for(settings: MakeSettings) -> MakeSettings:
     """The settings with the quick preset's recording."""
-    names = ("trajectories", "validation", "prefixes", "jitter", "checked")
-    return dataclasses.replace(settings, **{name: PRESETS[QUICK][name] for name in names})
+    names = ("trajectories", "validation", "prefixes", "jitter", "pilot", "checked", "rounds")
+    quick = preset_values(QUICK, settings.nfe)
+    return dataclasses.replace(settings, **{name: quick[name] for name in names if name in quick})
 
 
 def nfe_for_cfg(settings: MakeSettings) -> int:
     """How many model calls one scale more takes; see `make.planned_nfe`."""
     few = recording_for(settings)
     fitted = few.trajectories - few.validation
-    return few.model_calls + search_nfe(fitted, few.validation, parse_nfe(settings.nfe), True)
+    return few.model_calls + search_nfe(fitted, few.validation, parse_nfe(settings.nfe), True, few.rounds)
 
 
 def check_extra_cfg(settings: MakeSettings) -> None:
@@ -66,7 +67,7 @@ def schedules_at(
     nfe["trajectories"] += len(trajectories) * metadata["points"] + metadata.get("pilot_calls", 0)
     mean = sidenet.data_mean if sidenet.has_data_mean else None
     numbers = parse_nfe(settings.nfe)
-    found = backbone.within(lambda: search_schedules(fit, validation, numbers, mean))
+    found = backbone.within(lambda: search_schedules(fit, validation, numbers, mean, few.rounds))
     return {n: each.schedule for n, each in found.items()}
 
 

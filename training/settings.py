@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..bas_core.files import CheckpointError, write_atomically
+from .presets import preset_values
 from .text_files import read_user_text
 
 S = TypeVar("S")
@@ -22,9 +23,7 @@ class UsageError(ValueError):
     """A setting that cannot be used; the message says which and why."""
 
 
-def read_settings(
-    kind: type[S], arguments: Sequence[str], program: str, presets: Mapping[str, Mapping[str, Any]] | None = None
-) -> S:
+def read_settings(kind: type[S], arguments: Sequence[str], program: str, presets: Collection[str] = ()) -> S:
     """Settings from a preset, from `--config FILE` (TOML) and from flags; a flag wins over the file, and both over the
     preset.
 
@@ -32,7 +31,7 @@ def read_settings(
         kind: the command's dataclass.
         arguments: the command line after the command.
         program: for the help text.
-        presets: settings by the name that `--preset` takes.
+        presets: the names that `--preset` takes; see `presets.preset_values`.
 
     Raises:
         UsageError: an unknown key, flag or preset (the message lists the valid ones), or a file that is no TOML.
@@ -48,21 +47,26 @@ def read_settings(
     _check_known([name for name in given if name.replace("-", "_") not in allowed], valid, "option --", program)
     flags = [*(_toml_flags(config, valid, program) if config else []), *flags]
     if presets:
-        flags = [*_preset_flags(flags, presets), *flags]
+        flags = [*_preset_flags(flags, presets, str(getattr(kind, "nfe", ""))), *flags]
     return tyro.cli(kind, args=flags, prog=program)
 
 
-def _preset_flags(flags: Sequence[str], presets: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The settings of the preset that the flags name, as flags."""
-    name = ""
-    for i, flag in enumerate(flags):
-        if flag == "--preset":
-            name = "".join(flags[i + 1 : i + 2])
-        elif flag.startswith("--preset="):
-            name = flag.partition("=")[2]
+def _preset_flags(flags: Sequence[str], presets: Collection[str], nfe: str) -> list[str]:
+    """The settings of the preset that the flags name, as flags, for the numbers of calls that they name or `nfe`."""
+    name, nfe = _value(flags, "--preset", ""), _value(flags, "--nfe", nfe)
     if name and name not in presets:
         raise UsageError(f"--preset must be one of {', '.join(presets)}; got {name!r}.")
-    return _as_flags(presets.get(name, {}))
+    return _as_flags(preset_values(name, nfe)) if name else []
+
+
+def _value(flags: Sequence[str], flag: str, value: str) -> str:
+    """What a flag is given, the last time that it is there; or `value`."""
+    for i, each in enumerate(flags):
+        if each == flag:
+            value = "".join(flags[i + 1 : i + 2])
+        elif each.startswith(f"{flag}="):
+            value = each.partition("=")[2]
+    return value
 
 
 def _take_config(flags: list[str]) -> Path | None:
@@ -110,7 +114,7 @@ def _as_flags(values: Mapping[str, Any]) -> list[str]:
         if isinstance(value, bool):
             flags.append(f"--{name}" if value else f"--no-{name}")
         else:
-            flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+            flags += [f"--{name}", *map(str, value if isinstance(value, list | tuple) else [value])]
     return flags
 
 

@@ -1,8 +1,9 @@
 """`ba-solver train`: a SideNet from recorded trajectories, in stages each of which can be interrupted.
 
 1. schedules, fitted on a surrogate of the model and on rollouts (needs the backbone);
-2. the network, from pairs of the trajectories' points (or by the published objective, which needs backbone and data);
-3. the schedules' coefficients anew with the network, kept where that ends nearer (needs the backbone).
+2. the network, from pairs of the trajectories' points (or by the published objective, which needs backbone and data).
+
+Schedules do without the network: it is for every other sampling.
 """
 
 from __future__ import annotations
@@ -31,10 +32,8 @@ from .network.stages import Job, all_pairs_stage, published_stage, variance_unex
 from .processes import MAIN_PROCESS, processes
 from .progress import say
 from .recording.record import PREFIXES
-from .recording.replay import SideNetInParts
 from .recording.trajectories import Trajectories, check_same_recording, open_trajectories
-from .schedules.fitting import fit_coefficients
-from .schedules.search import Found, judge, search_schedules
+from .schedules.search import Found, search_schedules
 from .settings import UsageError, check_device, differences, parse_nfe, plain, prepare_folder, shareable
 
 # The objective of a SideNet whose network is not trained.
@@ -130,7 +129,7 @@ def search(job: Job, mean: Tensor | None) -> dict[int, Found]:
     if rank == 0 and not path.exists():
         numbers = parse_nfe(job.training.nfe)
         replays = job.replay(job.trajectories), job.replay(job.validation)
-        found = job.within(lambda: search_schedules(*replays, numbers, mean, job.folder))
+        found = job.within(lambda: search_schedules(*replays, numbers, mean, job.training.rounds, job.folder))
         parts = {n: vars(each) | {"schedule": vars(each.schedule)} for n, each in found.items()}
         write_atomically(path, lambda temporary: torch.save(parts, temporary))
     wait_for_all()  # one process searches, so that all train for the same schedules
@@ -140,24 +139,6 @@ def search(job: Job, mean: Tensor | None) -> dict[int, Found]:
         fields["schedule"] = rebuilt(Schedule, fields.get("schedule"), path)
         stored[int(n)] = rebuilt(Found, fields, path)
     return stored
-
-
-def with_network(job: Job, sidenet: SideNet, found: dict[int, Found]) -> dict[int, Found]:
-    """The schedules with coefficients for the network, where they end nearer on validation trajectories."""
-    schedules = {n: each.schedule for n, each in found.items()}
-    network = SideNetInParts(sidenet, job.device, job.metadata["record_batch"])
-    fitted = fit_coefficients(network, job.replay(job.trajectories), schedules)
-    best = dict(found)
-    with torch.inference_mode():
-        for n, schedule in fitted.items():
-            judged = judge(network, schedule, job.replay(job.validation))
-            say(f"{n} calls with the network: {judged.mean:.3g} ± {judged.standard_error:.2g}")
-            if judged.mean < best[n].error:
-                best[n] = dataclasses.replace(
-                    best[n], schedule=schedule, error=judged.mean, standard_error=judged.standard_error,
-                    seconds=judged.seconds,
-                )  # fmt: skip
-    return best
 
 
 def fit(job: Job) -> tuple[SideNet, dict[int, Found]]:
@@ -177,8 +158,6 @@ def fit(job: Job) -> tuple[SideNet, dict[int, Found]]:
     if training.steps:
         sidenet = (published_stage if training.objective == "published" else all_pairs_stage)(job, sidenet)
     sidenet = sidenet.eval().requires_grad_(False)
-    if found and (training.steps or training.start_from):
-        found = job.within(lambda: with_network(job, sidenet, found))
     return sidenet, found
 
 

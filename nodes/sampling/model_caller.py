@@ -112,7 +112,7 @@ class ModelCaller:
         return change(sigma.expand(self.shape[0]), mask, extra_options=extra)
 
     def straight_where_masked(self, end: Tensor, t: Tensor) -> Tensor:
-        """A sampling's end [B, C, *spatial] at time t (0-d), from the last call straight on where a mask keeps the image.
+        """An end [B, C, *spatial] at time t (0-d), straight on from the last call where a mask keeps the image.
 
         The path is straight there, and a schedule's coefficients may leave a straight path (`Schedule.coefficients`).
         """

@@ -49,6 +49,7 @@ class Training:
         patch_size: side of its patches; 0 = as the model has it, or 2 where that is not known.
         kernel_size: of its first and last convolution.
         nfe: fit schedules for these numbers of model calls, such as 5,7,10 (needs --backbone).
+        rounds: of rollouts, between which schedules are fitted anew: in each, on every so many-th trajectory.
         seed: of weights and batches.
         resume: continue an unfinished training.
     """
@@ -79,6 +80,7 @@ class Training:
     patch_size: int = 0
     kernel_size: int = 1
     nfe: str = ""
+    rounds: tuple[int, ...] = (2, 1, 1)
     seed: int = 1
     resume: bool = False
 
@@ -121,6 +123,8 @@ class Training:
         for name in ("steps", "validation", "accumulate"):
             if getattr(self, name) < 0:
                 raise UsageError(f"--{name} must not be negative; got {getattr(self, name)}.")
+        if any(every < 1 for every in self.rounds):
+            raise UsageError(f"--rounds must be numbers from 1; got {self.rounds}.")
         self._check_schedules()
 
     def _check_schedules(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...bas_core.files import CheckpointError
 from ...bas_core.grids import grid_between, time_grid, time_shift
-from ...bas_core.guidance import CFG_MODES, CFGMode
+from ...bas_core.guidance import CFG_MODES, CFGMode, Field
 from ..backbones import Backbone, BackboneChoice, open_backbone
 from ..backbones.base import samples_at_once
 from ..baselines import run_baseline
@@ -38,7 +38,7 @@ from .shards import open_shard, save_shard, shard_bytes
 from .trajectories import Trajectories, open_trajectories
 
 # A few trajectories, on usual times, show where the model's velocity bends; the points of the recording lie there.
-PILOT, PILOT_TRAJECTORIES, PILOT_POINTS = "pilot", 2, 40
+PILOT, PILOT_POINTS = "pilot", 40
 PILOT_SEEDS, CHECK_SEEDS = 400_000, 450_000
 # Points of a trajectory, where it is left open: the first of these with which the reference solver's own error is no
 # more than the share COARSE of the error of so many calls of a multistep method. What is fitted comes to about .4 of
@@ -70,7 +70,8 @@ class Recording:
             noise is decided there, and takes many noises to learn.
         prefix_points: points of these.
         jitter: whether batches have times moved at random, so that a network sees all times; schedules need none.
-        checked: on so many noises the reference solver's own error is measured.
+        pilot: trajectories that are recorded first, to see where the model's velocity bends.
+        checked: on so many noises the reference solver's own error is measured; 0 = it is not.
         record_batch: trajectories recorded together, and in one shard; so many samples go through the model at once
             wherever schedules are fitted. 0 = 4, or 1 of videos.
         cfg_mode: combined (the SideNet predicts the velocity of combined CFG) or per_branch (each branch of CFG, as in
@@ -79,11 +80,12 @@ class Recording:
         seed: of noise and times.
     """
 
-    trajectories: int = 256
+    trajectories: int = 44
     points: int = 0
-    prefixes: int = 320
+    prefixes: int = 0
     prefix_points: int = 8
     jitter: bool = True
+    pilot: int = 2
     checked: int = 2
     record_batch: int = 0
     cfg_mode: str = "combined"
@@ -96,7 +98,7 @@ class Recording:
         Raises:
             UsageError: saying which setting and why.
         """
-        check_positive(self, "trajectories", "checked")
+        check_positive(self, "trajectories", "pilot")
         if self.record_batch < 0:
             raise UsageError(f"--record-batch must not be negative; got {self.record_batch}.")
         if self.prefixes < 0 or self.prefix_points < 4:
@@ -119,15 +121,15 @@ class Recording:
     @property
     def starts(self) -> int:
         """From how many states trajectories start, the pilot's and the check's included."""
-        return PILOT_TRAJECTORIES + self.checked + self.trajectories
+        return self.pilot + self.checked + self.trajectories
 
     @property
     def model_calls(self) -> int:
         """Model calls of the whole recording with its pilot, each for one sample; more where the points are left open
         and `POINTS[0]` are too few."""
         points = self.points or POINTS[0]
-        checked = self.checked * (points + -(-points // 2) + COMPARED_NFE + ASKED)
-        pilot = PILOT_TRAJECTORIES * PILOT_POINTS
+        checked = self.checked * (points + points // 2 + 1 + COMPARED_NFE)
+        pilot = self.pilot * (PILOT_POINTS + ASKED)
         return pilot + checked + self.trajectories * points + self.prefixes * self.prefix_points
 
 
@@ -200,10 +202,10 @@ def prefix_stretch(recording: Recording, out: Path, backbone: Backbone) -> Stret
     return Stretch(out / PREFIXES, recording.prefixes, times, PREFIX_SEEDS)
 
 
-def pilot_stretch(out: Path, backbone: Backbone, starts: Trajectories | None) -> Stretch:
+def pilot_stretch(recording: Recording, out: Path, backbone: Backbone, starts: Trajectories | None) -> Stretch:
     """The pilot."""
     times = usual_times(PILOT_POINTS, backbone)
-    return Stretch(out / PILOT, PILOT_TRAJECTORIES, times, PILOT_SEEDS, starts=starts)
+    return Stretch(out / PILOT, recording.pilot, times, PILOT_SEEDS, starts=starts)
 
 
 def describe(settings: BackboneChoice, recording: Recording, stretch: Stretch, backbone: Backbone) -> dict[str, Any]:
@@ -266,15 +268,24 @@ def draw_batch(
     return drawn | {"noise": stretch.starts.states[rows, 0 * rows], "labels": stretch.starts.labels[rows]}
 
 
+def field_of(drawn: dict[str, Any], recording: Recording, choice: BackboneChoice, backbone: Backbone) -> Field:
+    """The field of one batch's samples, for states in main memory."""
+    mode = cast(CFGMode, recording.cfg_mode)
+    return backbone.field_in_main_memory(
+        drawn["labels"], drawn["scale"], recording.record_batch, choice.guidance_interval, mode
+    )
+
+
 def recorded(
-    drawn: dict[str, Any], recording: Recording, choice: BackboneChoice, backbone: Backbone
+    drawn: dict[str, Any],
+    recording: Recording,
+    choice: BackboneChoice,
+    backbone: Backbone,
+    watch: Callable[[Field], Field] = lambda field: field,
 ) -> dict[str, Tensor]:
     """The tensors of one batch's shard: see `save_shard`."""
     noise, times, labels = drawn["noise"], drawn["times"], drawn["labels"]
-    mode = cast(CFGMode, recording.cfg_mode)
-    field = backbone.field_in_main_memory(
-        labels, drawn["scale"], recording.record_batch, choice.guidance_interval, mode
-    )
+    field = watch(field_of(drawn, recording, choice, backbone))
     tensors: dict[str, Tensor] = {}
     with torch.inference_mode():
         if recording.cfg_mode == "per_branch" and len(field.conditions) == 2:
@@ -302,25 +313,18 @@ def reference_error(
     Returns:
         `reference_error`: root-mean-square distance from the exact ends, about. `reference_relative_error`: the same
         over the error of ten calls of a multistep method from the same noises. `reference_calls`: model calls spent.
-
-    Raises:
-        UsageError: the model does not answer the same question alike.
     """
     few = dataclasses.replace(recording, jitter=False, record_batch=recording.checked)
     drawn = draw_batch(few, Stretch(Path(), recording.checked, times, CHECK_SEEDS, starts=starts), choice, backbone, 0)
-    noise, interval = drawn["noise"], choice.guidance_interval
-    made: list[Call] = []
-    in_main_memory = backbone.field_in_main_memory(drawn["labels"], drawn["scale"], recording.record_batch, interval)
-    field = remembering(in_main_memory, made)
+    noise = drawn["noise"]
+    field = field_of(drawn, dataclasses.replace(recording, cfg_mode="combined"), choice, backbone)
     coarse_grid = grid_between(time_grid(COMPARED_NFE, backbone.shift), float(times[0]), float(times[-1]))
 
     def distance(x: Tensor, reference: Tensor) -> float:
         return (x - reference).square().mean().sqrt().item()
 
     with torch.inference_mode():
-        own = record_trajectory(field, noise, times)[0][:, -1].clone()
-        check_repeatable(field, made, noise.device)
-        half = record_trajectory(field, noise, every_second(times))[0][:, -1].clone()
+        own, half = (record_trajectory(field, noise, grid)[0][:, -1].clone() for grid in (times, every_second(times)))
         multistep = distance(run_baseline("adams_bashforth2", field, noise, coarse_grid), own)
     error = REFINEMENT * distance(half, own)
     relative = error / max(multistep, 1e-12)
@@ -341,9 +345,9 @@ def planned_stretch(
     recording: Recording, out: Path, choice: BackboneChoice, backbone: Backbone, starts: Trajectories | None
 ) -> Stretch:
     """Where the points of whole trajectories lie, and how many there are: from the pilot, recorded or read."""
-    counts = (PILOT_TRAJECTORIES, recording.checked, recording.trajectories)
+    counts = (recording.pilot, recording.checked, recording.trajectories)
     of_pilot, of_check, of_whole = (None, None, None) if starts is None else starts.split_into(counts)
-    pilot = pilot_stretch(out, backbone, of_pilot)
+    pilot = pilot_stretch(recording, out, backbone, of_pilot)
     path = pilot.folder / "pilot.safetensors"
     asked = describe(choice, recording, pilot, backbone) | {"asked_points": recording.points}
     rank, _, wait_for_all = processes(backbone.device.type == "cpu")
@@ -369,14 +373,24 @@ def measure_pilot(
     metadata: dict[str, Any],
     starts: Trajectories | None,
 ) -> None:
-    """Record the pilot, choose the number of points by the reference solver's error, and write both."""
+    """Record the pilot, choose the number of points by the reference solver's error, and write both.
+
+    Raises:
+        UsageError: the model does not answer the same question alike.
+    """
     own = dataclasses.replace(recording, jitter=False, cfg_mode="combined")
-    drawn = draw_batch(dataclasses.replace(own, record_batch=PILOT_TRAJECTORIES), pilot, choice, backbone, 0)
-    tensors = recorded(drawn, own, choice, backbone)
-    calls = PILOT_TRAJECTORIES * PILOT_POINTS
+    drawn = draw_batch(dataclasses.replace(own, record_batch=recording.pilot), pilot, choice, backbone, 0)
+    made: list[Call] = []
+    tensors = recorded(drawn, own, choice, backbone, lambda field: remembering(field, made))
+    with torch.inference_mode():
+        check_repeatable(field_of(drawn, own, choice, backbone), made, torch.device("cpu"))
+    calls = recording.pilot * (PILOT_POINTS + ASKED)
     measured: dict[str, float] = {}
-    for points in (recording.points,) if recording.points else POINTS:
+    tried = (recording.points,) if recording.points else POINTS
+    for points in tried if recording.checked else tried[:1]:
         times = adapted_times(points, tensors["times"][0], tensors["velocities"])
+        if not recording.checked:
+            break
         measured = reference_error(own, times, choice, backbone, starts)
         calls += int(measured["reference_calls"])
         if measured["reference_relative_error"] <= COARSE:

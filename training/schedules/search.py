@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -54,11 +53,8 @@ FIRST = (
     ("ipndm", (2.8, 0.15)),
 )  # fmt: skip
 SCATTER = 0.02
-# After the rollouts of known methods: on every how many-th trajectory each round is. What a round shows of one number
-# of calls serves the others, so that the first may do with half of the trajectories.
-ROUNDS = (2, 1)
-# How many schedules for one number of calls are sampled from validation noises at most.
-VALIDATED = 3
+# On so many validation trajectories at most schedules are judged: each of two for every number of calls.
+VALIDATION_TRAJECTORIES, VALIDATED = 8, 2
 # Known methods that are tried at once on the surrogate, and how many of the best are fitted from.
 CHUNK, STARTS = 40, 2
 
@@ -100,16 +96,16 @@ class Found:
     seconds: float
 
 
-def search_nfe(trajectories: int, validation: int, numbers: Sequence[int], guided: bool) -> int:
-    """How many model calls a search takes at most: see `validated` for what may be sampled from validation noises. In
-    rollouts, conditional-only calls evaluate both branches."""
+def search_nfe(trajectories: int, validation: int, numbers: Sequence[int], guided: bool, rounds: Sequence[int]) -> int:
+    """How many model calls a search takes. With guidance it is the most: there, some conditional-only calls of rollouts
+    evaluate both branches."""
 
     count = min(FIT_TRAJECTORIES, trajectories)
     calls = {n: n + (guided and enough_for_conditional_only(n)) for n in sorted(numbers)}
     rolled = count * sum(calls[n] for n in first_numbers(numbers))
-    for index, every in enumerate(ROUNDS):
+    for index, every in enumerate(rounds):
         rolled += sum(calls[n] * len(part_of(count, i + index, every)) for i, n in enumerate(calls))
-    return rolled + VALIDATED * validation * sum(numbers)
+    return rolled + VALIDATED * min(VALIDATION_TRAJECTORIES, validation) * sum(numbers)
 
 
 def part_of(count: int, index: int, every: int) -> Tensor:
@@ -249,6 +245,11 @@ class SearchData:
             found[0] = self.first_missed
         return found
 
+    def error(self, candidate: Candidate) -> float:
+        """A candidate's mean error on the surrogate, were all its calls whole."""
+        form = candidate.form
+        return float(mean_error(self.surrogate.end_errors(form.times[None], form.weights[None]), self.size))
+
     def known(
         self, steps: int, analytic: bool, conditional_only: bool, measured: Tensor | None
     ) -> list[tuple[float, Candidate]]:
@@ -273,11 +274,14 @@ class Search:
     Attributes:
         fit: to fit on.
         numbers: the NFE.
+        rounds: of rollouts after those of known methods: in each, on every so many-th trajectory. What a round shows of
+            one number of calls serves the others.
         folder: that keeps the rollouts, a file each, for a search that is interrupted; None = none.
     """
 
     fit: SearchData
     numbers: Sequence[int]
+    rounds: Sequence[int]
     folder: Path | None = None
 
     def __post_init__(self) -> None:
@@ -354,7 +358,7 @@ class Search:
         """All rounds."""
         self.roll_out_known()
         self.fit_all()
-        for index, every in enumerate(ROUNDS):
+        for index, every in enumerate(self.rounds):
             self.roll_out_best(index, every)
             self.fit_all()
 
@@ -362,8 +366,7 @@ class Search:
         """The known method of so many whole calls that ends nearest on the surrogate that was fitted on, and its error
         on that of other trajectories."""
         known = self.fit.known(nfe, False, False, None)[0][1]
-        ends = held.surrogate.end_errors(known.form.times[None], known.form.weights[None])
-        return float(mean_error(ends, held.size)), known
+        return held.error(known), known
 
     def schedule(self, candidate: Candidate, nfe: int) -> Schedule:
         """A candidate as a schedule; coefficients of conditional-only calls as last fitted."""
@@ -412,10 +415,10 @@ def judge(
     sidenet: SideNetProtocol,
     schedule: Schedule,
     replay: Replay,
+    rows: Tensor,
     watch: Callable[[Field], Field] = lambda field: field,
 ) -> Judged:
-    """Sample from all of a replay's noises of one CFG scale; the model calls are added to `replay.nfe`."""
-    rows = replay.cfg_rows(len(replay.trajectories))
+    """Sample from the noises of some rows; the model calls are added to `replay.nfe`."""
     field = watch(replay.field_of(rows))
     begun = time.perf_counter()
     start, end = replay.backbone.first_time, replay.backbone.last_time
@@ -428,39 +431,45 @@ def judge(
 def validated(search: Search, held: SearchData, line: SideNetProtocol) -> dict[int, Found]:
     """The schedules, judged on trajectories that nothing was fitted on.
 
-    Where a known method is nearer on the surrogate there, or a smaller number of calls was, the stage before and the
-    known method are sampled too, and the nearest is taken. The surrogate may flatter a method: the model decides.
+    Beside each, another one is sampled: the fit before or the best known method, whichever the surrogate says is nearer
+    there. The surrogate may flatter a method: the model decides, and the nearer one is taken.
     """
     judged: dict[int, Judged] = {}
     for nfe in progress(search.numbers, "validate"):
         seen: list[tuple[float, Tensor, Tensor]] = []
         watch = partial(watched, coordinates=held.coordinates, seen=seen)
-        judged[nfe] = judge(line, search.schedule(search.stages[nfe][-1], nfe), held.replay, watch)
+        judged[nfe] = judge(line, search.schedule(search.stages[nfe][-1], nfe), held.replay, held.rows, watch)
         times, states, velocities = zip(*seen, strict=True)
         at = torch.tensor(times, dtype=torch.float64)
         held.learn(at, torch.stack(states), torch.stack(velocities), torch.arange(len(held)))
     held.surrogate.learn()
-    found: dict[int, Found] = {}
-    least = math.inf
-    for nfe in search.numbers:
-        known_error, known = search.known_on(held, nfe)
-        best, schedule = judged[nfe], search.schedule(search.stages[nfe][-1], nfe)
-        say(f"{nfe} calls: {best.mean:.3g} ± {best.standard_error:.2g}; the best known method ({known.label}) "
-            f"{known_error:.3g}.")  # fmt: skip
-        if best.mean > min(known_error, least):
-            for label, other in (("the fit before", search.stages[nfe][-2]), ("the known method", known)):
-                tried = judge(line, search.schedule(other, nfe), held.replay)
-                known_error = tried.mean if other is known else known_error
-                if tried.typical < best.typical:
-                    best, schedule = tried, search.schedule(other, nfe)
-                    say(f"{nfe} calls: {label} is nearer on the model, {tried.mean:.3g}, and taken.")
-        least = min(least, best.mean)
-        found[nfe] = Found(schedule, best.mean, best.standard_error, known.label, known_error, best.seconds)
-    return found
+    return {nfe: nearer(search, held, line, nfe, judged[nfe]) for nfe in progress(search.numbers, "compare")}
+
+
+def nearer(search: Search, held: SearchData, line: SideNetProtocol, nfe: int, judged: Judged) -> Found:
+    """The last fit, which was judged, or another schedule that ends nearer; see `validated`."""
+    known_error, known = search.known_on(held, nfe)
+    before = search.stages[nfe][-2]
+    known_is_likelier = known_error < held.error(before)
+    label, other = ("the known method", known) if known_is_likelier else ("the fit before", before)
+    tried = judge(line, search.schedule(other, nfe), held.replay, held.rows)
+    known_error = tried.mean if known_is_likelier else known_error
+    found = f"{nfe} calls: {judged.mean:.3g} ± {judged.standard_error:.2g}; the best known method ({known.label}) "
+    say(f"{found}{known_error:.3g}.")
+    best, schedule = judged, search.schedule(search.stages[nfe][-1], nfe)
+    if tried.typical < judged.typical:
+        best, schedule = tried, search.schedule(other, nfe)
+        say(f"{nfe} calls: {label} is nearer on the model, {tried.mean:.3g}, and taken.")
+    return Found(schedule, best.mean, best.standard_error, known.label, known_error, best.seconds)
 
 
 def search_schedules(
-    replay: Replay, validation: Replay, numbers: Sequence[int], mean: Tensor | None, folder: Path | None = None
+    replay: Replay,
+    validation: Replay,
+    numbers: Sequence[int],
+    mean: Tensor | None,
+    rounds: Sequence[int],
+    folder: Path | None = None,
 ) -> dict[int, Found]:
     """Schedules for some NFE.
 
@@ -469,11 +478,13 @@ def search_schedules(
         validation: others, to judge by.
         numbers: the NFE.
         mean: [C, S, S] of the data, if the first step may be analytic.
+        rounds: of rollouts; see `Search`.
         folder: that keeps rollouts, so that an interrupted search goes on.
     """
     spread = None if mean is None else spread_mean(mean, replay.backbone.shape)
     with torch.inference_mode():
-        search = Search(SearchData(replay, FIT_TRAJECTORIES, 0 if mean is None else mean.shape[-1]), numbers, folder)
+        data = SearchData(replay, FIT_TRAJECTORIES, 0 if mean is None else mean.shape[-1])
+        search = Search(data, numbers, rounds, folder)
         search.run()
-        held = SearchData(validation, len(validation.trajectories), like=search.fit.data)
+        held = SearchData(validation, VALIDATION_TRAJECTORIES, like=search.fit.data)
         return validated(search, held, line_through(spread))
