@@ -45,7 +45,11 @@ class MakeSideNet(io.ComfyNode):
                 io.Conditioning.Input(
                     "positive", tooltip="One prompt, or better a dozen as a list (Prompt Lines), used in turn."
                 ),
-                io.Latent.Input("latent_image", tooltip="An empty latent of the size of the images or the video."),
+                io.Latent.Input(
+                    "latent_image",
+                    tooltip="An empty latent of the size of the images or the video. A latent with an image and a mask "
+                    "is used as in KSampler.",
+                ),
                 *_basic(),
                 inputs.negative(),
                 io.Model.Input(
