@@ -34,8 +34,8 @@ from training_problems import BACKBONE, GAUSSIAN_MEAN, SHAPE, environment, in_tw
 
 torch.set_num_threads(1)
 
-# Two trajectories of 40 points, and some of their calls again; on two noises 40 points, every second of them and ten calls
-# of a multistep method.
+# Two trajectories of 40 points, and some of their calls again; on two noises 40 points, every second of them, and ten
+# calls of a multistep method.
 PILOT_CALLS = 2 * (40 + ASKED) + 2 * (40 + 21 + 10)
 
 
