@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from ba_solver.bas_core.guidance import Field
 from ba_solver.bas_core.prediction import SideNetProtocol
-from ba_solver.bas_core.schedule import Schedule, StepState, linear_combination
+from ba_solver.bas_core.schedule import Schedule, StepState
 from ba_solver.bas_core.solver import Callback, make_solver, run_bi_anchor
-from ba_solver.training.schedules.fitting import CFGFit, least_squares
+from ba_solver.training.schedules.fitting import CFGFit, least_squares, linear_combination
 from ba_solver.training.schedules.linear_form import RULE
 from torch import Tensor
 

@@ -233,7 +233,7 @@ def test_schedules_with_a_network_spend_what_they_say_and_lower_the_error(folder
     fitted = rollout_error(learned, folder / "combined", schedule)
     assert fitted < 0.4 * rollout_error(sidenet, folder / "combined")
     spent = card.training["backbone_calls"]
-    assert spent["rollouts"] + spent["validation"] == search_nfe(84, 12, [5], False, Training.rounds)
+    assert spent["rollouts"] + spent["validation"] == search_nfe(84, 12, [5], True, Training.rounds)
     # What it began as is not forgotten.
     assert card.training["started_from"] == trained[2].training
     assert f"began as:   one trained: {trained[2].training['objective']}" in describe_sidenet(sidenet, card)
