@@ -128,6 +128,7 @@ def _backbone(name: str, device: torch.device, dtype: torch.dtype) -> Backbone:
         shape=(1, size, size),
         velocity=velocity,
         start=START,
+        parameters=sum(p.numel() for p in network.parameters()),
         patch_size=PATCH,
         device=device,
         dtype=dtype,

@@ -215,6 +215,7 @@ def open_model(
         conditions=len(alone),
         num_classes=classes if every_class else 0,
         embedded_guidance=True,
+        parameters=sum(p.numel() for p in model.model.diffusion_model.parameters()),
         patch_size=sit.patch_size if sit else Backbone.patch_size,
         shift=default_shift(model_sampling),
         start=flow_time(model_sampling, model_sampling.sigma_max) if parameterization.exploding else 1.0,

@@ -55,6 +55,7 @@ class Backbone:
         null: index of the unconditional branch; None where there is none.
         num_classes: how many classes a SideNet can take; 0 where conditions are texts.
         embedded_guidance: the model takes the CFG scale as an input instead of being combined from two branches.
+        parameters: how many numbers its weights are; 0 = not known.
         patch_size: side of its network's patches.
         shift: the time shift that the model is usually sampled with.
         start: the time that sampling starts from; below 1 for diffusion models, whose last noise level is finite.
@@ -82,6 +83,7 @@ class Backbone:
     null: int | None = None
     num_classes: int = 0
     embedded_guidance: bool = False
+    parameters: int = 0
     patch_size: int = 2
     shift: float = 1.0
     start: float = 1.0

@@ -105,6 +105,7 @@ def _open(
         conditions=len(prompts),
         null=len(prompts) if has_null else None,
         embedded_guidance=embedded,
+        parameters=sum(p.numel() for p in module.parameters()),
         shift=shift_of(pipeline, first),
         start=start,
         combine=combine,

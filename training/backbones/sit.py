@@ -36,6 +36,7 @@ def open_backbone(where: str, choice: BackboneChoice, device: torch.device) -> B
         conditions=config.num_classes,
         null=config.num_classes,
         num_classes=config.num_classes,
+        parameters=sum(p.numel() for p in sit.parameters()),
         patch_size=config.patch_size,
         device=device,
         dtype=dtype,

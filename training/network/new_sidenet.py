@@ -21,6 +21,16 @@ from .options import Training
 # The first step is analytic where the data mean leaves no more than this share of the first velocity's mean square (the
 # demo at CFG 2: 0.017); the mean is taken over so many trajectories.
 MEAN_TOLERANCE, MEAN_TRAJECTORIES = 0.05, 1024
+# What a network's size is chosen from: its width, time embedding, blocks and heads. Taken is the largest one with at
+# most the share LARGE of a backbone's parameters, or up to ENOUGH the share SMALL; the second where these are not known.
+SIZES = tuple(
+    {"base_channels": width, "embedding_dim": embedding, "num_layers": blocks, "num_heads": heads}
+    for width, embedding, blocks, heads in (
+        (16, 16, 2, 2), (32, 32, 2, 4), (48, 32, 3, 4), (64, 64, 4, 4), (96, 64, 4, 4), (128, 96, 6, 4),
+        (192, 128, 6, 6), (256, 192, 8, 8), (384, 256, 8, 8), (512, 256, 12, 8),
+    )
+)  # fmt: skip
+LARGE, SMALL, ENOUGH, UNKNOWN = 0.015, 0.1, 60_000, 1
 # Of a network that is not trained, and adds nothing.
 SMALLEST = {
     "base_channels": 4, "embedding_dim": 4, "num_layers": 1, "num_heads": 1, "patch_size": 8, "kernel_size": 1,
@@ -76,6 +86,20 @@ def pooled(mean: Tensor, size: int) -> Tensor:
     return F.adaptive_avg_pool2d(mean.mean(1) if mean.ndim == 4 else mean, size)
 
 
+def size_for(parameters: int, others: dict[str, Any]) -> dict[str, int]:
+    """The size of a network for a backbone of so many parameters.
+
+    Args:
+        parameters: 0 = not known.
+        others: the rest of its `SideNetConfig`.
+    """
+    allowed = max(LARGE * parameters, min(SMALL * parameters, ENOUGH))
+    with torch.device("meta"):
+        counts = [sum(p.numel() for p in SideNet(SideNetConfig(**others | size)).parameters()) for size in SIZES]
+    fitting = [size for size, count in zip(SIZES, counts, strict=True) if count <= allowed]
+    return SIZES[UNKNOWN] if not parameters else (fitting or SIZES)[-1 if fitting else 0]
+
+
 def new_sidenet(training: Training, metadata: dict[str, Any], mean: Tensor | None = None) -> SideNet:
     """A SideNet with fresh weights that fits the trajectories, or the one to start from.
 
@@ -97,7 +121,12 @@ def new_sidenet(training: Training, metadata: dict[str, Any], mean: Tensor | Non
         "patch_size": training.patch_size or metadata["patch_size"],
     }
     try:
-        config = SideNetConfig(**(sizes if training.steps or training.start_from else sizes | SMALLEST))
+        if not (training.steps or training.start_from):
+            sizes |= SMALLEST
+        elif not all(sizes[name] for name in SIZES[0]):
+            chosen = size_for(metadata.get("parameters", 0), {k: v for k, v in sizes.items() if k not in SIZES[0]})
+            sizes |= {name: sizes[name] or value for name, value in chosen.items()}
+        config = SideNetConfig(**sizes)
     except ValueError as error:
         raise UsageError(str(error)) from error
     if training.start_from is None:

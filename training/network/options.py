@@ -42,7 +42,7 @@ class Training:
         architecture: of the SideNet: transformer, or conv (the paper).
         data_mean_size: the SideNet keeps the data mean on a grid of this side, for an analytic first step where the
             trajectories show that the model's first velocity is noise minus that mean; 0 = never.
-        base_channels: the SideNet's width.
+        base_channels: the SideNet's width; 0 = by the backbone's size (`new_sidenet.SIZES`), as the next three.
         embedding_dim: width of its time, step and class embeddings.
         num_layers: its blocks.
         num_heads: of its attention.
@@ -73,10 +73,10 @@ class Training:
     anchors: int = 2
     architecture: str = "transformer"
     data_mean_size: int = 32
-    base_channels: int = 96
-    embedding_dim: int = 64
-    num_layers: int = 4
-    num_heads: int = 4
+    base_channels: int = 0
+    embedding_dim: int = 0
+    num_layers: int = 0
+    num_heads: int = 0
     patch_size: int = 0
     kernel_size: int = 1
     nfe: str = ""

@@ -222,6 +222,7 @@ def describe(settings: BackboneChoice, recording: Recording, stretch: Stretch, b
         "jitter": recording.jitter,
         "reference_solver": REFERENCE_SOLVER,
         "patch_size": backbone.patch_size,
+        "parameters": backbone.parameters,
         "shift": backbone.shift,
         "start": backbone.first_time,
         "end": backbone.last_time,
