@@ -146,7 +146,8 @@ def fit(job: Job) -> tuple[SideNet, dict[int, Found]]:
     training = job.training
     # The search decides whether a first step is analytic; without it, the first velocities do.
     tolerance = {"tolerance": math.inf} if training.nfe else {}
-    size = training.data_mean_size if job.backbone is None or job.backbone.general_mean else 0
+    general = job.backbone is None or job.within(job.backbone.has_general_mean)
+    size = training.data_mean_size if general else 0
     mean = data_mean(job.trajectories, job.metadata["start"], size, **tolerance)
     found: dict[int, Found] = {}
     if training.nfe:

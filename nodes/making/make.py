@@ -252,9 +252,8 @@ def plan_text(settings: MakeSettings, calls: int, backbone: ComfyBackbone) -> st
 
 def record_and_train(settings: MakeSettings, backbone: ComfyBackbone, folder: Path) -> SideNetCard:
     """Record into a folder, and train on it."""
-    guidance, general = backbone.within(lambda: (backbone.sidenet_guidance(), backbone.has_general_mean()))
-    backbone = replace(backbone, general_mean=general)
-    choice = replace(settings, guidance=(float(guidance),), device=str(backbone.device))
+    guidance = float(backbone.within(backbone.sidenet_guidance))
+    choice = replace(settings, guidance=(guidance,), device=str(backbone.device))
     record(choice, choice, folder, backbone)
     return train_from(replace(choice, resume=True), choice, (folder,), settings.out, settings, backbone)
 

@@ -100,6 +100,10 @@ class Backbone:
     within: Within = work_here
     make_room: Callable[[], int | None] = lambda: None
 
+    def has_general_mean(self) -> bool:
+        """See `general_mean`; to be asked where the model can be called."""
+        return self.general_mean
+
     @property
     def first_time(self) -> float:
         """The time that the part starts at."""
