@@ -22,7 +22,7 @@ from .options import Training
 # demo at CFG 2: 0.017); the mean is taken over so many trajectories.
 MEAN_TOLERANCE, MEAN_TRAJECTORIES = 0.05, 1024
 # What a network's size is chosen from: its width, time embedding, blocks and heads. Taken is the largest one with at
-# most the share LARGE of a backbone's parameters, or up to ENOUGH the share SMALL; the second where these are not known.
+# most the share LARGE of a backbone's parameters, or up to ENOUGH the share SMALL; the second where they are not known.
 SIZES = tuple(
     {"base_channels": width, "embedding_dim": embedding, "num_layers": blocks, "num_heads": heads}
     for width, embedding, blocks, heads in (
