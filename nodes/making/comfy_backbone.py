@@ -180,6 +180,7 @@ def open_model(
     latent: Latent,
     on_samples: Callable[[int], None],
     batch: int = 1,
+    **more: Any,
 ) -> ComfyBackbone:
     """A MODEL as a backbone.
 
@@ -189,6 +190,7 @@ def open_model(
         latent: what a sampling starts from beside noise, in the model's channels; the first of its batch.
         on_samples: is given the number of samples of each model call.
         batch: of the largest model call, for which ComfyUI keeps memory free.
+        more: other attributes of the backbone, such as its part of the path.
 
     Raises:
         ValueError: a CFG scale without a negative, or a model that is neither a flow nor a diffusion model.
@@ -229,6 +231,7 @@ def open_model(
         batch=batch,
         latent=first,
         prepared=opened,
+        **more,
     )
 
 

@@ -176,8 +176,8 @@ def make(
     part = part_between(model, *percents)
 
     def at_scale(scale: float) -> ComfyBackbone:
-        def opened(which: Any) -> ComfyBackbone:
-            return open_model(which, *prompts, scale, latent, reporter.on_samples, batch)
+        def opened(which: Any, **more: Any) -> ComfyBackbone:
+            return open_model(which, *prompts, scale, latent, reporter.on_samples, batch, **more)
 
         return over_part(part, opened, model, earlier)
 
@@ -220,7 +220,7 @@ def part_between(model: Any, start_percent: float, end_percent: float) -> tuple[
 
 
 def over_part(
-    part: tuple[float, float], opened: Callable[[Any], ComfyBackbone], model: Any, earlier: Any
+    part: tuple[float, float], opened: Callable[..., ComfyBackbone], model: Any, earlier: Any
 ) -> ComfyBackbone:
     """A MODEL over a part of the path, and the one that samples up to there.
 
@@ -228,11 +228,11 @@ def over_part(
         ValueError: nothing is sampled up to there.
     """
     if part[0] < 1:
-        before = replace(opened(earlier or model), part=(1.0, part[0]))
-        return replace(opened(model), part=part, before=before)
+        before = opened(earlier or model, part=(1.0, part[0]))
+        return opened(model, part=part, before=before)
     if earlier is not None:
         raise ValueError("earlier_model is for a start_percent above 0. Raise that, or disconnect earlier_model.")
-    return replace(opened(model), part=part)
+    return opened(model, part=part)
 
 
 def start_calls(settings: MakeSettings, new: bool, scales: int) -> int:
