@@ -83,7 +83,7 @@ def free_field(x: Tensor, guidance: Guidance, mode: CFGMode) -> Field:
 
 def coefficients(steps: int) -> Schedule:
     """A schedule whose coefficients weight all velocities so far, as fitted ones do."""
-    lengths = [1 + i // 2 + 2 * (i % 2) for i in range(2 * steps - 1)]
+    lengths = [2 + i // 2 + 2 * (i % 2) for i in range(2 * steps - 1)]
     return Schedule(time_grid(steps).tolist(), [[1e-3 * (j + 1) for j in range(n)] for n in lengths], rule="lobatto2")
 
 

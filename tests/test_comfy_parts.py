@@ -173,7 +173,7 @@ def test_a_later_part_starts_where_the_model_or_the_earlier_one_comes_to(earlier
 
 def sidenet_for(part, path, name="sd3"):
     grid = [1.0, 0.9, 0.5, 0.0]
-    rows = [[0.1] * (1 + row // 2 + 2 * (row % 2)) for row in range(5)]
+    rows = [[0.1] * (2 + row // 2 + 2 * (row % 2)) for row in range(5)]
     card = SideNetCard(schedules={3.0: {3: Schedule(grid, rows)}}, part=part)
     return models.make_sidenet(path, models.TINY[name].latent[0], card, anchors=2)
 
