@@ -106,7 +106,7 @@ def test_the_solvers_own_cost_is_measured():
     assert set(rows) == set(own_cost.samplings(own_cost.small_network(2)))
     for name, (*_, to_host, to_device, few, many) in rows.items():
         assert (to_host, to_device) == ((0, 0.12) if "k-diffusion" in name else (0.12, 0)), name  # once in 8 steps
-        assert many < few + 1 or "coefficients" in name or "conditional-only" in name, name
+        assert many < 1.02 * few + 1 or "coefficients" in name or "conditional-only" in name, name
 
 
 def test_k_diffusions_formulas_are_as_there():
