@@ -210,19 +210,22 @@ LEARNS_LITTLE = {"sd": " --trajectories 20 --validation 8 --learning-rate 3e-2"}
 
 @pytest.mark.parametrize("name", ["flux", "sd3", "wan", "sd"])  # an input for guidance, CFG, videos, a UNet of noise
 def test_from_a_folder_to_a_report(name, saved, tmp_path):
-    """record, train and evaluate in one command, guided; the SideNet is better than the line on held-out runs.
+    """record and train in one command, then evaluate, guided; the SideNet is better than the line on held-out runs.
 
     Over seeds its best kind of query is at .44 to .85, each family within .05; an untrained one is at 1.
     """
     _, folder, prompts = saved(name)
     sizes = [f"--{key}={value}" for key, value in KINDS[name][1].items()]
     out = tmp_path / "mine.safetensors"
-    command = f"make --backbone diffusers:{folder} --prompts {prompts} --guidance 2.5 --out {out} --trajectories 6 "
+    model = f"--backbone diffusers:{folder} --prompts {prompts} --guidance 2.5"
+    command = f"make {model} --out {out} --trajectories 6 "
     command += "--prefixes 6 --points 16 --record-batch 6 --steps 120 --batch 32 --warmup 5 "
     command += "--base-channels 16 --embedding-dim 16 --architecture conv --kernel-size 3 --no-muon "
     command += "--num-layers 2 --patch-size 1 --learning-rate 5e-3 "
-    command += "--ema 0.9 --nfe 4 --noises 1 --search-noises 0 --reference 24 --validation 2"
-    command += LEARNS_LITTLE.get(name, "")
+    command += "--ema 0.9 --nfe 4 --validation 2" + LEARNS_LITTLE.get(name, "")
+    assert main([*command.split(), *sizes]) == 0
+    command = f"evaluate {model} --sidenet {out} --out {tmp_path / 'report'} --nfe 4 --noises 1 --search-noises 0 "
+    command += f"--reference 24 --recordings {out.with_suffix('.trajectories')}"
     assert main([*command.split(), *sizes]) == 0
     sidenet, card = load_sidenet(out)
     assert card.backbone["kind"] == "diffusers" and sidenet.config.in_channels == KINDS[name][3][0]

@@ -34,7 +34,12 @@ CARD = SideNetCard(
     cfg_mode="combined",
     cfg_range=(1.0, 4.5),
     backbone={"name": "demo", "kind": "sit", "fingerprint": "0123abcd"},
-    schedules={2.0: {2: Schedule([1.0, 0.5, 0.0], [[0.1, 0.1], [0.1, 0.2, 0.3, 0.1], [0.1, 0.2, 0.1]]), 1: Schedule([1.0, 0.0])}},
+    schedules={
+        2.0: {
+            2: Schedule([1.0, 0.5, 0.0], [[0.1, 0.1], [0.1, 0.2, 0.3, 0.1], [0.1, 0.2, 0.1]]),
+            1: Schedule([1.0, 0.0]),
+        }
+    },
     training={
         "objective": "all_pairs",
         "trajectories": 3,

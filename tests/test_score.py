@@ -72,11 +72,16 @@ def test_learned_multistep_beats_adams_bashforth_on_other_noises():
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """`ba-solver make` on the test field."""
+    """`ba-solver make` on the test field, and `ba-solver evaluate` of the result."""
     out = tmp_path_factory.mktemp("made") / "mine.safetensors"
     command = f"make --backbone {BACKBONE} --guidance 2 --trajectories 48 --points 32 --record-batch 16 --out {out} "
     command += "--base-channels 16 --embedding-dim 16 --num-layers 2 --patch-size 1 --batch 64 --steps 250 --warmup 10 "
-    command += "--learning-rate 1e-2 --ema 0.95 --nfe 4,6 --noises 12 --noise-batch 6 --search-noises 4 --reference 64 "
+    command += "--learning-rate 1e-2 --ema 0.95 --nfe 4,6"
+    assert main(command.split()) == 0
+    command = (
+        f"evaluate --backbone {BACKBONE} --sidenet {out} --out {out.with_suffix('.report')} --nfe 4,6 --noises 12 "
+    )
+    command += f"--noise-batch 6 --search-noises 4 --reference 64 --recordings {out.with_suffix('.trajectories')}"
     assert main(command.split()) == 0
     return out
 
@@ -86,7 +91,7 @@ def lines(out):
         return {(row["solver"], int(row["nfe"]), row["grid"]): row for row in csv.DictReader(file)}
 
 
-def test_make_records_trains_and_evaluates(made):
+def test_it_is_recorded_trained_and_evaluated(made):
     sidenet, card = load_sidenet(made)
     report = made.with_suffix(".report")
     rows = lines(report)
