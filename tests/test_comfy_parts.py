@@ -21,10 +21,11 @@ from ba_solver.nodes.make_nodes import MakeSideNet
 from ba_solver.nodes.sampling_nodes import BAScheduler
 from ba_solver.nodes.sidenet_nodes import ApplySideNet
 from ba_solver.nodes.sit_nodes import ClassLabel, LoadSiT
+from ba_solver.training.presets import PRESETS
 from ba_solver.training.recording import record as recording
 from ba_solver.training.recording.reference_solver import batch_generator
 from ba_solver.training.recording.trajectories import open_trajectories
-from ba_solver.training.schedules import end_fit, search
+from ba_solver.training.schedules import end_fit
 
 import nodes
 
@@ -35,7 +36,7 @@ pytestmark = pytest.mark.comfyui
 def as_in_comfyui(tmp_path_factory, monkeypatch):
     """Nodes run in inference mode; and fits that take a minute do half of it."""
     monkeypatch.setattr(end_fit, "ITERATIONS", 4)
-    monkeypatch.setattr(search, "ROUNDS", (2,))
+    monkeypatch.setitem(PRESETS, "quick", {**PRESETS["quick"], "rounds": (2,)})
     output = tmp_path_factory.getbasetemp() / "output"
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(output))
     with torch.inference_mode():

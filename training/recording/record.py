@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -277,16 +277,9 @@ def field_of(drawn: dict[str, Any], recording: Recording, choice: BackboneChoice
     )
 
 
-def recorded(
-    drawn: dict[str, Any],
-    recording: Recording,
-    choice: BackboneChoice,
-    backbone: Backbone,
-    watch: Callable[[Field], Field] = lambda field: field,
-) -> dict[str, Tensor]:
+def recorded(drawn: dict[str, Any], field: Field, recording: Recording) -> dict[str, Tensor]:
     """The tensors of one batch's shard: see `save_shard`."""
     noise, times, labels = drawn["noise"], drawn["times"], drawn["labels"]
-    field = watch(field_of(drawn, recording, choice, backbone))
     tensors: dict[str, Tensor] = {}
     with torch.inference_mode():
         if recording.cfg_mode == "per_branch" and len(field.conditions) == 2:
@@ -382,9 +375,10 @@ def measure_pilot(
     own = dataclasses.replace(recording, jitter=False, cfg_mode="combined")
     drawn = draw_batch(dataclasses.replace(own, record_batch=recording.pilot), pilot, choice, backbone, 0)
     made: list[Call] = []
-    tensors = recorded(drawn, own, choice, backbone, lambda field: remembering(field, made))
+    field = remembering(field_of(drawn, own, choice, backbone), made)
+    tensors = recorded(drawn, field, own)
     with torch.inference_mode():
-        check_repeatable(field_of(drawn, own, choice, backbone), made, torch.device("cpu"))
+        check_repeatable(field, made, torch.device("cpu"))
     calls = recording.pilot * (PILOT_POINTS + ASKED)
     measured: dict[str, float] = {}
     tried = (recording.points,) if recording.points else POINTS
@@ -502,7 +496,7 @@ def record_stretches(
         for number, (i, n) in enumerate(progress(mine, "record")):
             stretch = stretches[i]
             drawn = draw_batch(recording, stretch, choice, backbone, n)
-            tensors = recorded(drawn, recording, choice, backbone)
+            tensors = recorded(drawn, field_of(drawn, recording, choice, backbone), recording)
             if stretch.last_only:
                 tensors |= {name: tensors[name][:, -1:] for name in ("times", "states", "velocities")}
             save_shard(shard_path(recording, stretch, n), tensors, metadata[i] | {"shard": n})
