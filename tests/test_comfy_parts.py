@@ -150,10 +150,10 @@ def test_a_later_part_starts_where_the_model_or_the_earlier_one_comes_to(earlier
     starts = open_trajectories((recordings(name) / "starts",))[0]
     whole = open_trajectories((recordings(name),))[0]
     rows = torch.arange(5)
-    assert len(starts) == 8 and whole.times[:, 0].tolist() == pytest.approx([sigma] * 5)
-    torch.testing.assert_close(whole.states[rows, 0 * rows], starts.states[3 + rows, 0 * rows])
-    noise = noise_of_starts(models.TINY["sd3"].latent, 8)
-    reached = starts.states[torch.arange(8), torch.zeros(8).long()]
+    assert len(starts) == 1 + 5 and whole.times[:, 0].tolist() == pytest.approx([sigma] * 5)
+    torch.testing.assert_close(whole.states[rows, 0 * rows], starts.states[1 + rows, 0 * rows])
+    noise = noise_of_starts(models.TINY["sd3"].latent, 6)
+    reached = starts.states[torch.arange(6), torch.zeros(6).long()]
 
     def distance(seed):
         """From the ends of one model's samplings."""

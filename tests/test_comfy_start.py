@@ -113,7 +113,7 @@ def test_editing_tells_the_model_of_the_latents_mask(name, method):
     )
     source, target = models.text(name, 0), models.text(name, 1)
     latent = {"samples": image, "noise_mask": mask}
-    (same,) = BAEdit.execute(model, latent, source, source, 5, cfg=1.0, method=method).result
+    same = BAEdit.execute(model, latent, source, source, 5, cfg=1.0, method=method).result[0]
     torch.testing.assert_close(same["samples"], image, atol=1e-3, rtol=1e-3)
     other = BAEdit.execute(model, latent, source, target, 5, cfg=1.0, method=method).result[0]["samples"]
     assert (other - image)[kept].abs().max() < 1e-3 < 0.01 < (other - image)[~kept].abs().mean()
