@@ -200,8 +200,7 @@ def open_model(
     model_sampling = model.get_model_object("model_sampling")
     parameterization = parameterization_of(model_sampling)
     labels, sit = class_labels(alone), find_sit_config(model)
-    classes = sit.num_classes if sit else 0
-    every_class = labels is not None and labels == list(range(classes))
+    classes = sit.num_classes if sit and labels == list(range(sit.num_classes)) else 0
     opened: list[tuple[Prepared, Rewind]] = []
     weights = identity_of(model)
     first = latent._replace(samples=latent.samples[:1])
@@ -215,7 +214,7 @@ def open_model(
         shape=tuple(first.samples.shape[1:]),
         velocity=_no_velocity,
         conditions=len(alone),
-        num_classes=classes if every_class else 0,
+        num_classes=classes,
         embedded_guidance=True,
         parameters=sum(p.numel() for p in model.model.diffusion_model.parameters()),
         patch_size=sit.patch_size if sit else Backbone.patch_size,
