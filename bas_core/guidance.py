@@ -207,6 +207,10 @@ class Field:
         time = just_inside(t)
         return self.cfg.combine(self.call_model(x, t, 2 if self.cfg.active(time) else 1), time)[None]
 
+    def with_evaluate(self, evaluate: Evaluate) -> Field:
+        """The same field over another `evaluate`, such as one that looks on; it counts its own calls."""
+        return Field(evaluate, self.conditions, self.cfg, combined=self.combined, scale=self.scale)
+
     def velocity(self, x: Tensor, t: Tensor | float) -> Tensor:
         """The guided velocity [B, C, ...]; the unconditional branch is evaluated only where guidance is active."""
         time = just_inside(t)

@@ -18,7 +18,7 @@ from ba_solver.training.network.options import Training
 from ba_solver.training.network.published import load_latents, published_loss, signed_steps
 from ba_solver.training.recording.record import PREFIXES
 from ba_solver.training.recording.repeatable import ASKED
-from ba_solver.training.schedules.search import search_nfe
+from ba_solver.training.schedules.search import VALIDATION_TRAJECTORIES, search_nfe
 from ba_solver.training.sidenet_files import describe_sidenet
 from training_checks import (
     QUICK,
@@ -233,6 +233,7 @@ def test_schedules_with_a_network_spend_what_they_say_and_lower_the_error(folder
     fitted = rollout_error(learned, folder / "combined", schedule)
     assert fitted < 0.4 * rollout_error(sidenet, folder / "combined")
     spent = card.training["backbone_calls"]
+    assert card.evaluation["noises"] == VALIDATION_TRAJECTORIES < 12
     assert spent["rollouts"] + spent["validation"] == search_nfe(84, 12, [5], True, Training.rounds)
     # What it began as is not forgotten.
     assert card.training["started_from"] == trained[2].training

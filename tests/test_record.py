@@ -287,6 +287,7 @@ def test_shards_of_the_same_name_or_of_another_recording_are_refused(tmp_path):
         ({"backbone": "python:training_problems:broken_backbone"}, "NaN or infinity"),
         ({"points": 3}, "--points must be at least 8"),
         ({"trajectories": 0}, "--trajectories must be at least 1"),
+        ({"checked": -1}, "--checked must not be negative"),
         ({"cfg_mode": "both"}, "--cfg-mode must be one of per_branch, combined"),
         ({"storage": "int8"}, "--storage must be one of"),
         ({"dtype": "half"}, "--dtype must be one of"),

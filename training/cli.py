@@ -30,7 +30,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "make": Command(
-        "record, train and evaluate in a row: a SideNet for your model",
+        "record and train in a row: a SideNet for your model",
         "make",
         "MakeSettings",
         "run_make",

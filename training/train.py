@@ -33,7 +33,7 @@ from .processes import MAIN_PROCESS, processes
 from .progress import say
 from .recording.record import PREFIXES
 from .recording.trajectories import Trajectories, check_same_recording, open_trajectories
-from .schedules.search import Found, search_schedules
+from .schedules.search import VALIDATION_TRAJECTORIES, Found, search_schedules
 from .settings import UsageError, check_device, differences, parse_nfe, plain, prepare_folder, shareable
 
 # The objective of a SideNet whose network is not trained.
@@ -176,7 +176,7 @@ def validate(job: Job, sidenet: SideNet, found: dict[int, Found]) -> dict[str, A
         judged = job.replay(job.validation)
         measured |= {
             "guidance": judged.cfg,
-            "noises": len(judged.cfg_rows(len(job.validation))),
+            "noises": len(judged.cfg_rows(VALIDATION_TRAJECTORIES)),
             "endpoint_error": [dataclasses.asdict(row) for row in rows],
         }
     return measured

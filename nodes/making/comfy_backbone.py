@@ -237,9 +237,7 @@ def open_model(
 def _within(guider: PromptsGuider, opened: list[tuple[Prepared, Rewind]], latent: Latent, batch: int) -> Within:
     """Does work in the midst of ComfyUI's sampling of a batch; `opened` holds the model meanwhile."""
 
-    def within(work: Callable[[], Any], gradients: bool = False) -> Any:
-        if gradients:
-            raise RuntimeError("ComfyUI's models are called without gradients.")
+    def within(work: Callable[[], Any]) -> Any:
         if opened:
             return work()
         results: list[Any] = []

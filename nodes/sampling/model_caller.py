@@ -33,7 +33,7 @@ class ModelCaller:
         shape: of ComfyUI's state; the solver's may have one more axis.
         on_call: called after each model call.
         before_call: called before each model call with sigma and the transformer options; see `Rewind`.
-        last: flow state, time and velocity of the last call.
+        last: flow state, time and velocity of the last call, where a mask keeps a part of the image.
     """
 
     model: Any
@@ -99,7 +99,8 @@ class ModelCaller:
         denoised = self.model(state, sigma.expand(self.shape[0]), **{**self.extra_args, "model_options": options})
         self.on_call()
         velocity = x0_to_velocity(x, denoised.to(x.dtype).reshape(x.shape), time)
-        self.last = x, time[0], velocity
+        if self.extra_args.get("denoise_mask") is not None:
+            self.last = x, time[0], velocity
         return velocity
 
     def mask(self, sigma: Tensor) -> Tensor | None:
@@ -116,7 +117,7 @@ class ModelCaller:
 
         The path is straight there, and a schedule's coefficients may leave a straight path (`Schedule.coefficients`).
         """
-        if self.last is None or self.extra_args.get("denoise_mask") is None:
+        if self.last is None:
             return end
         x, time, velocity = self.last
         mask = self.mask(self.sigmas.sigma_at(time).to(x))

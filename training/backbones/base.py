@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,10 +22,8 @@ Velocity = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 Combine = Callable[[Tensor, Tensor, float], Tensor]
 
 
-class Within(Protocol):
-    """Does work that calls a model, where the model can be called; with gradients through it on request."""
-
-    def __call__(self, work: Callable[[], Any], gradients: bool = False) -> Any: ...
+# Does work that calls a model, where the model can be called, and returns its result.
+Within = Callable[[Callable[[], Any]], Any]
 
 
 def samples_at_once(asked: int, shape: Sequence[int]) -> int:
@@ -34,7 +32,7 @@ def samples_at_once(asked: int, shape: Sequence[int]) -> int:
     return asked or (VIDEOS_AT_ONCE if frames > 1 else IMAGES_AT_ONCE)
 
 
-def work_here(work: Callable[[], Any], gradients: bool = False) -> Any:
+def work_here(work: Callable[[], Any]) -> Any:
     """Does the work at once, for models that can be called anywhere."""
     return work()
 

@@ -100,9 +100,9 @@ class Job:
             raise UsageError("This stage needs the backbone; give --backbone.")
         return Replay(self.backbone, trajectories, self.metadata, self.nfe)
 
-    def within(self, work: Callable[[], Result], gradients: bool = False) -> Result:
+    def within(self, work: Callable[[], Result]) -> Result:
         """Do work that calls the backbone, where the backbone can be called."""
-        return work() if self.backbone is None else self.backbone.within(work, gradients)
+        return work() if self.backbone is None else self.backbone.within(work)
 
 
 @torch.inference_mode()

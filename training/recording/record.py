@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -99,8 +99,9 @@ class Recording:
             UsageError: saying which setting and why.
         """
         check_positive(self, "trajectories", "pilot")
-        if self.record_batch < 0:
-            raise UsageError(f"--record-batch must not be negative; got {self.record_batch}.")
+        for name in ("record_batch", "checked"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"--{name.replace('_', '-')} must not be negative; got {getattr(self, name)}.")
         if self.prefixes < 0 or self.prefix_points < 4:
             raise UsageError(
                 f"--prefixes must not be negative and --prefix-points at least 4; got {self.prefixes} and "
@@ -380,24 +381,41 @@ def measure_pilot(
     with torch.inference_mode():
         check_repeatable(field, made, torch.device("cpu"))
     calls = recording.pilot * (PILOT_POINTS + ASKED)
-    measured: dict[str, float] = {}
-    tried = (recording.points,) if recording.points else POINTS
-    for points in tried if recording.checked else tried[:1]:
+
+    def error_with(points: int) -> dict[str, float]:
         times = adapted_times(points, tensors["times"][0], tensors["velocities"])
-        if not recording.checked:
-            break
-        measured = reference_error(own, times, choice, backbone, starts)
+        return reference_error(own, times, choice, backbone, starts)
+
+    points, measured = choose_points(recording, error_with)
+    measured["pilot_calls"] = calls + measured.pop("calls")
+    prepare_folder(path.parent)
+    save_shard(path, tensors, metadata | {"chosen_points": points, "measured": measured})
+
+
+def choose_points(recording: Recording, error_with: Callable[[int], dict[str, float]]) -> tuple[int, dict[str, float]]:
+    """How many points a trajectory gets: as asked for, or the first of `POINTS` that are exact enough.
+
+    Args:
+        recording: settings; without a check the first ones are taken.
+        error_with: see `reference_error`.
+
+    Returns:
+        The number, and what was measured of it, with the `calls` of all that were measured.
+    """
+    tried = (recording.points,) if recording.points else POINTS
+    if not recording.checked:
+        return tried[0], {"calls": 0}
+    calls = 0
+    for points in tried:
+        measured = error_with(points)
         calls += int(measured["reference_calls"])
         if measured["reference_relative_error"] <= COARSE:
-            break
-    else:
-        say(
-            "Warning: that is coarse, and a SideNet learns the reference solver's error too. Record with more --points "
-            f"than {points}."
-        )
-    prepare_folder(path.parent)
-    measured["pilot_calls"] = calls
-    save_shard(path, tensors, metadata | {"chosen_points": points, "measured": measured})
+            return points, measured | {"calls": calls}
+    say(
+        "Warning: that is coarse, and a SideNet learns the reference solver's error too. Record with more --points "
+        f"than {points}."
+    )
+    return points, measured | {"calls": calls}
 
 
 def plan_text(recording: Recording, stretch: Stretch, backbone: Backbone) -> str:

@@ -82,12 +82,6 @@ def adapted_times(points: int, times: Tensor, velocities: Tensor) -> Tensor:
     return found
 
 
-def refined_times(times: Tensor) -> Tensor:
-    """The same times with the middle of every interval added."""
-    middles = (times[1:] + times[:-1]) / 2
-    return torch.cat([torch.stack([times[:-1], middles], 1).flatten(), times[-1:]])
-
-
 def record_trajectory(field: Field, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
     """Integrate from `noise` over N times and keep every point, where the noise is; costs one model call a point.
 

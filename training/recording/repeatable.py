@@ -30,7 +30,7 @@ def remembering(field: Field, calls: list[Call]) -> Field:
         calls.append((x.clone().cpu(), t.cpu(), v.clone().cpu()))
         return v
 
-    return Field(evaluate, field.conditions, field.cfg, combined=field.combined, scale=field.scale)
+    return field.with_evaluate(evaluate)
 
 
 def check_repeatable(field: Field, calls: Sequence[Call], device: torch.device) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ CONDITIONAL_ONLY = (-1, -3)
 # Over the Gram matrix's mean diagonal: velocities of neighbouring times are nearly alike.
 RIDGE = 1e-9
 
-Truth = Callable[[Tensor], Tensor]
 Schedules = dict[int, Schedule]
 CFGRows = list[list[float]]
 

@@ -385,7 +385,7 @@ def watched(field: Field, coordinates: Coordinates, seen: list[tuple[float, Tens
             seen.append((float(t[0]), coordinates.of(x), coordinates.of(field.cfg.combine(v, time))))
         return v
 
-    return Field(evaluate, field.conditions, field.cfg, combined=field.combined, scale=field.scale)
+    return field.with_evaluate(evaluate)
 
 
 @dataclass(frozen=True)
