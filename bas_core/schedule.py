@@ -34,6 +34,9 @@ from .quadrature import get_rule
 Row = Sequence[float]
 Numbers = tuple[float, ...]
 
+# A row's first coefficient that takes away what the SideNet made of the step.
+DROPPED = -1.0
+
 
 # --- the hook ---------------------------------------------------------------------------------------------------------
 
@@ -74,6 +77,10 @@ class StepHook:
     def call_model(self, field: Field, index: int, x: Tensor, t: float, branches: int) -> Tensor:
         """The model call at anchor number `index`: [K, B, C, *spatial] velocities at (x, t)."""
         return field(x, t, branches)
+
+    def asks_sidenet(self, index: int, corrector: bool) -> bool:
+        """Whether what the SideNet predicts for the predictor, or the corrector, of step number `index` is used."""
+        return True
 
     def adjust(self, state: StepState) -> Tensor:
         """The state [B, C, *spatial] to go on with, after a predictor or a corrector."""
@@ -195,6 +202,10 @@ class ScheduleHook(StepHook):
         if difference is not None:
             self.branches.add(2 * call, difference)
         self.branches.add(2 * call + 1, conditional)
+
+    def asks_sidenet(self, index: int, corrector: bool) -> bool:
+        """See `StepHook`; not where the coefficients take it away again."""
+        return not self.coefficients or self.coefficients[2 * index + corrector][0] != DROPPED
 
     def adjust(self, state: StepState) -> Tensor:
         """See `StepHook`; the state plus its weighted regressors."""

@@ -26,7 +26,7 @@ from .flow import per_sample
 from .sit import AttentionFunction, LabelEmbedder, TimestepEmbedder, sincos_position_table
 
 NORM_EPSILON = 1e-5
-ARCHITECTURES = ("conv", "transformer")
+ARCHITECTURES = ("conv", "transformer", "local")
 FEED_FORWARD_RATIO = 2
 
 
@@ -46,7 +46,7 @@ class SideNetConfig:
         anchors: 1 (the paper) or 2.
         cfg_input: takes the CFG scale as an input.
         architecture: "conv" (the official network: block number `num_layers // 2` is attention, the others are
-            residual convolutions) or "transformer".
+            residual convolutions), "local" (residual convolutions alone) or "transformer".
         data_mean_size: side of the square grid on which the network keeps the mean of the model's data, for an analytic
             first step (`schedule.Schedule`); 0 = no mean.
     """
@@ -182,6 +182,8 @@ def make_blocks(config: SideNetConfig, operations: Any, attention: AttentionFunc
     if config.architecture == "transformer":
         return nn.ModuleList(TokenBlock(config, operations, attention, **factory) for _ in range(config.num_layers))
     blocks: list[nn.Module] = [ResidualBlock(config, operations, **factory) for _ in range(config.num_layers)]
+    if config.architecture == "local":
+        return nn.ModuleList(blocks)
     blocks[config.num_layers // 2] = AttentionBlock(config, operations, attention, **factory)
     return nn.ModuleList(blocks)
 

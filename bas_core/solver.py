@@ -55,10 +55,12 @@ class Solver:
         """How many branches the solver needs for guided velocities at these times."""
         return 2 if any(self.field.guidance.active(t) for t in times) else 1
 
-    def predict(self, queries: Sequence[Query]) -> list[Tensor]:
-        """Guided velocities [B, C, *spatial] at the queries' times, from one SideNet batch."""
+    def predict(self, queries: Sequence[Query], index: int, corrector: bool = False) -> list[Tensor]:
+        """Guided velocities [B, C, *spatial] at the queries' times, from one SideNet batch; where the hook takes the
+        SideNet's part of step number `index` away again, from the straight line."""
         times = [query.time for query in queries]
-        branches = predict(self.sidenet, queries, self.field, self.branches_at(times), self.chunk)
+        sidenet = self.sidenet if self.hook.asks_sidenet(index, corrector) else StraightLine()
+        branches = predict(sidenet, queries, self.field, self.branches_at(times), self.chunk)
         return [self.field.guidance.combine(v, time) for v, time in zip(branches, times, strict=True)]
 
     def first_anchor(self, x: Tensor, t: float, branches: int) -> Anchor:
@@ -146,7 +148,7 @@ def bi_anchor_step(
     # Predictor: from the left anchor the SideNet predicts v(t - h) = v_t + h S(x_t, v_t, t, h) at all nodes ahead.
     ahead = [c for c in rule.nodes if c > 0]
     far = previous if solver.two_anchors else None
-    found = solver.predict([Query(left, far, node_time(t, s, c)) for c in ahead])
+    found = solver.predict([Query(left, far, node_time(t, s, c)) for c in ahead], index)
     v = {0.0: v_t} | dict(zip(ahead, found, strict=True))
     x_pred = adjust(StepState(index, last, integrate(rule, v, x, t, s), x, t, s, v_t))
     if last:
@@ -167,7 +169,9 @@ def bi_anchor_step(
             [
                 Query(near, far if solver.two_anchors else None, node_time(t, s, c))
                 for c, (near, far) in zip(inner, sides, strict=True)
-            ]
+            ],
+            index,
+            corrector=True,
         )
         v |= dict(zip(inner, found, strict=True))
     x_s = adjust(StepState(index, last, integrate(rule, v, x, t, s), x, t, s, v_t, x_pred, v_s))

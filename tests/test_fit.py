@@ -18,7 +18,7 @@ from ba_solver.training.network.options import Training
 from ba_solver.training.network.published import load_latents, published_loss, signed_steps
 from ba_solver.training.recording.record import PREFIXES
 from ba_solver.training.recording.repeatable import ASKED
-from ba_solver.training.schedules.search import VALIDATION_TRAJECTORIES, search_nfe
+from ba_solver.training.schedules.search import VALIDATION_TRAJECTORIES, network_nfe, search_nfe
 from ba_solver.training.sidenet_files import describe_sidenet
 from training_checks import (
     QUICK,
@@ -173,7 +173,7 @@ def test_training_from_chains_beats_the_solver_without_a_sidenet(folder, trained
     check_pairs(folder / "combined", trained[0], tmp_path)
 
 
-def test_the_default_body_and_optimizer_learn_with_starts_at_hand(tmp_path):
+def test_a_transformer_and_its_optimizer_learn_with_starts_at_hand(tmp_path):
     """Tokens and Muon, on whole runs and on the starts of many more, which are counted and asked."""
     folder = tmp_path / "trajectories"
     record(folder, "--guidance", "2", "--trajectories", "64", "--prefixes", "96", "--prefix-points", "10")
@@ -234,7 +234,8 @@ def test_schedules_with_a_network_spend_what_they_say_and_lower_the_error(folder
     assert fitted < 0.4 * rollout_error(sidenet, folder / "combined")
     spent = card.training["backbone_calls"]
     assert card.evaluation["noises"] == VALIDATION_TRAJECTORIES < 12
-    assert spent["rollouts"] + spent["validation"] == search_nfe(84, 12, [5], True, Training.rounds)
+    with_network = network_nfe(84, 12, [5], True, Training.network_rounds)
+    assert spent["rollouts"] + spent["validation"] == search_nfe(84, 12, [5], True, Training.rounds) + with_network
     # What it began as is not forgotten.
     assert card.training["started_from"] == trained[2].training
     assert f"began as:   one trained: {trained[2].training['objective']}" in describe_sidenet(sidenet, card)

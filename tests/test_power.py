@@ -180,7 +180,7 @@ def mix_the_conditions(patch):
 def guide_by_the_anchors_time(patch):
     """Every node is guided as the anchor is that it is predicted from."""
 
-    def predict(self, queries):
+    def predict(self, queries, *_, **__):
         near = queries[0].near
         branches = 2 if self.field.guidance.active(near.t) and len(near.v) > 1 else 1
         found = solver.predict(self.sidenet, queries, self.field, branches, self.chunk)

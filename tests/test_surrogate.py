@@ -185,7 +185,7 @@ def test_a_fit_that_can_gain_nothing_changes_nothing():
     data = fit_data(4)
     form = linear_form("unipc", time_grid(5, dtype=torch.float64))
     surrogate = Surrogate(data.data)
-    surrogate.end_errors = lambda times, weights, extra: torch.full((len(times), 4, 32), 1e-3, dtype=torch.float64)
+    surrogate.end_errors = lambda times, *_: torch.full((len(times), 4, 32), 1e-3, dtype=torch.float64)
     error, found = fit_on_surrogate(surrogate, form, 32)
     torch.testing.assert_close(found.weights, form.weights)
     assert error == pytest.approx(1e-3)

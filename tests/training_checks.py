@@ -22,7 +22,7 @@ QUICK = (*SMALL, "--warmup", "10", "--learning-rate", "1e-2", "--ema", "0.95")
 
 
 TRANSFORMER = ("--base-channels", "16", "--num-heads", "2", "--embedding-dim", "16", "--num-layers", "1")
-TRANSFORMER += ("--patch-size", "1")
+TRANSFORMER += ("--patch-size", "1", "--architecture", "transformer", "--kernel-size", "1")
 
 
 def record(out, *more):

@@ -12,7 +12,7 @@ from .network.options import Training
 from .presets import FULL
 from .progress import say
 from .recording.record import Recording, record
-from .schedules.search import search_nfe
+from .schedules.search import network_nfe, search_nfe
 from .settings import parse_nfe
 from .train import check_out, train_from
 
@@ -49,6 +49,7 @@ def planned_nfe(settings: MakeSettings) -> int:
     validation = settings.validation_count(settings.trajectories)
     fitted = settings.trajectories - validation
     total = settings.model_calls + search_nfe(fitted, validation, numbers, guided, settings.rounds)
+    total += network_nfe(fitted, validation, numbers, guided, settings.rounds_with_network)
     return total + len(settings.extra_guidance) * nfe_for_cfg(settings)
 
 

@@ -1,9 +1,8 @@
 """`ba-solver train`: a SideNet from recorded trajectories, in stages each of which can be interrupted.
 
 1. schedules, fitted on a surrogate of the model and on rollouts (needs the backbone);
-2. the network, from pairs of the trajectories' points (or by the published objective, which needs backbone and data).
-
-Schedules do without the network: it is for every other sampling.
+2. the network, from pairs of the trajectories' points (or by the published objective, which needs backbone and data);
+3. how much schedules take of what the network predicts, fitted on rollouts (needs the backbone).
 """
 
 from __future__ import annotations
@@ -11,12 +10,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..bas_core.checkpoint import SideNetCard, load_sidenet, save_sidenet
 from ..bas_core.files import CheckpointError, read_pickled_tensors, write_atomically, write_text
@@ -32,8 +31,16 @@ from .network.stages import Job, all_pairs_stage, published_stage, variance_unex
 from .processes import MAIN_PROCESS, processes
 from .progress import say
 from .recording.record import PREFIXES
+from .recording.replay import SideNetInParts
 from .recording.trajectories import Trajectories, check_same_recording, open_trajectories
-from .schedules.search import VALIDATION_TRAJECTORIES, Found, search_schedules
+from .schedules.judging import Found
+from .schedules.search import (
+    VALIDATION_TRAJECTORIES,
+    Search,
+    search_for,
+    search_with_network,
+    validated_schedules,
+)
 from .settings import UsageError, check_device, differences, parse_nfe, plain, prepare_folder, shareable
 
 # The objective of a SideNet whose network is not trained.
@@ -122,17 +129,14 @@ def split_validation(trajectories: Trajectories, training: Training) -> tuple[Tr
     return trajectories.split(validation)
 
 
-def search(job: Job, mean: Tensor | None) -> dict[int, Found]:
-    """Schedules without the network, found or read from before an interruption."""
-    path = job.folder / "schedules.pt"
+def kept(job: Job, name: str, find: Callable[[], dict[int, Found]]) -> dict[int, Found]:
+    """Schedules, found or read from before an interruption; one process finds, so that all train for the same."""
+    path = job.folder / f"{name}.pt"
     rank, _, wait_for_all = processes(job.device.type == "cpu")
     if rank == 0 and not path.exists():
-        numbers = parse_nfe(job.training.nfe)
-        replays = job.replay(job.trajectories), job.replay(job.validation)
-        found = job.within(lambda: search_schedules(*replays, numbers, mean, job.training.rounds, job.folder))
-        parts = {n: vars(each) | {"schedule": vars(each.schedule)} for n, each in found.items()}
+        parts = {n: vars(each) | {"schedule": vars(each.schedule)} for n, each in job.within(find).items()}
         write_atomically(path, lambda temporary: torch.save(parts, temporary))
-    wait_for_all()  # one process searches, so that all train for the same schedules
+    wait_for_all()
     stored: dict[int, Found] = {}
     for n, parts in read_pickled_tensors(path).items():
         fields = rebuilt(dict, parts, path)
@@ -150,8 +154,17 @@ def fit(job: Job) -> tuple[SideNet, dict[int, Found]]:
     size = training.data_mean_size if general else 0
     mean = data_mean(job.trajectories, job.metadata["start"], size, **tolerance)
     found: dict[int, Found] = {}
+    searches: list[Search] = []
+
+    def search() -> Search:
+        """Run, or run again after an interruption: its rollouts are kept."""
+        if not searches:
+            numbers = parse_nfe(training.nfe)
+            searches.append(search_for(job.replay(job.trajectories), numbers, mean, training.rounds, job.folder))
+        return searches[0]
+
     if training.nfe:
-        found = search(job, mean)
+        found = kept(job, "schedules", lambda: validated_schedules(search(), job.replay(job.validation), mean))
         mean = mean if any(each.schedule.analytic_first_step for each in found.values()) else None
     sidenet = new_sidenet(training, job.metadata, mean)
     job.mean = mean_in(sidenet, job.metadata["shape"])
@@ -159,6 +172,12 @@ def fit(job: Job) -> tuple[SideNet, dict[int, Found]]:
     if training.steps:
         sidenet = (published_stage if training.objective == "published" else all_pairs_stage)(job, sidenet)
     sidenet = sidenet.eval().requires_grad_(False)
+    if found and training.rounds_with_network:
+        asked = SideNetInParts(sidenet, job.device, job.metadata["record_batch"])
+        rounds, judged = training.rounds_with_network, job.replay(job.validation)
+        found = kept(
+            job, "schedules with the network", lambda: search_with_network(search(), found, judged, asked, rounds)
+        )
     return sidenet, found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..schedules.search import Found
+from ..schedules.judging import Found
 from .rivals import Measurement
 
 KNOWN = "best known method"

@@ -26,8 +26,8 @@ MEAN_TOLERANCE, MEAN_TRAJECTORIES = 0.05, 1024
 SIZES = tuple(
     {"base_channels": width, "embedding_dim": embedding, "num_layers": blocks, "num_heads": heads}
     for width, embedding, blocks, heads in (
-        (16, 16, 2, 2), (32, 32, 2, 4), (48, 32, 3, 4), (64, 64, 4, 4), (96, 64, 4, 4), (128, 96, 6, 4),
-        (192, 128, 6, 6), (256, 192, 8, 8), (384, 256, 8, 8), (512, 256, 12, 8),
+        (16, 16, 3, 4), (32, 16, 4, 4), (48, 16, 4, 4), (64, 32, 5, 4), (96, 64, 6, 4), (128, 96, 6, 4),
+        (192, 128, 8, 4), (256, 192, 8, 4), (384, 256, 10, 4), (768, 256, 16, 4),
     )
 )  # fmt: skip
 LARGE, SMALL, ENOUGH, UNKNOWN = 0.015, 0.1, 60_000, 1

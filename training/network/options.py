@@ -13,7 +13,6 @@ from ..settings import UsageError, check_positive, parse_nfe
 from .loop import LoopSettings
 
 OBJECTIVES = ("all_pairs", "published")
-# What the core calls the architectures.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +38,7 @@ class Training:
         nfe_range: fewest and most model calls that the network is trained for.
         rule: quadrature that the network is trained for; schedules have one of their own.
         anchors: 2, or 1 (the paper).
-        architecture: of the SideNet: transformer, or conv (the paper).
+        architecture: of the SideNet: local (convolutions), conv (the paper: attention too) or transformer.
         data_mean_size: the SideNet keeps the data mean on a grid of this side, for an analytic first step where the
             trajectories show that the model's first velocity is noise minus that mean; 0 = never.
         base_channels: the SideNet's width; 0 = by the backbone's size (`new_sidenet.SIZES`), as the next three.
@@ -50,6 +49,7 @@ class Training:
         kernel_size: of its first and last convolution.
         nfe: fit schedules for these numbers of model calls, such as 5,7,10 (needs --backbone).
         rounds: of rollouts, between which schedules are fitted anew: in each, on every so many-th trajectory.
+        network_rounds: further rounds, in which the schedules ask the network; 0 = they do without.
         seed: of weights and batches.
         resume: continue an unfinished training.
     """
@@ -58,7 +58,7 @@ class Training:
     latents: Path | None = None
     start_from: Path | None = None
     steps: int = 2500
-    batch: int = 128
+    batch: int = 32
     learning_rate: float = 3e-3
     warmup: int = 100
     weight_decay: float = 0.01
@@ -71,16 +71,17 @@ class Training:
     nfe_range: tuple[int, int] = (4, 15)
     rule: str = "lobatto4"
     anchors: int = 2
-    architecture: str = "transformer"
+    architecture: str = "local"
     data_mean_size: int = 32
     base_channels: int = 0
     embedding_dim: int = 0
     num_layers: int = 0
     num_heads: int = 0
     patch_size: int = 0
-    kernel_size: int = 1
+    kernel_size: int = 3
     nfe: str = ""
-    rounds: tuple[int, ...] = (2, 1, 1)
+    rounds: tuple[int, ...] = (2, 2)
+    network_rounds: int = 1
     seed: int = 1
     resume: bool = False
 
@@ -120,7 +121,7 @@ class Training:
         low, high = self.nfe_range
         if not 2 <= low <= high <= 100:
             raise UsageError(f"--nfe-range must be two numbers from 2 to 100, the lower first; got {self.nfe_range}.")
-        for name in ("steps", "validation", "accumulate"):
+        for name in ("steps", "network_rounds", "validation", "accumulate"):
             if getattr(self, name) < 0:
                 raise UsageError(f"--{name} must not be negative; got {getattr(self, name)}.")
         if any(every < 1 for every in self.rounds):
@@ -136,6 +137,11 @@ class Training:
     def validation_count(self, trajectories: int) -> int:
         """How many of so many trajectories to validate on."""
         return self.validation or min(64, max(1, trajectories // 8))
+
+    @property
+    def rounds_with_network(self) -> int:
+        """Of rollouts; none where there is no network."""
+        return self.network_rounds if self.nfe and (self.steps or self.start_from is not None) else 0
 
     @property
     def needs_backbone(self) -> bool:

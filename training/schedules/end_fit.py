@@ -6,14 +6,17 @@ differences: all of a step's are one batch on the surrogate.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from .linear_form import LinearForm, form_from, from_numbers, to_numbers
 from .surrogate import Surrogate, mean_error
 
-# A move of this size, in the logarithm of a step, in a row's sum or in a weight, counts as one.
-STEP_UNIT, SUM_UNIT, WEIGHT_UNIT = 0.3, 0.03, 0.1
+# A move of this size counts as one: in the logarithm of a step, in a row's sum, in a weight, in the share that is taken
+# of a prediction.
+STEP_UNIT, SUM_UNIT, WEIGHT_UNIT, NETWORK_UNIT = 0.3, 0.03, 0.1, 0.5
 # Share of the start's error that is added for each squared move of one unit, over the number of trajectories: what is
 # fitted stays near where it began, unless moving pays, the nearer the fewer trajectories tell.
 PRIOR = 0.106
@@ -25,7 +28,12 @@ DAMPING, SMALLER, LARGER, ATTEMPTS = 1e-2, 0.25, 4.0, 6
 
 
 def fit_on_surrogate(
-    surrogate: Surrogate, begun: LinearForm, size: int, extra: Tensor | None = None, iterations: int = ITERATIONS
+    surrogate: Surrogate,
+    begun: LinearForm,
+    size: int,
+    extra: Tensor | None = None,
+    predictions: Tensor | None = None,
+    iterations: int = ITERATIONS,
 ) -> tuple[float, LinearForm]:
     """Move a method's times and weights to where the surrogate's samples end nearest to the truth.
 
@@ -34,18 +42,28 @@ def fit_on_surrogate(
         begun: where to begin; a prior holds the result near it.
         size: how many numbers a state has.
         extra: see `Surrogate.end_errors`.
+        predictions: of a SideNet, see there; how much of them is taken is fitted too, and the times, which they belong
+            to, stay.
         iterations: at most so many.
 
     Returns:
         The mean error over the trajectories, RMSE, and the method.
     """
     steps, part = begun.steps, (float(begun.times[0]), float(begun.times[-1]))
-    first = to_numbers(begun)
-    units = torch.full_like(first, WEIGHT_UNIT)
+    known = to_numbers(begun)
+    units = torch.full_like(known, WEIGHT_UNIT)
     units[:steps], units[steps : 2 * steps] = STEP_UNIT, SUM_UNIT
+    first, own = known, len(known)
+    if predictions is not None:
+        begun_network = known.new_zeros(steps) if begun.network is None else begun.network
+        first = torch.cat([known, begun_network])
+        units = torch.cat([units, torch.full_like(begun_network, NETWORK_UNIT)])
+        units[:steps] = 0
 
     def ends(moves: Tensor) -> Tensor:
-        return surrogate.end_errors(*from_numbers(first + moves * units, steps, *part), extra)
+        numbers = first + moves * units
+        times, weights = from_numbers(numbers[:, :own], steps, *part)
+        return surrogate.end_errors(times, weights, extra, numbers[:, own:], predictions)
 
     moves = torch.zeros_like(first)
     errors = ends(moves[None])[0]
@@ -75,4 +93,6 @@ def fit_on_surrogate(
             damping *= LARGER
         if not least < before * (1 - LEAST_GAIN):
             break
-    return float(mean_error(errors, size)), form_from(first + moves * units, steps, *part)
+    numbers = first + moves * units
+    network = None if predictions is None else numbers[own:]
+    return float(mean_error(errors, size)), replace(form_from(numbers[:own], steps, *part), network=network)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...bas_core.grids import grid_between
 from ...bas_core.guidance import Field
-from ...bas_core.schedule import Schedule
+from ...bas_core.schedule import DROPPED, Schedule
 from ..baselines import run_baseline
 
 # The quadrature rule of schedules: it asks the SideNet once a step (lobatto4: five times), and coefficients make up for
@@ -29,10 +29,13 @@ class LinearForm:
         times: [N + 1] descending, float64.
         weights: [N, N], lower triangular: the state at times[k + 1] is the noise plus weights[k, j] times the velocity
             of call j = 0 … k. A known method's row sums to times[k + 1] - times[0], so that a straight path is exact.
+        network: [N] how much is added, in each step, of what a SideNet predicts of it beyond the straight line through
+            its two anchors; 0 = the SideNet is not asked. It stays in the states after. None: never.
     """
 
     times: Tensor
     weights: Tensor
+    network: Tensor | None = None
 
     @property
     def steps(self) -> int:
@@ -64,16 +67,21 @@ def schedule_of(
     """The method as a schedule with times from 1 to 0, in the solver's coefficients (`Schedule.coefficients`).
 
     After a step's corrector the predictor's state is kept (-1 for the corrected state, 1 for the predicted one), and
-    each predictor goes on from there by the difference of two rows of weights.
+    each predictor goes on from there by the difference of two rows of weights. Where a SideNet is asked, its straight
+    line is part of the answer, and taken from the weights.
     """
     times, weights = form.times, form.weights
+    network = torch.zeros_like(times[1:]) if form.network is None else form.network
     rows: list[list[float]] = []
     before = torch.zeros_like(weights[0])
     for i in range(form.steps):
         change = (weights[i] - before) / (times[i + 1] - times[i])
-        rows.append([-1.0, *change[:i].tolist(), float(change.sum()) - 1])
+        others = change[:i].clone()
+        if i:
+            others[-1] += network[i] / 2 * (times[i] - times[i + 1]) / (times[i - 1] - times[i])
+        rows.append([DROPPED + float(network[i]), *others.tolist(), float(change.sum()) - 1])
         if i < form.steps - 1:
-            rows.append([-1.0, 1.0, *[0.0] * (i + 2)])
+            rows.append([DROPPED, 1.0, *[0.0] * (i + 2)])
         before = weights[i]
     return Schedule(
         ((times - times[-1]) / (times[0] - times[-1])).tolist(),

@@ -7,37 +7,36 @@
    and weights are moved to where the surrogate ends nearest (`end_fit.py`). Rollouts of the result correct the
    surrogate, and it is fitted again.
 4. The result is sampled from noises that nothing was fitted on. Where a known method ends nearer there, that is taken.
+5. With a network, how much is added of what it predicts beyond the known velocities is fitted too, in the same way.
 """
 
 from __future__ import annotations
 
 import itertools
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from statistics import geometric_mean, mean
 
 import torch
 from torch import Tensor
 
 from ...bas_core.files import read_pickled_tensors, write_atomically
 from ...bas_core.grids import grid_between, has_short_first_step, time_grid
-from ...bas_core.guidance import Field, just_inside
 from ...bas_core.prediction import SideNetProtocol, StraightLine
 from ...bas_core.schedule import Schedule
 from ...bas_core.sidenet import spread_mean
-from ...bas_core.solver import solve
 from ..interrupted import rebuilt
 from ..network.new_sidenet import pooled
 from ..progress import progress, say
 from ..recording.replay import Replay
 from ..recording.trajectories import Trajectories
 from .end_fit import fit_on_surrogate
-from .fitting import FIT_TRAJECTORIES, CFGRows, enough_for_conditional_only, takes_conditional_only
+from .fitting import CFGRows, enough_for_conditional_only, fit_count, takes_conditional_only
+from .judging import Found, clearly_nearer, judge, watched
 from .linear_form import LinearForm, linear_form, schedule_of
 from .rollouts import Rollout, roll_out, scattered
-from .solvers import endpoint_errors
 from .surrogate import Coordinates, Subsampled, Surrogate, mean_error, subsampled
 
 # The known methods, and the grids (shift, cosine) on which each is tried.
@@ -76,36 +75,23 @@ class Candidate:
     conditional_only: bool = False
 
 
-@dataclass(frozen=True)
-class Found:
-    """What a search came to for one NFE.
-
-    Attributes:
-        schedule: to sample by.
-        error, standard_error: mean RMSE from validation noises, and the standard error of that mean.
-        known: the best known method on its best grid.
-        known_error: its error from the same noises, on the surrogate.
-        seconds: of a sampling, for one sample.
-    """
-
-    schedule: Schedule
-    error: float
-    standard_error: float
-    known: str
-    known_error: float
-    seconds: float
-
-
 def search_nfe(trajectories: int, validation: int, numbers: Sequence[int], guided: bool, rounds: Sequence[int]) -> int:
     """How many model calls a search takes. With guidance it is the most: there, some conditional-only calls of rollouts
     evaluate both branches."""
 
-    count = min(FIT_TRAJECTORIES, trajectories)
+    count = fit_count(trajectories)
     calls = {n: n + (guided and enough_for_conditional_only(n)) for n in sorted(numbers)}
     rolled = count * sum(calls[n] for n in first_numbers(numbers))
     for index, every in enumerate(rounds):
         rolled += sum(calls[n] * len(part_of(count, i + index, every)) for i, n in enumerate(calls))
     return rolled + VALIDATED * min(VALIDATION_TRAJECTORIES, validation) * sum(numbers)
+
+
+def network_nfe(trajectories: int, validation: int, numbers: Sequence[int], guided: bool, rounds: int) -> int:
+    """How many model calls `search_with_network` takes; see `search_nfe`."""
+    calls = sum(n + (guided and enough_for_conditional_only(n)) for n in numbers)
+    judged = min(VALIDATION_TRAJECTORIES, validation) * sum(numbers)
+    return rounds * fit_count(trajectories) * calls + (judged if rounds else 0)
 
 
 def part_of(count: int, index: int, every: int) -> Tensor:
@@ -143,11 +129,6 @@ class MeanLine(StraightLine):
     def analytic_velocity(self, x: Tensor, t: float) -> Tensor:
         """See `SideNet.analytic_velocity`."""
         return (x - self.mean) / t
-
-
-def line_through(mean: Tensor | None) -> SideNetProtocol:
-    """A straight line instead of a SideNet; with the data mean [C, *spatial], its first step can be analytic."""
-    return StraightLine() if mean is None else MeanLine(mean)
 
 
 def means_of_others(means: Tensor, labels: Tensor) -> Tensor:
@@ -203,7 +184,13 @@ class SearchData:
         """Which numbers of a state the surrogate uses."""
         return self.data.coordinates
 
-    def roll_out(self, candidate: Candidate, chosen: Tensor, scatter: Tensor | None = None) -> Rollout:
+    def roll_out(
+        self,
+        candidate: Candidate,
+        chosen: Tensor,
+        scatter: Tensor | None = None,
+        sidenet: SideNetProtocol | None = None,
+    ) -> Rollout:
         """Sample on the model from the noises of some of the rows; the calls are added to `replay.nfe`."""
         rows = self.rows[chosen]
         field = self.replay.field_of(rows)
@@ -216,6 +203,7 @@ class SearchData:
             mean=mean,
             conditional_only=candidate.conditional_only,
             scatter=scatter,
+            sidenet=sidenet,
         )
         self.replay.nfe["rollouts"] += field.calls * len(rows)
         return found
@@ -302,13 +290,20 @@ class Search:
             for analytic in ((False, True) if self.fit.means is not None else (False,))
         ]
 
-    def rolled(self, name: str, candidate: Candidate, chosen: Tensor, scatter: Tensor | None = None) -> Rollout:
+    def rolled(
+        self,
+        name: str,
+        candidate: Candidate,
+        chosen: Tensor,
+        scatter: Tensor | None = None,
+        sidenet: SideNetProtocol | None = None,
+    ) -> Rollout:
         """A rollout, made or read from before an interruption; the surrogate learns of it."""
         path = None if self.folder is None else self.folder / f"rollout {name}.pt"
         if path is not None and path.exists():
             rollout = rebuilt(Rollout, read_pickled_tensors(path), path)
         else:
-            rollout = self.fit.roll_out(candidate, chosen, scatter)
+            rollout = self.fit.roll_out(candidate, chosen, scatter, sidenet)
             if path is not None:
                 write_atomically(path, lambda temporary: torch.save(vars(rollout), temporary))
         self.fit.learn(rollout.times, rollout.states, rollout.velocities, chosen)
@@ -330,12 +325,31 @@ class Search:
     def roll_out_best(self, index: int, every: int) -> None:
         """A later round, on every so many-th trajectory."""
         for i, nfe in enumerate(progress(self.numbers, "rollouts")):
-            rows = part_of(len(self.fit), i + index, every)
-            found = self.last[nfe] = self.rolled(f"{index} {nfe}", self.stages[nfe][-1], rows)
-            measured = torch.zeros(len(found.extra), len(self.fit), found.extra.shape[-1], dtype=torch.float64)
-            measured[:, rows] = found.extra
-            self.measured[nfe] = measured
+            self.roll_out_last(f"{index} {nfe}", nfe, part_of(len(self.fit), i + index, every))
         self.fit.surrogate.learn()
+
+    def roll_out_last(self, name: str, nfe: int, rows: Tensor, sidenet: SideNetProtocol | None = None) -> None:
+        """Roll out the last fit for so many NFE."""
+        found = self.last[nfe] = self.rolled(name, self.stages[nfe][-1], rows, sidenet=sidenet)
+        measured = torch.zeros(len(found.extra), len(self.fit), found.extra.shape[-1], dtype=torch.float64)
+        measured[:, rows] = found.extra
+        self.measured[nfe] = measured
+
+    def fit_network(self, sidenet: SideNetProtocol, rounds: int) -> None:
+        """How much of what a network predicts is taken in each step, fitted together with the weights.
+
+        Each round rolls out all trajectories: first by the schedules without the network, which is asked all the same,
+        and then by those that ask it.
+        """
+        for index in range(rounds):
+            for nfe in progress(self.numbers, "rollouts with the network"):
+                self.roll_out_last(f"network {index} {nfe}", nfe, torch.arange(len(self.fit)), sidenet)
+            self.fit.surrogate.learn()
+            for nfe in progress(self.numbers, "fit with the network"):
+                last, rollout = self.stages[nfe][-1], self.last[nfe]
+                extra = self.fit.extra(last, self.measured[nfe])
+                _, form = fit_on_surrogate(self.fit.surrogate, last.form, self.fit.size, extra, rollout.predictions)
+                self.stages[nfe].append(replace(last, form=form))
 
     def fit_all(self) -> None:
         """Fit every number of calls on the surrogate as it is."""
@@ -374,67 +388,14 @@ class Search:
         return schedule_of(candidate.form, candidate.analytic, rows)
 
 
-def watched(field: Field, coordinates: Coordinates, seen: list[tuple[float, Tensor, Tensor]]) -> Field:
-    """The same field, which adds time, state and guided velocity, in coordinates, of every call of all branches to
-    `seen`."""
-
-    def evaluate(x: Tensor, t: Tensor, branches: int) -> Tensor:
-        v = field.evaluate(x, t, branches)
-        time = just_inside(t[0])
-        if branches == 1 + field.cfg.active(time):
-            seen.append((float(t[0]), coordinates.of(x), coordinates.of(field.cfg.combine(v, time))))
-        return v
-
-    return field.with_evaluate(evaluate)
-
-
-@dataclass(frozen=True)
-class Judged:
-    """A schedule's errors from validation noises [M], and seconds a sample."""
-
-    errors: Tensor
-    seconds: float
-
-    @property
-    def mean(self) -> float:
-        """Of the errors."""
-        return float(self.errors.mean())
-
-    @property
-    def typical(self) -> float:
-        """The geometric mean: errors differ much between noises, and less between methods from the same noise."""
-        return float(self.errors.clamp_min(1e-12).log().mean().exp())
-
-    @property
-    def standard_error(self) -> float:
-        """Of the mean."""
-        return float(self.errors.std() / len(self.errors) ** 0.5) if len(self.errors) > 1 else 0.0
-
-
-def judge(
-    sidenet: SideNetProtocol,
-    schedule: Schedule,
-    replay: Replay,
-    rows: Tensor,
-    watch: Callable[[Field], Field] = lambda field: field,
-) -> Judged:
-    """Sample from the noises of some rows; the model calls are added to `replay.nfe`."""
-    field = watch(replay.field_of(rows))
-    begun = time.perf_counter()
-    start, end = replay.backbone.first_time, replay.backbone.last_time
-    ends = solve(field, sidenet, replay.noise(rows), schedule.scaled(start, end))
-    errors = endpoint_errors(ends, replay.truth(rows, torch.tensor(end))).cpu()
-    replay.nfe["validation"] += round(field.nfe * len(rows))
-    return Judged(errors, (time.perf_counter() - begun) / len(rows))
-
-
 def validated(search: Search, held: SearchData, line: SideNetProtocol) -> dict[int, Found]:
     """The schedules, judged on trajectories that nothing was fitted on.
 
     Beside each, another one is sampled: the fit before or the best known method, whichever the surrogate says is nearer
-    there. The surrogate may flatter a method: the model decides, and the nearer one is taken.
+    there. The surrogate may flatter a method: the model decides. As few noises say little, the last fit is taken unless
+    the other one is clearly nearer.
     """
-    judged: dict[int, Judged] = {}
+    judged: dict[int, tuple[list[float], float]] = {}
     for nfe in progress(search.numbers, "validate"):
         seen: list[tuple[float, Tensor, Tensor]] = []
         watch = partial(watched, coordinates=held.coordinates, seen=seen)
@@ -443,48 +404,93 @@ def validated(search: Search, held: SearchData, line: SideNetProtocol) -> dict[i
         at = torch.tensor(times, dtype=torch.float64)
         held.learn(at, torch.stack(states), torch.stack(velocities), torch.arange(len(held)))
     held.surrogate.learn()
-    return {nfe: nearer(search, held, line, nfe, judged[nfe]) for nfe in progress(search.numbers, "compare")}
+    return {nfe: nearer(search, held, line, nfe, *judged[nfe]) for nfe in progress(search.numbers, "compare")}
 
 
-def nearer(search: Search, held: SearchData, line: SideNetProtocol, nfe: int, judged: Judged) -> Found:
+def nearer(
+    search: Search, held: SearchData, line: SideNetProtocol, nfe: int, errors: list[float], seconds: float
+) -> Found:
     """The last fit, which was judged, or another schedule that ends nearer; see `validated`."""
     known_error, known = search.known_on(held, nfe)
     before = search.stages[nfe][-2]
     known_is_likelier = known_error < held.error(before)
     label, other = ("the known method", known) if known_is_likelier else ("the fit before", before)
-    tried = judge(line, search.schedule(other, nfe), held.replay, held.rows)
-    known_error = tried.mean if known_is_likelier else known_error
-    found = f"{nfe} calls: {judged.mean:.3g} ± {judged.standard_error:.2g}; the best known method ({known.label}) "
-    say(f"{found}{known_error:.3g}.")
-    best, schedule = judged, search.schedule(search.stages[nfe][-1], nfe)
-    if tried.typical < judged.typical:
-        best, schedule = tried, search.schedule(other, nfe)
-        say(f"{nfe} calls: {label} is nearer on the model, {tried.mean:.3g}, and taken.")
-    return Found(schedule, best.mean, best.standard_error, known.label, known_error, best.seconds)
+    tried, tried_seconds = judge(line, search.schedule(other, nfe), held.replay, held.rows)
+    known_error = mean(tried) if known_is_likelier else known_error
+    found = Found(search.schedule(search.stages[nfe][-1], nfe), errors, known.label, known_error, seconds)
+    say(
+        f"{nfe} calls: {found.error:.3g} ± {found.standard_error:.2g}; the best known method ({known.label}) "
+        f"{known_error:.3g}."
+    )
+    if not clearly_nearer(tried, errors):
+        return found
+    say(f"{nfe} calls: {label} is nearer on the model, {mean(tried):.3g}, and taken.")
+    return replace(found, schedule=search.schedule(other, nfe), errors=tried, seconds=tried_seconds)
+
+
+def search_for(
+    replay: Replay, numbers: Sequence[int], mean_of_data: Tensor | None, rounds: Sequence[int], folder: Path | None
+) -> Search:
+    """A search for schedules without a network, run.
+
+    Args:
+        replay: trajectories of combined CFG, to fit on.
+        numbers: the NFE.
+        mean_of_data: [C, S, S], if the first step may be analytic.
+        rounds: of rollouts; see `Search`.
+        folder: that keeps rollouts, so that an interrupted search goes on.
+    """
+    with torch.inference_mode():
+        count = fit_count(len(replay.cfg_rows(len(replay.trajectories))))
+        data = SearchData(replay, count, 0 if mean_of_data is None else mean_of_data.shape[-1])
+        search = Search(data, numbers, rounds, folder)
+        search.run()
+    return search
+
+
+def validated_schedules(search: Search, validation: Replay, mean_of_data: Tensor | None) -> dict[int, Found]:
+    """A search's schedules, without a network, judged on other trajectories; see `validated`."""
+    line = StraightLine()
+    if mean_of_data is not None:
+        line = MeanLine(spread_mean(mean_of_data, validation.backbone.shape))
+    with torch.inference_mode():
+        return validated(search, SearchData(validation, VALIDATION_TRAJECTORIES, like=search.fit.data), line)
 
 
 def search_schedules(
     replay: Replay,
     validation: Replay,
     numbers: Sequence[int],
-    mean: Tensor | None,
+    mean_of_data: Tensor | None,
     rounds: Sequence[int],
     folder: Path | None = None,
 ) -> dict[int, Found]:
-    """Schedules for some NFE.
+    """Schedules without a network: see `search_for` and `validated_schedules`."""
+    return validated_schedules(search_for(replay, numbers, mean_of_data, rounds, folder), validation, mean_of_data)
+
+
+def search_with_network(
+    search: Search, found: Mapping[int, Found], validation: Replay, sidenet: SideNetProtocol, rounds: int
+) -> dict[int, Found]:
+    """The same schedules, which ask a network where that ends nearer on validation trajectories.
 
     Args:
-        replay: trajectories of combined CFG, to fit on.
-        validation: others, to judge by.
-        numbers: the NFE.
-        mean: [C, S, S] of the data, if the first step may be analytic.
-        rounds: of rollouts; see `Search`.
-        folder: that keeps rollouts, so that an interrupted search goes on.
+        search: that they come from.
+        found: the schedules.
+        validation: the trajectories that they were judged on.
+        sidenet: the network, with the data mean of an analytic first step.
+        rounds: see `Search.fit_network`.
     """
-    spread = None if mean is None else spread_mean(mean, replay.backbone.shape)
     with torch.inference_mode():
-        data = SearchData(replay, FIT_TRAJECTORIES, 0 if mean is None else mean.shape[-1])
-        search = Search(data, numbers, rounds, folder)
-        search.run()
-        held = SearchData(validation, VALIDATION_TRAJECTORIES, like=search.fit.data)
-        return validated(search, held, line_through(spread))
+        search.fit_network(sidenet, rounds)
+        rows = validation.cfg_rows(VALIDATION_TRAJECTORIES)
+        asking: dict[int, Found] = {}
+        for nfe in progress(search.numbers, "validate with the network"):
+            schedule = search.schedule(search.stages[nfe][-1], nfe)
+            errors, seconds = judge(sidenet, schedule, validation, rows)
+            share = geometric_mean(errors) / geometric_mean(found[nfe].errors)
+            say(f"{nfe} calls: the network leaves {100 * share:.0f} % of the error.")
+            asking[nfe] = found[nfe]
+            if share < 1:
+                asking[nfe] = replace(found[nfe], schedule=schedule, errors=errors, seconds=seconds)
+    return asking

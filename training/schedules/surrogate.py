@@ -235,12 +235,21 @@ class Surrogate:
             found = found + torch.einsum("gmn,mnd->gmd", products, shares)
         return found
 
-    def end_errors(self, times: Tensor, weights: Tensor, extra: Tensor | None = None) -> Tensor:
+    def end_errors(
+        self,
+        times: Tensor,
+        weights: Tensor,
+        extra: Tensor | None = None,
+        network: Tensor | None = None,
+        predictions: Tensor | None = None,
+    ) -> Tensor:
         """How far linear multistep methods end from the trajectories' ends.
 
         Args:
             times, weights: [G, N + 1], [G, N, N] of G methods, see `LinearForm`.
             extra: [N, M, D] what is added to the velocity of each call, whatever its state; see `Rollout`.
+            network: [G, N] how much of `predictions` is added, see `LinearForm`.
+            predictions: [N, M, D] what a SideNet predicts of each step, whatever its state; see `Rollout`.
 
         Returns:
             [G, M, D].
@@ -253,6 +262,8 @@ class Surrogate:
             v = v + self.change(times[:, k], x - states) if k else v
             velocities.append(v if extra is None else v + extra[k])
             x = noise + torch.einsum("gj,gjmd->gmd", weights[:, k, : k + 1], torch.stack(velocities, 1))
+            if network is not None and predictions is not None:
+                x = x + torch.einsum("gj,jmd->gmd", network[:, : k + 1], predictions[: k + 1])
         return x - self.trajectories.ends(float(times[0, -1]))
 
 
