@@ -46,7 +46,7 @@ class SideNetConfig:
         anchors: 1 (the paper) or 2.
         cfg_input: takes the CFG scale as an input.
         architecture: "conv" (the official network: block number `num_layers // 2` is attention, the others are
-            residual convolutions), "local" (residual convolutions alone) or "transformer".
+            separable convolutions), "local" (convolutions alone) or "transformer".
         data_mean_size: side of the square grid on which the network keeps the mean of the model's data, for an analytic
             first step (`schedule.Schedule`); 0 = no mean.
     """
@@ -119,6 +119,21 @@ class ResidualBlock(nn.Module):
         return x + self.conv2_pw(self.conv2_dw(h))
 
 
+class LocalBlock(nn.Module):
+    """Two convolutions after modulation: [B, C, H, W], embedding [B, E]."""
+
+    def __init__(self, config: SideNetConfig, operations: Any, **factory: Any) -> None:
+        super().__init__()
+        c = config.base_channels
+        self.emb_proj = operations.Linear(config.embedding_dim, 2 * c, **factory)
+        self.conv1 = operations.Conv2d(c, c, 3, padding=1, bias=False, **factory)
+        self.conv2 = operations.Conv2d(c, c, 3, padding=1, **factory)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = self.conv1(F.silu(modulate(channel_norm(x), self.emb_proj(embedding))))
+        return x + self.conv2(F.silu(channel_norm(h)))
+
+
 class AttentionBlock(nn.Module):
     """Modulated self-attention over all positions: [B, C, H, W], embedding [B, E]."""
 
@@ -181,9 +196,9 @@ def make_blocks(config: SideNetConfig, operations: Any, attention: AttentionFunc
     """The blocks of the configured architecture."""
     if config.architecture == "transformer":
         return nn.ModuleList(TokenBlock(config, operations, attention, **factory) for _ in range(config.num_layers))
-    blocks: list[nn.Module] = [ResidualBlock(config, operations, **factory) for _ in range(config.num_layers)]
     if config.architecture == "local":
-        return nn.ModuleList(blocks)
+        return nn.ModuleList(LocalBlock(config, operations, **factory) for _ in range(config.num_layers))
+    blocks: list[nn.Module] = [ResidualBlock(config, operations, **factory) for _ in range(config.num_layers)]
     blocks[config.num_layers // 2] = AttentionBlock(config, operations, attention, **factory)
     return nn.ModuleList(blocks)
 

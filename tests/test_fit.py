@@ -241,10 +241,12 @@ def test_schedules_with_a_network_spend_what_they_say_and_lower_the_error(folder
     assert f"began as:   one trained: {trained[2].training['objective']}" in describe_sidenet(sidenet, card)
 
 
-def test_the_network_has_its_models_patches():
+def test_a_transformer_has_its_models_patches():
     metadata = {"shape": [4, 8, 8], "guidance": [1.0, 1.0], "num_classes": 0, "patch_size": 4}
-    assert new_sidenet(Training(), metadata).config.patch_size == 4
-    assert new_sidenet(Training(patch_size=1), metadata).config.patch_size == 1
+    transformer = Training(architecture="transformer")
+    assert new_sidenet(transformer, metadata).config.patch_size == 4
+    assert new_sidenet(replace(transformer, patch_size=1), metadata).config.patch_size == 1
+    assert new_sidenet(Training(), metadata).config.patch_size == 1  # of convolutions
 
 
 def test_branches_and_guidance_ranges_train(folder, tmp_path):

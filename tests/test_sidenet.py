@@ -285,7 +285,7 @@ def test_the_answer_has_the_states_precision_whatever_the_weights(weights, archi
         ({"anchors": 0}, "anchors must be 1 or 2; got 0"),
         ({"kernel_size": 2}, "kernel_size must be odd and positive; got 2"),
         ({"kernel_size": -1}, "kernel_size must be"),
-        ({"architecture": "mlp"}, "architecture must be one of conv, transformer; got 'mlp'"),
+        ({"architecture": "mlp"}, "architecture must be one of conv, transformer, local; got 'mlp'"),
         (
             {"architecture": "transformer", "base_channels": 6, "num_heads": 2},
             "base_channels must be a multiple of 4; got 6",

@@ -26,8 +26,8 @@ MEAN_TOLERANCE, MEAN_TRAJECTORIES = 0.05, 1024
 SIZES = tuple(
     {"base_channels": width, "embedding_dim": embedding, "num_layers": blocks, "num_heads": heads}
     for width, embedding, blocks, heads in (
-        (16, 16, 3, 4), (32, 16, 4, 4), (48, 16, 4, 4), (64, 32, 5, 4), (96, 64, 6, 4), (128, 96, 6, 4),
-        (192, 128, 8, 4), (256, 192, 8, 4), (384, 256, 10, 4), (768, 256, 16, 4),
+        (16, 16, 3, 4), (24, 16, 3, 4), (32, 32, 4, 4), (48, 32, 4, 4), (64, 64, 5, 4), (96, 64, 6, 4),
+        (128, 96, 8, 4), (192, 128, 8, 4), (256, 192, 10, 4), (384, 256, 12, 4), (512, 256, 14, 4),
     )
 )  # fmt: skip
 LARGE, SMALL, ENOUGH, UNKNOWN = 0.015, 0.1, 60_000, 1
@@ -118,7 +118,8 @@ def new_sidenet(training: Training, metadata: dict[str, Any], mean: Tensor | Non
         "num_classes": metadata["num_classes"],
         "cfg_input": low != high,
         "data_mean_size": 0 if mean is None else training.data_mean_size,
-        "patch_size": training.patch_size or metadata["patch_size"],
+        # Convolutions have the more to learn from, the finer the grid.
+        "patch_size": training.patch_size or (1 if training.architecture == "local" else metadata["patch_size"]),
     }
     try:
         if not (training.steps or training.start_from):

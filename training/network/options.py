@@ -45,7 +45,7 @@ class Training:
         embedding_dim: width of its time, step and class embeddings.
         num_layers: its blocks.
         num_heads: of its attention.
-        patch_size: side of its patches; 0 = as the model has it, or 2 where that is not known.
+        patch_size: side of its patches; 0 = 1 if it is local, else as the model has it, or 2 where that is not known.
         kernel_size: of its first and last convolution.
         nfe: fit schedules for these numbers of model calls, such as 5,7,10 (needs --backbone).
         rounds: of rollouts, between which schedules are fitted anew: in each, on every so many-th trajectory.
