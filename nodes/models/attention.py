@@ -35,7 +35,7 @@ class ComfyAttention:
 
 def attention_bytes(sidenet: SideNet, shape: tuple[int, ...]) -> int:
     """Memory that ComfyUI's attention takes for one sample of [C, *spatial] beside its inputs and output."""
-    if comfy_attention.optimized_attention.__name__ not in UNFUSED:
+    if comfy_attention.optimized_attention.__name__ not in UNFUSED or sidenet.config.architecture == "local":
         return 0
     config = sidenet.config
     frames = shape[1] if len(shape) == 4 else 1

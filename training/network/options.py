@@ -80,8 +80,8 @@ class Training:
     patch_size: int = 0
     kernel_size: int = 3
     nfe: str = ""
-    rounds: tuple[int, ...] = (2, 2)
-    network_rounds: int = 1
+    rounds: tuple[int, ...] = (2,)
+    network_rounds: int = 2
     seed: int = 1
     resume: bool = False
 

@@ -80,7 +80,7 @@ class Recording:
         seed: of noise and times.
     """
 
-    trajectories: int = 44
+    trajectories: int = 38
     points: int = 0
     prefixes: int = 0
     prefix_points: int = 8
