@@ -126,7 +126,7 @@ def shard_tensors(path):
 
 def save_rollouts_here(path):
     """As a search of schedules does."""
-    parts = {name: noise(4, 3, 5) for name in ("states", "velocities", "extra")}
+    parts = {name: noise(4, 3, 5) for name in ("states", "velocities", "extra", "predictions")}
     rollout = Rollout(times=torch.linspace(1, 0.1, 4), ends=noise(3, 5), cfg_coefficients=[[], [0.1]], **parts)
     torch.save({"first 4 0": vars(rollout), "0 4": vars(rollout)}, path)
 

@@ -6,6 +6,7 @@ differences: all of a step's are one batch on the surrogate.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -65,7 +66,22 @@ def fit_on_surrogate(
         times, weights = from_numbers(numbers[:, :own], steps, *part)
         return surrogate.end_errors(times, weights, extra, numbers[:, own:], predictions)
 
-    moves = torch.zeros_like(first)
+    moves, errors = nearest(ends, len(first), size, iterations)
+    numbers = first + moves * units
+    network = None if predictions is None else numbers[own:]
+    return float(mean_error(errors, size)), replace(form_from(numbers[:own], steps, *part), network=network)
+
+
+def nearest(ends: Callable[[Tensor], Tensor], parameters: int, size: int, iterations: int) -> tuple[Tensor, Tensor]:
+    """The moves [P] from zero that end nearest, held back by the prior, and the deviations [M, D] of the ends there.
+
+    Args:
+        ends: deviations [G, M, D] for moves [G, P] in units.
+        parameters: P.
+        size: how many numbers a state has.
+        iterations: at most so many.
+    """
+    moves = torch.zeros(parameters, dtype=torch.float64)
     errors = ends(moves[None])[0]
     error = mean_error(errors, size)
     held = PRIOR * error / len(errors)
@@ -93,6 +109,4 @@ def fit_on_surrogate(
             damping *= LARGER
         if not least < before * (1 - LEAST_GAIN):
             break
-    numbers = first + moves * units
-    network = None if predictions is None else numbers[own:]
-    return float(mean_error(errors, size)), replace(form_from(numbers[:own], steps, *part), network=network)
+    return moves, errors
