@@ -173,10 +173,10 @@ class OwnCostSettings:
 
 
 def small_network(channels: int) -> SideNet:
-    """An untrained SideNet of the size that *quick* makes for a small model."""
+    """An untrained SideNet of the size that *full* makes for a small model."""
     config = SideNetConfig(
-        in_channels=channels, base_channels=32, embedding_dim=32, num_layers=2, num_classes=0, patch_size=4,
-        anchors=2, architecture="transformer",
+        in_channels=channels, base_channels=24, embedding_dim=16, num_layers=3, num_classes=0, anchors=2,
+        architecture="local",
     )  # fmt: skip
     return SideNet(config).eval().requires_grad_(False)
 
