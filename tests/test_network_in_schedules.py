@@ -21,7 +21,7 @@ from ba_solver.training.schedules.search import (
 )
 from ba_solver.training.schedules.surrogate import draw_coordinates
 from problems import FunctionSideNet, noise, randomise, small_sidenet
-from training_problems import SHAPE, swirl, swirl_backbone, trajectories_of
+from training_problems import GAUSSIAN_MEAN, SHAPE, swirl, swirl_backbone, trajectories_of, two_points_backbone
 
 METADATA = {"guidance": [1.0, 1.0], "guidance_interval": [0.0, 1.0], "cfg_mode": "combined", "record_batch": 8}
 LABELS = torch.tensor([0, 1, 0])
@@ -80,10 +80,11 @@ def test_rollouts_are_samplings_by_the_schedule(analytic):
     assert (rolled.ends - without.ends).abs().max() > 1e-2
 
 
-def replays(count=16, validation=6):
-    trajectories = trajectories_of(swirl, torch.arange(count + validation) % 2, 48)
+def replays(count=16, validation=6, backbone=None):
+    backbone = backbone or swirl_backbone(None, None)
+    labels = torch.arange(count + validation) % 2
+    trajectories = trajectories_of(lambda x, t, y: backbone.velocity(x, t, y, 1.0), labels, 48)
     nfe = Counter()
-    backbone = swirl_backbone(None, None)
     return [Replay(backbone, part, METADATA, nfe) for part in trajectories.split(validation)], nfe
 
 
@@ -114,6 +115,17 @@ def test_a_good_network_is_asked_and_a_bad_one_does_no_harm(capsys):
     for n, each in search_with_network(search, found, validation, FunctionSideNet(nonsense, 2), 1).items():
         assert geometric_mean(each.errors) <= geometric_mean(found[n].errors)
     assert "the network leaves" in capsys.readouterr().out
+
+
+def test_an_analytic_first_step_needs_a_network_that_keeps_the_mean():
+    """Without one it would be a model call more than the schedule is for."""
+    (fit, validation), nfe = replays(backbone=two_points_backbone(None, None))
+    search = search_for(fit, [2], GAUSSIAN_MEAN, (2,), None)
+    found = validated_schedules(search, validation, GAUSSIAN_MEAN)
+    assert search.stages[2][-1].analytic
+    before = nfe["validation"]
+    assert search_with_network(search, found, validation, FunctionSideNet(nonsense, 2), 1) == found
+    assert nfe["validation"] == before
 
 
 def test_another_schedule_is_nearer_by_more_than_a_standard_error():

@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -154,19 +155,17 @@ def fit(job: Job) -> tuple[SideNet, dict[int, Found]]:
     size = training.data_mean_size if general else 0
     mean = data_mean(job.trajectories, job.metadata["start"], size, **tolerance)
     found: dict[int, Found] = {}
-    searches: list[Search] = []
 
+    @cache
     def search() -> Search:
         """Run, or run again after an interruption: its rollouts are kept."""
-        if not searches:
-            numbers = parse_nfe(training.nfe)
-            searches.append(search_for(job.replay(job.trajectories), numbers, mean, training.rounds, job.folder))
-        return searches[0]
+        numbers = parse_nfe(training.nfe)
+        return search_for(job.replay(job.trajectories), numbers, mean, training.rounds, job.folder)
 
     if training.nfe:
         found = kept(job, "schedules", lambda: validated_schedules(search(), job.replay(job.validation), mean))
-        mean = mean if any(each.schedule.analytic_first_step for each in found.values()) else None
-    sidenet = new_sidenet(training, job.metadata, mean)
+    needless = bool(found) and not any(each.schedule.analytic_first_step for each in found.values())
+    sidenet = new_sidenet(training, job.metadata, None if needless else mean)
     job.mean = mean_in(sidenet, job.metadata["shape"])
     sidenet = sidenet.to(job.device)
     if training.steps:

@@ -49,12 +49,14 @@ class Found:
         return stdev(self.errors) / len(self.errors) ** 0.5 if len(self.errors) > 1 else 0.0
 
 
-def clearly_nearer(tried: Sequence[float], own: Sequence[float]) -> bool:
-    """Whether one schedule ends nearer than another from the same noises, by more than a standard error.
+def log_ratios(tried: Sequence[float], own: Sequence[float]) -> list[float]:
+    """Of two schedules' errors from the same noises, which differ much between noises and less between methods."""
+    return [math.log(max(a, 1e-12) / max(b, 1e-12)) for a, b in zip(tried, own, strict=True)]
 
-    Errors differ much between noises, and less between methods from the same noise: so their logarithms are compared.
-    """
-    difference = [math.log(max(a, 1e-12) / max(b, 1e-12)) for a, b in zip(tried, own, strict=True)]
+
+def clearly_nearer(tried: Sequence[float], own: Sequence[float]) -> bool:
+    """Whether one schedule ends nearer than another from the same noises, by more than a standard error."""
+    difference = log_ratios(tried, own)
     doubt = stdev(difference) / len(difference) ** 0.5 if len(difference) > 1 else 0.0
     return mean(difference) + doubt < 0
 

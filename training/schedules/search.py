@@ -13,11 +13,12 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from statistics import geometric_mean, mean
+from statistics import mean
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ from ..recording.replay import Replay
 from ..recording.trajectories import Trajectories
 from .end_fit import fit_on_surrogate
 from .fitting import CFGRows, enough_for_conditional_only, fit_count, takes_conditional_only
-from .judging import Found, clearly_nearer, judge, watched
+from .judging import Found, clearly_nearer, judge, log_ratios, watched
 from .linear_form import LinearForm, linear_form, schedule_of
 from .rollouts import Rollout, roll_out, scattered
 from .surrogate import Coordinates, Subsampled, Surrogate, mean_error, subsampled
@@ -486,11 +487,13 @@ def search_with_network(
         rows = validation.cfg_rows(VALIDATION_TRAJECTORIES)
         asking: dict[int, Found] = {}
         for nfe in progress(search.numbers, "validate with the network"):
-            schedule = search.schedule(search.stages[nfe][-1], nfe)
-            errors, seconds = judge(sidenet, schedule, validation, rows)
-            share = geometric_mean(errors) / geometric_mean(found[nfe].errors)
-            say(f"{nfe} calls: the network leaves {100 * share:.0f} % of the error.")
             asking[nfe] = found[nfe]
+            schedule = search.schedule(search.stages[nfe][-1], nfe)
+            if schedule.analytic_first_step and not sidenet.has_data_mean:
+                continue  # it would make one call more
+            errors, seconds = judge(sidenet, schedule, validation, rows)
+            share = math.exp(mean(log_ratios(errors, found[nfe].errors)))
+            say(f"{nfe} calls: the network leaves {100 * share:.0f} % of the error.")
             if share < 1:
                 asking[nfe] = replace(found[nfe], schedule=schedule, errors=errors, seconds=seconds)
     return asking
