@@ -125,7 +125,7 @@ def test_two_processes_equal_one(folder, tmp_path):
     one, two = tensors(tmp_path / "one.safetensors"), tensors(tmp_path / "two.safetensors")
     start = tensors_of_untrained(folder, tmp_path)
     assert_same_weights(one, two)
-    assert max((one[name] - start[name]).abs().max() for name in one) > 0.02
+    assert max((one[name] - value).abs().max() for name, value in start.items()) > 0.02
     assert "Written:" in said[0] and not said[1]
     again = load_sidenet(tmp_path / "two.safetensors")[1]
     assert again.training["backbone_calls"] == card.training["backbone_calls"]

@@ -107,12 +107,12 @@ def test_a_good_network_is_asked_and_a_bad_one_does_no_harm(capsys):
     found = validated_schedules(search, validation, None)
     stages = {n: list(each) for n, each in search.stages.items()}
     before = nfe.total()
-    asking = search_with_network(search, found, validation, FunctionSideNet(exact, 2), 2)
-    assert nfe.total() - before == network_nfe(16, 6, [3, 4], False, 2)
+    asking = search_with_network(search, found, validation, FunctionSideNet(exact, 2), (1, 2))
+    assert nfe.total() - before == network_nfe(16, 6, [3, 4], False, (1, 2))
     for n, each in asking.items():
         assert each.error < 0.5 * found[n].error, (n, each.error, found[n].error)
     search.stages = stages
-    for n, each in search_with_network(search, found, validation, FunctionSideNet(nonsense, 2), 1).items():
+    for n, each in search_with_network(search, found, validation, FunctionSideNet(nonsense, 2), (1,)).items():
         assert geometric_mean(each.errors) <= geometric_mean(found[n].errors)
     assert "the network leaves" in capsys.readouterr().out
 
@@ -124,7 +124,7 @@ def test_an_analytic_first_step_needs_a_network_that_keeps_the_mean():
     found = validated_schedules(search, validation, GAUSSIAN_MEAN)
     assert search.stages[2][-1].analytic
     before = nfe["validation"]
-    assert search_with_network(search, found, validation, FunctionSideNet(nonsense, 2), 1) == found
+    assert search_with_network(search, found, validation, FunctionSideNet(nonsense, 2), (1,)) == found
     assert nfe["validation"] == before
 
 

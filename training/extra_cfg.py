@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def recording_for(settings: MakeSettings) -> MakeSettings:
     """The settings with the quick preset's recording."""
-    names = ("trajectories", "validation", "prefixes", "jitter", "pilot", "checked", "rounds")
+    names = ("trajectories", "validation", "points", "prefixes", "jitter", "pilot", "checked", "rounds")
     quick = preset_values(QUICK, settings.nfe)
     return dataclasses.replace(settings, **{name: quick[name] for name in names if name in quick})
 

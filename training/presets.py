@@ -11,11 +11,11 @@ QUICK, FULL = "quick", "full"
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     QUICK: {
         "steps": 0,
-        "trajectories": 11,
+        "trajectories": 16,
         "validation": 3,
         "jitter": False,
         "checked": 1,
-        "rounds": (2, 2),
+        "rounds": (4, 4),
     },
     FULL: {},
 }

@@ -26,7 +26,7 @@ from .backbones import Backbone, BackboneChoice, open_backbone
 from .interrupted import Account, read_object, rebuilt
 from .measuring.report import table as error_table
 from .measuring.validation import validation_rows
-from .network.new_sidenet import data_mean, mean_in, new_sidenet
+from .network.new_sidenet import data_mean, kept_mean, mean_in, new_sidenet
 from .network.options import Training
 from .network.stages import Job, all_pairs_stage, published_stage, variance_unexplained
 from .processes import MAIN_PROCESS, processes
@@ -153,7 +153,7 @@ def fit(job: Job) -> tuple[SideNet, dict[int, Found]]:
     tolerance = {"tolerance": math.inf} if training.nfe else {}
     general = job.backbone is None or job.within(job.backbone.has_general_mean)
     size = training.data_mean_size if general else 0
-    mean = data_mean(job.trajectories, job.metadata["start"], size, **tolerance)
+    mean = kept_mean(training, data_mean(job.trajectories, job.metadata["start"], size, **tolerance))
     found: dict[int, Found] = {}
 
     @cache
@@ -167,7 +167,8 @@ def fit(job: Job) -> tuple[SideNet, dict[int, Found]]:
     needless = bool(found) and not any(each.schedule.analytic_first_step for each in found.values())
     sidenet = new_sidenet(training, job.metadata, None if needless else mean)
     job.mean = mean_in(sidenet, job.metadata["shape"])
-    sidenet = sidenet.to(job.device)
+    # A training step of few channels takes a tenth less time so.
+    sidenet = sidenet.to(job.device).to(memory_format=torch.channels_last)
     if training.steps:
         sidenet = (published_stage if training.objective == "published" else all_pairs_stage)(job, sidenet)
     sidenet = sidenet.eval().requires_grad_(False)

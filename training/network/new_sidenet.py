@@ -82,6 +82,14 @@ def data_mean(trajectories: Trajectories, start: float, size: int, tolerance: fl
     return pooled(mean.float(), size)
 
 
+def kept_mean(training: Training, mean: Tensor | None) -> Tensor | None:
+    """The mean [C, S, S] for analytic first steps: `mean`, or what the SideNet to start from keeps."""
+    if training.start_from is None or mean is None:
+        return mean
+    begun, _ = load_sidenet(training.start_from, dtype=torch.float32)
+    return begun.data_mean if begun.has_data_mean else None
+
+
 def pooled(mean: Tensor, size: int) -> Tensor:
     """[C, size, size] of a mean [C, *spatial]; a video's over its frames."""
     return F.adaptive_avg_pool2d(mean.mean(1) if mean.ndim == 4 else mean, size)

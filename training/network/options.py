@@ -48,8 +48,9 @@ class Training:
         patch_size: side of its patches; 0 = 1 if it is local, else as the model has it, or 2 where that is not known.
         kernel_size: of its first and last convolution.
         nfe: fit schedules for these numbers of model calls, such as 5,7,10 (needs --backbone).
-        rounds: of rollouts, between which schedules are fitted anew: in each, on every so many-th trajectory.
-        network_rounds: further rounds, in which the schedules ask the network; 0 = they do without.
+        rounds: of rollouts, between which schedules are fitted anew: in each, on every so many-th trajectory, and on
+            all for one number of model calls alone.
+        network_rounds: further rounds, in which the schedules ask the network; none = they do without.
         seed: of weights and batches.
         resume: continue an unfinished training.
     """
@@ -81,7 +82,7 @@ class Training:
     kernel_size: int = 3
     nfe: str = ""
     rounds: tuple[int, ...] = (2,)
-    network_rounds: int = 2
+    network_rounds: tuple[int, ...] = (2, 4)
     seed: int = 1
     resume: bool = False
 
@@ -121,11 +122,12 @@ class Training:
         low, high = self.nfe_range
         if not 2 <= low <= high <= 100:
             raise UsageError(f"--nfe-range must be two numbers from 2 to 100, the lower first; got {self.nfe_range}.")
-        for name in ("steps", "network_rounds", "validation", "accumulate"):
+        for name in ("steps", "validation", "accumulate"):
             if getattr(self, name) < 0:
                 raise UsageError(f"--{name} must not be negative; got {getattr(self, name)}.")
-        if any(every < 1 for every in self.rounds):
-            raise UsageError(f"--rounds must be numbers from 1; got {self.rounds}.")
+        for name, rounds in (("rounds", self.rounds), ("network-rounds", self.network_rounds)):
+            if any(every < 1 for every in rounds):
+                raise UsageError(f"--{name} must be numbers from 1; got {rounds}.")
         self._check_schedules()
 
     def _check_schedules(self) -> None:
@@ -139,9 +141,9 @@ class Training:
         return self.validation or min(64, max(1, trajectories // 8))
 
     @property
-    def rounds_with_network(self) -> int:
+    def rounds_with_network(self) -> tuple[int, ...]:
         """Of rollouts; none where there is no network."""
-        return self.network_rounds if self.nfe and (self.steps or self.start_from is not None) else 0
+        return self.network_rounds if self.nfe and (self.steps or self.start_from is not None) else ()
 
     @property
     def needs_backbone(self) -> bool:

@@ -10,10 +10,8 @@ from torch import Tensor
 from ...bas_core.guidance import Field
 from ...bas_core.schedule import Schedule, ScheduleHook
 
-# A step has about as many coefficients as there are steps, and a state thousands of numbers: few trajectories will do.
-FIT_TRAJECTORIES = 16
-# Where there are very many, an eighth of them, and at most so many.
-MOST_FIT_TRAJECTORIES = 32
+# On so many trajectories at most: twice as many, with half as many rollouts each, end no nearer.
+FIT_TRAJECTORIES = 32
 # Conditional-only calls, counted from a schedule's end. Two in a row, or any earlier, cost more than they save.
 CONDITIONAL_ONLY = (-1, -3)
 # Over the Gram matrix's mean diagonal: velocities of neighbouring times are nearly alike.
@@ -25,7 +23,7 @@ CFGRows = list[list[float]]
 
 def fit_count(trajectories: int) -> int:
     """On how many of so many trajectories schedules are fitted."""
-    return min(trajectories, max(FIT_TRAJECTORIES, min(MOST_FIT_TRAJECTORIES, trajectories // 8)))
+    return min(trajectories, FIT_TRAJECTORIES)
 
 
 def least_squares(columns: Sequence[Tensor], target: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 1. A few trajectories make a surrogate of the model (`surrogate.py`).
 2. On the model, known methods on usual grids, with slightly scattered weights, are rolled out from the trajectories'
-   noises. They show how the model behaves beside the trajectories; what one number of calls shows serves all.
+   noises. They show how the model behaves beside the trajectories; what one number of calls shows serves all. Many
+   trajectories with few rollouts each tell more than few with many.
 3. For each number of calls, the best known method on the best grid of a family is found on the surrogate, and its times
    and weights are moved to where the surrogate ends nearest (`end_fit.py`). Rollouts of the result correct the
    surrogate, and it is fitted again.
@@ -53,6 +54,8 @@ FIRST = (
     ("ipndm", (2.8, 0.15)),
 )  # fmt: skip
 SCATTER = 0.02
+# Each of these on every so many-th trajectory, from another one on for each.
+FIRST_EVERY = 8
 # On so many validation trajectories at most schedules are judged: each of two for every number of calls.
 VALIDATION_TRAJECTORIES, VALIDATED = 8, 2
 # Known methods that are tried at once on the surrogate, and how many of the best are fitted from.
@@ -81,30 +84,65 @@ def search_nfe(trajectories: int, validation: int, numbers: Sequence[int], guide
     evaluate both branches."""
 
     count = fit_count(trajectories)
-    calls = {n: n + (guided and enough_for_conditional_only(n)) for n in sorted(numbers)}
-    rolled = count * sum(calls[n] for n in first_numbers(numbers))
-    for index, every in enumerate(rounds):
-        rolled += sum(calls[n] * len(part_of(count, i + index, every)) for i, n in enumerate(calls))
-    return rolled + VALIDATED * min(VALIDATION_TRAJECTORIES, validation) * sum(numbers)
+    calls = _most_calls(numbers, guided)
+    first = sum(calls[nfe] * len(rows) for nfe, _, rows in first_rollouts(count, numbers))
+    judged = VALIDATED * min(VALIDATION_TRAJECTORIES, validation) * sum(numbers)
+    return first + _nfe_of_rounds(count, calls, rounds) + judged
 
 
-def network_nfe(trajectories: int, validation: int, numbers: Sequence[int], guided: bool, rounds: int) -> int:
+def network_nfe(trajectories: int, validation: int, numbers: Sequence[int], guided: bool, rounds: Sequence[int]) -> int:
     """How many model calls `search_with_network` takes; see `search_nfe`."""
-    calls = sum(n + (guided and enough_for_conditional_only(n)) for n in numbers)
     judged = min(VALIDATION_TRAJECTORIES, validation) * sum(numbers)
-    return rounds * fit_count(trajectories) * calls + (judged if rounds else 0)
+    return _nfe_of_rounds(fit_count(trajectories), _most_calls(numbers, guided), rounds) + (judged if rounds else 0)
+
+
+def _most_calls(numbers: Sequence[int], guided: bool) -> dict[int, int]:
+    """What a rollout for each NFE takes."""
+    return {n: n + (guided and enough_for_conditional_only(n)) for n in sorted(numbers)}
+
+
+def _nfe_of_rounds(count: int, calls: Mapping[int, int], rounds: Sequence[int]) -> int:
+    return sum(
+        calls[nfe] * len(round_rows(count, len(calls), i, index, every))
+        for index, every in enumerate(rounds)
+        for i, nfe in enumerate(calls)
+    )
+
+
+def with_rows(known: Tensor | None, count: int, rows: Tensor, values: Tensor) -> Tensor:
+    """[N, count, D] what is known of `count` trajectories, with new values [N, M, D] for some; 0 where there are none.
+
+    Values of another N are forgotten.
+    """
+    if known is None or len(known) != len(values):
+        known = torch.zeros(len(values), count, values.shape[-1], dtype=torch.float64)
+    return known.index_copy(1, rows, values.double())
 
 
 def part_of(count: int, index: int, every: int) -> Tensor:
-    """Of `count` trajectories every so many-th, from another one on for each index."""
+    """Of `count` trajectories every so many-th, from another one on for each index; one at least."""
     rows = torch.arange(count)
-    return rows[(rows + index) % every == 0]
+    return rows[(rows + index) % min(every, count) == 0]
+
+
+def round_rows(count: int, numbers: int, number: int, index: int, every: int) -> Tensor:
+    """Which of `count` trajectories a round rolls out for one of so many numbers of calls: every so many-th.
+
+    What one number shows serves the others; where there are fewer of them, each rolls out more.
+    """
+    return part_of(count, number + index, min(every, numbers))
 
 
 def first_numbers(numbers: Sequence[int]) -> list[int]:
     """For which NFE known methods are rolled out: what these show of the model serves the others too."""
     ordered = sorted(numbers)
     return ordered[len(ordered) // 3 :: 3]
+
+
+def first_rollouts(count: int, numbers: Sequence[int]) -> list[tuple[int, int, Tensor]]:
+    """The first round for `count` trajectories: NFE, which of `FIRST`, and which trajectories."""
+    pairs = itertools.product(first_numbers(numbers), range(len(FIRST)))
+    return [(nfe, method, part_of(count, i, FIRST_EVERY)) for i, (nfe, method) in enumerate(pairs)]
 
 
 @cache
@@ -263,8 +301,7 @@ class Search:
     Attributes:
         fit: to fit on.
         numbers: the NFE.
-        rounds: of rollouts after those of known methods: in each, on every so many-th trajectory. What a round shows of
-            one number of calls serves the others.
+        rounds: of rollouts after those of known methods: in each, on every so many-th trajectory (`round_rows`).
         folder: that keeps the rollouts, a file each, for a search that is interrupted; None = none.
     """
 
@@ -312,44 +349,47 @@ class Search:
 
     def roll_out_known(self) -> None:
         """The first round."""
-        for i, nfe in enumerate(progress(first_numbers(self.numbers), "rollouts of known methods")):
-            steps = self.options(nfe)[0][0]
-            for j, (solver, shape) in enumerate(FIRST):
-                grid = time_grid(steps, *shape, dtype=torch.float64)
-                form = linear_form(solver, grid_between(grid, *self.fit.part))
-                chosen = part_of(len(self.fit), i - j, len(FIRST))
-                if len(chosen):
-                    scatter = scattered(form, len(chosen), SCATTER, self.generator)
-                    self.rolled(f"first {nfe} {j}", Candidate(solver, form), chosen, scatter)
+        planned = first_rollouts(len(self.fit), self.numbers)
+        for nfe, method, rows in progress(planned, "rollouts of known methods"):
+            solver, shape = FIRST[method]
+            grid = time_grid(self.options(nfe)[0][0], *shape, dtype=torch.float64)
+            form = linear_form(solver, grid_between(grid, *self.fit.part))
+            scatter = scattered(form, len(rows), SCATTER, self.generator)
+            self.rolled(f"first {nfe} {method}", Candidate(solver, form), rows, scatter)
         self.fit.surrogate.learn()
 
     def roll_out_best(self, index: int, every: int) -> None:
         """A later round, on every so many-th trajectory."""
         for i, nfe in enumerate(progress(self.numbers, "rollouts")):
-            self.roll_out_last(f"{index} {nfe}", nfe, part_of(len(self.fit), i + index, every))
+            rows = round_rows(len(self.fit), len(self.numbers), i, index, every)
+            self.roll_out_last(f"{index} {nfe}", nfe, rows)
         self.fit.surrogate.learn()
 
     def roll_out_last(self, name: str, nfe: int, rows: Tensor, sidenet: SideNetProtocol | None = None) -> None:
         """Roll out the last fit for so many NFE."""
         found = self.last[nfe] = self.rolled(name, self.stages[nfe][-1], rows, sidenet=sidenet)
-        measured = torch.zeros(len(found.extra), len(self.fit), found.extra.shape[-1], dtype=torch.float64)
-        measured[:, rows] = found.extra
-        self.measured[nfe] = measured
+        self.measured[nfe] = with_rows(self.measured.get(nfe), len(self.fit), rows, found.extra)
 
-    def fit_network(self, sidenet: SideNetProtocol, rounds: int) -> None:
+    def fit_network(self, sidenet: SideNetProtocol, rounds: Sequence[int]) -> None:
         """How much of what a network predicts is taken in each step, fitted together with the weights.
 
-        Each round rolls out all trajectories: first by the schedules without the network, which is asked all the same,
-        and then by those that ask it.
+        Each round rolls out every so many-th trajectory: first by the schedules without the network, which is asked
+        all the same, and then by those that ask it. It is fitted on all for which the network has been asked.
         """
-        for index in range(rounds):
-            for nfe in progress(self.numbers, "rollouts with the network"):
-                self.roll_out_last(f"network {index} {nfe}", nfe, torch.arange(len(self.fit)), sidenet)
+        predictions: dict[int, Tensor] = {}
+        asked = {nfe: torch.zeros(len(self.fit), dtype=torch.bool) for nfe in self.numbers}
+        for index, every in enumerate(rounds):
+            for i, nfe in enumerate(progress(self.numbers, "rollouts with the network")):
+                rows = round_rows(len(self.fit), len(self.numbers), i, index, every)
+                self.roll_out_last(f"network {index} {nfe}", nfe, rows, sidenet)
+                predictions[nfe] = with_rows(predictions.get(nfe), len(self.fit), rows, self.last[nfe].predictions)
+                asked[nfe][rows] = True
             self.fit.surrogate.learn()
             for nfe in progress(self.numbers, "fit with the network"):
-                last, rollout = self.stages[nfe][-1], self.last[nfe]
-                extra = self.fit.extra(last, self.measured[nfe])
-                _, form = fit_on_surrogate(self.fit.surrogate, last.form, self.fit.size, extra, rollout.predictions)
+                last, rows = self.stages[nfe][-1], asked[nfe]
+                surrogate, extra = self.fit.surrogate.part(rows), self.fit.extra(last, self.measured[nfe])[:, rows]
+                predicted = predictions[nfe][:, rows]
+                _, form = fit_on_surrogate(surrogate, last.form, self.fit.size, extra, predicted)
                 self.stages[nfe].append(replace(last, form=form))
 
     def fit_all(self) -> None:
@@ -471,7 +511,7 @@ def search_schedules(
 
 
 def search_with_network(
-    search: Search, found: Mapping[int, Found], validation: Replay, sidenet: SideNetProtocol, rounds: int
+    search: Search, found: Mapping[int, Found], validation: Replay, sidenet: SideNetProtocol, rounds: Sequence[int]
 ) -> dict[int, Found]:
     """The same schedules, which ask a network where that ends nearer on validation trajectories.
 

@@ -18,7 +18,7 @@ small one.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -219,6 +219,16 @@ class Surrogate:
         squares = deviations.square().sum(-1)
         gram = gram + torch.diag_embed(NONLINEAR * squares + 1e-9 * squares.mean() + 1e-30)
         self._known = times, deviations, torch.linalg.solve(gram, rest)
+
+    def part(self, rows: Tensor) -> Surrogate:
+        """Of some of the trajectories, with what was learned of them."""
+        own = self.trajectories
+        times, states, velocities = (values[rows] for values in (own.times, own.states, own.velocities))
+        found = Surrogate(replace(own, times=times, states=states, velocities=velocities))
+        if self._known is not None:
+            at, deviations, shares = self._known
+            found._known = at[rows], deviations[rows], shares[rows]
+        return found
 
     def prior(self, t: Tensor) -> Tensor:
         """[..., D] derivative of the velocity at times [...], if data were Gaussian."""
