@@ -167,8 +167,7 @@ def fit(job: Job) -> tuple[SideNet, dict[int, Found]]:
     needless = bool(found) and not any(each.schedule.analytic_first_step for each in found.values())
     sidenet = new_sidenet(training, job.metadata, None if needless else mean)
     job.mean = mean_in(sidenet, job.metadata["shape"])
-    # A training step of few channels takes a tenth less time so.
-    sidenet = sidenet.to(job.device).to(memory_format=torch.channels_last)
+    sidenet = sidenet.to(job.device)
     if training.steps:
         sidenet = (published_stage if training.objective == "published" else all_pairs_stage)(job, sidenet)
     sidenet = sidenet.eval().requires_grad_(False)
