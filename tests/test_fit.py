@@ -208,6 +208,22 @@ def test_the_data_mean_is_kept_where_the_first_velocity_leads_there(folder, tmp_
     assert sidenet.config.data_mean_size == 0 and "so the first step is not analytic" in capsys.readouterr().out
 
 
+def test_a_network_without_a_mean_gets_no_analytic_first_step(tmp_path):
+    """It would be a call more than the schedule is for. One that keeps a mean gets it on the same recordings."""
+    backbone = ("--backbone", "python:training_problems:two_points_backbone")
+    assert main(["record", *backbone, "--trajectories", "16", "--points", "24", "--out", str(tmp_path / "r")]) == 0
+    analytic = {}
+    for name, size in (("without", 0), ("with", 4)):
+        begun = tmp_path / f"{name}.safetensors"
+        run(tmp_path / "r", begun, *SMALL, "--steps", "1", "--warmup", "1", "--data-mean-size", size)
+        options = ("--start-from", begun, "--steps", "0", "--nfe", "2", *backbone, *SMALL)
+        sidenet, card = run(tmp_path / "r", tmp_path / f"{name}_2.safetensors", *options)
+        schedule = card.own_schedules[2]
+        analytic[name] = schedule.analytic_first_step
+        assert schedule.calls == 2 and (sidenet.has_data_mean or not analytic[name])
+    assert analytic == {"without": False, "with": True}
+
+
 def test_the_card_says_how_it_was_made(folder, trained):
     out, _, card = trained
     assert card.cfg_mode == "combined" and card.cfg_range == (2.0, 2.0)

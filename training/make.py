@@ -23,8 +23,8 @@ class MakeSettings(BackboneChoice, Recording, Training):
 
     Attributes:
         out: the SideNet's file. Trajectories and log lie beside it, in NAME.trajectories and NAME.run.
-        preset: quick (schedules alone, with some 1,500 model calls, or 300 for one number of them) or full (nearer
-            ones, and a network, with some 5,000); other flags override it.
+        preset: quick (schedules alone, with some 1,500 model calls, or 300 to 400 for one number of them) or full
+            (nearer ones, and a network, with some 5,000); other flags override it.
         extra_guidance: further CFG scales to fit schedules for, at the cost of the quick preset each; one scale's
             schedules serve from half to one and a half times of it.
         nfe: numbers of model calls to fit schedules for, such as 5,7,10.
