@@ -183,8 +183,8 @@ def _basic() -> list[Any]:
             options=list(PRESETS),
             default="quick",
             tooltip="quick finds schedules (times and coefficients) without a network, in some 1,500 model calls, or "
-            "300 to 400 for one number of steps. full also trains a network, which they ask, and which helps with other "
-            "numbers of steps and with ComfyUI's schedulers; it needs about 5,000 model calls and the training.",
+            "300 to 400 for one number of steps. full also trains a network, which they ask, and which helps with "
+            "other numbers of steps and with ComfyUI's schedulers; it needs about 5,000 model calls and the training.",
         ),
         io.String.Input(
             "output_name",
