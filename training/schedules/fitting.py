@@ -10,8 +10,9 @@ from torch import Tensor
 from ...bas_core.guidance import Field
 from ...bas_core.schedule import Schedule, ScheduleHook
 
-# On so many trajectories at most: twice as many, with half as many rollouts each, end no nearer.
-FIT_TRAJECTORIES = 32
+# Schedules are fitted on so many trajectories: more, with fewer rollouts each, end no nearer. Of very many a quarter is
+# taken, and at most the second number.
+FIT_TRAJECTORIES, MOST_FIT_TRAJECTORIES = 32, 64
 # Conditional-only calls, counted from a schedule's end. Two in a row, or any earlier, cost more than they save.
 CONDITIONAL_ONLY = (-1, -3)
 # Over the Gram matrix's mean diagonal: velocities of neighbouring times are nearly alike.
@@ -23,7 +24,7 @@ CFGRows = list[list[float]]
 
 def fit_count(trajectories: int) -> int:
     """On how many of so many trajectories schedules are fitted."""
-    return min(trajectories, FIT_TRAJECTORIES)
+    return min(trajectories, max(FIT_TRAJECTORIES, min(MOST_FIT_TRAJECTORIES, trajectories // 4)))
 
 
 def least_squares(columns: Sequence[Tensor], target: Tensor) -> Tensor:

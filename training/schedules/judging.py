@@ -19,6 +19,9 @@ from ..recording.replay import Replay
 from .solvers import endpoint_errors
 from .surrogate import Coordinates
 
+# How much the logarithm of two schedules' ratio differs from noise to noise, and how many noises that is worth.
+TYPICAL_SPREAD, PRIOR_NOISES = 0.5, 2
+
 
 @dataclass(frozen=True)
 class Found:
@@ -55,10 +58,15 @@ def log_ratios(tried: Sequence[float], own: Sequence[float]) -> list[float]:
 
 
 def clearly_nearer(tried: Sequence[float], own: Sequence[float]) -> bool:
-    """Whether one schedule ends nearer than another from the same noises, by more than a standard error."""
+    """Whether one schedule ends nearer than another from the same noises, by more than a standard error.
+
+    A noise or a few do not show their own spread, so that `TYPICAL_SPREAD` counts as two noises more (a scaled inverse
+    chi-squared prior of the variance; Gelman et al. 2013, section 3.2).
+    """
     difference = log_ratios(tried, own)
-    doubt = stdev(difference) / len(difference) ** 0.5 if len(difference) > 1 else 0.0
-    return mean(difference) + doubt < 0
+    center, count = mean(difference), len(difference)
+    squares = PRIOR_NOISES * TYPICAL_SPREAD**2 + sum((each - center) ** 2 for each in difference)
+    return center + math.sqrt(squares / (PRIOR_NOISES + count - 1) / count) < 0
 
 
 def watched(field: Field, coordinates: Coordinates, seen: list[tuple[float, Tensor, Tensor]]) -> Field:
