@@ -11,7 +11,7 @@ QUICK, FULL = "quick", "full"
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     QUICK: {
         "steps": 0,
-        "trajectories": 16,
+        "trajectories": 15,
         "validation": 3,
         "jitter": False,
         "checked": 1,

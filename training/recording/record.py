@@ -43,7 +43,7 @@ PILOT_SEEDS, CHECK_SEEDS = 400_000, 450_000
 # Points of a trajectory, where it is left open: the first of these with which the reference solver's own error is no
 # more than the share COARSE of the error of so many calls of a multistep method. What is fitted comes to about .4 of
 # that error, and cannot become more exact than the trajectories that it is fitted on.
-POINTS = (30, 44, 66)
+POINTS = (34, 48, 70)
 COARSE, COMPARED_NFE = 0.1, 10
 # The solver's error, over the distance between its ends on all times and on every second one. It is of order 4, but not
 # yet with so few points: measured on three models with 24 to 40, it is a sixth to a third.
@@ -80,7 +80,7 @@ class Recording:
         seed: of noise and times.
     """
 
-    trajectories: int = 40
+    trajectories: int = 39
     points: int = 0
     prefixes: int = 0
     prefix_points: int = 8
