@@ -113,7 +113,7 @@ def test_a_good_network_is_asked_and_a_bad_one_does_no_harm(capsys):
         assert each.error < 0.5 * found[n].error, (n, each.error, found[n].error)
     search.stages = stages
     for n, each in search_with_network(search, found, validation, FunctionSideNet(nonsense, 2), (1,)).items():
-        assert geometric_mean(each.errors) <= geometric_mean(found[n].errors)
+        assert geometric_mean(each.errors) <= geometric_mean(found[n].errors) and each.error <= found[n].error
     assert "the network leaves" in capsys.readouterr().out
 
 
@@ -134,3 +134,4 @@ def test_another_schedule_is_nearer_by_more_than_a_standard_error():
     assert not clearly_nearer(own, own)
     assert not clearly_nearer([0.02, 0.22, 0.44, 0.11], own)  # one noise says so, the others say the contrary
     assert not clearly_nearer([0.08], [0.1]) and clearly_nearer([0.05], [0.1])  # a single noise has to say it loudly
+    assert not clearly_nearer([0.05, 0.05, 0.05, 2.0], [0.1, 0.1, 0.1, 0.1])  # one goes astray

@@ -58,7 +58,8 @@ def log_ratios(tried: Sequence[float], own: Sequence[float]) -> list[float]:
 
 
 def clearly_nearer(tried: Sequence[float], own: Sequence[float]) -> bool:
-    """Whether one schedule ends nearer than another from the same noises, by more than a standard error.
+    """Whether one schedule ends nearer than another from the same noises: on average, and in most by more than a standard
+    error, so that neither a single noise decides nor one that goes far astray is overlooked.
 
     A noise or a few do not show their own spread, so that `TYPICAL_SPREAD` counts as two noises more (a scaled inverse
     chi-squared prior of the variance; Gelman et al. 2013, section 3.2).
@@ -66,7 +67,7 @@ def clearly_nearer(tried: Sequence[float], own: Sequence[float]) -> bool:
     difference = log_ratios(tried, own)
     center, count = mean(difference), len(difference)
     squares = PRIOR_NOISES * TYPICAL_SPREAD**2 + sum((each - center) ** 2 for each in difference)
-    return center + math.sqrt(squares / (PRIOR_NOISES + count - 1) / count) < 0
+    return mean(tried) < mean(own) and center + math.sqrt(squares / (PRIOR_NOISES + count - 1) / count) < 0
 
 
 def watched(field: Field, coordinates: Coordinates, seen: list[tuple[float, Tensor, Tensor]]) -> Field:

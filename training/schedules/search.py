@@ -534,6 +534,6 @@ def search_with_network(
             errors, seconds = judge(sidenet, schedule, validation, rows)
             share = math.exp(mean(log_ratios(errors, found[nfe].errors)))
             say(f"{nfe} calls: the network leaves {100 * share:.0f} % of the error.")
-            if share < 1:
+            if share < 1 and mean(errors) < found[nfe].error:
                 asking[nfe] = replace(found[nfe], schedule=schedule, errors=errors, seconds=seconds)
     return asking
