@@ -20,7 +20,7 @@ from .surrogate import Surrogate, mean_error
 STEP_UNIT, SUM_UNIT, WEIGHT_UNIT, NETWORK_UNIT = 0.3, 0.03, 0.1, 0.5
 # Share of the start's error that is added for each squared move of one unit, over the number of trajectories: what is
 # fitted stays near where it began, unless moving pays, the nearer the fewer trajectories tell.
-PRIOR = 1.0
+PRIOR = 0.3
 ITERATIONS = 12
 # The least relative gain of an iteration, for another one.
 LEAST_GAIN = 1e-4

@@ -58,8 +58,8 @@ def log_ratios(tried: Sequence[float], own: Sequence[float]) -> list[float]:
 
 
 def clearly_nearer(tried: Sequence[float], own: Sequence[float]) -> bool:
-    """Whether one schedule ends nearer than another from the same noises: on average, and in most by more than a standard
-    error, so that neither a single noise decides nor one that goes far astray is overlooked.
+    """Whether one schedule ends nearer than another from the same noises: on average, and by more than a standard error
+    of the ratio's logarithm, so that neither a single noise decides nor one that goes far astray is overlooked.
 
     A noise or a few do not show their own spread, so that `TYPICAL_SPREAD` counts as two noises more (a scaled inverse
     chi-squared prior of the variance; Gelman et al. 2013, section 3.2).
