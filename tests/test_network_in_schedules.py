@@ -134,4 +134,5 @@ def test_another_schedule_is_nearer_by_more_than_a_standard_error():
     assert not clearly_nearer(own, own)
     assert not clearly_nearer([0.02, 0.22, 0.44, 0.11], own)  # one noise says so, the others say the contrary
     assert not clearly_nearer([0.08], [0.1]) and clearly_nearer([0.05], [0.1])  # a single noise has to say it loudly
+    assert not clearly_nearer([0.11], [0.1])
     assert not clearly_nearer([0.05, 0.05, 0.05, 2.0], [0.1, 0.1, 0.1, 0.1])  # one goes astray

@@ -102,11 +102,8 @@ def _most_calls(numbers: Sequence[int], guided: bool) -> dict[int, int]:
 
 
 def _nfe_of_rounds(count: int, calls: Mapping[int, int], rounds: Sequence[int]) -> int:
-    return sum(
-        calls[nfe] * len(round_rows(count, len(calls), i, index, every))
-        for index, every in enumerate(rounds)
-        for i, nfe in enumerate(calls)
-    )
+    planned = [each for index, every in enumerate(rounds) for each in round_rollouts(count, list(calls), index, every)]
+    return sum(calls[nfe] * len(rows) for nfe, rows in planned)
 
 
 def with_rows(known: Tensor | None, count: int, rows: Tensor, values: Tensor) -> Tensor:
@@ -125,12 +122,13 @@ def part_of(count: int, index: int, every: int) -> Tensor:
     return rows[(rows + index) % min(every, count) == 0]
 
 
-def round_rows(count: int, numbers: int, number: int, index: int, every: int) -> Tensor:
-    """Which of `count` trajectories a round rolls out for one of so many numbers of calls: every so many-th.
+def round_rollouts(count: int, numbers: Sequence[int], index: int, every: int) -> list[tuple[int, Tensor]]:
+    """A later round for `count` trajectories: NFE, and which trajectories, every so many-th.
 
     What one number shows serves the others; where there are fewer of them, each rolls out more.
     """
-    return part_of(count, number + index, min(every, numbers))
+    every = min(every, len(numbers))
+    return [(nfe, part_of(count, i + index, every)) for i, nfe in enumerate(sorted(numbers))]
 
 
 def first_numbers(numbers: Sequence[int]) -> list[int]:
@@ -301,7 +299,7 @@ class Search:
     Attributes:
         fit: to fit on.
         numbers: the NFE.
-        rounds: of rollouts after those of known methods: in each, on every so many-th trajectory (`round_rows`).
+        rounds: of rollouts after those of known methods: in each, on every so many-th trajectory (`round_rollouts`).
         folder: that keeps the rollouts, a file each, for a search that is interrupted; None = none.
     """
 
@@ -360,8 +358,7 @@ class Search:
 
     def roll_out_best(self, index: int, every: int) -> None:
         """A later round, on every so many-th trajectory."""
-        for i, nfe in enumerate(progress(self.numbers, "rollouts")):
-            rows = round_rows(len(self.fit), len(self.numbers), i, index, every)
+        for nfe, rows in progress(round_rollouts(len(self.fit), self.numbers, index, every), "rollouts"):
             self.roll_out_last(f"{index} {nfe}", nfe, rows)
         self.fit.surrogate.learn()
 
@@ -379,8 +376,8 @@ class Search:
         predictions: dict[int, Tensor] = {}
         asked = {nfe: torch.zeros(len(self.fit), dtype=torch.bool) for nfe in self.numbers}
         for index, every in enumerate(rounds):
-            for i, nfe in enumerate(progress(self.numbers, "rollouts with the network")):
-                rows = round_rows(len(self.fit), len(self.numbers), i, index, every)
+            planned = round_rollouts(len(self.fit), self.numbers, index, every)
+            for nfe, rows in progress(planned, "rollouts with the network"):
                 self.roll_out_last(f"network {index} {nfe}", nfe, rows, sidenet)
                 predictions[nfe] = with_rows(predictions.get(nfe), len(self.fit), rows, self.last[nfe].predictions)
                 asked[nfe][rows] = True
